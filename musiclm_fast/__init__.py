@@ -1,0 +1,1 @@
+"""musiclm_fast."""

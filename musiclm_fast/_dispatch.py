@@ -1,0 +1,198 @@
+"""Choice of backend for an op: ordered candidates, a reason for every refusal, no silent fallback.
+
+Every op owns one :class:`Dispatcher` with its backends in the order in which they are tried. A
+backend says whether it can take a call from shapes, dtypes and devices alone, so the choice
+traces under ``torch.compile`` and costs no host synchronisation.
+
+``backend=None`` takes the first backend that supports the call. Naming one, in the call, with
+:func:`use_backend` or in the environment variable ``MUSICLM_FAST_BACKEND``, is an order: if that
+backend cannot run the call, it raises with the reason. The variable holds one name for all ops
+that have such a backend (``torch``) or pairs (``attention=torch,spectrogram=cpp``); it is read
+once, at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Supports = Callable[..., tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Args:
+        name: ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        supports: takes the op's arguments, returns ``(True, "")`` or ``(False, reason)``.
+        run: takes the same arguments, returns the op's result.
+        available: ``(ok, reason)`` on this machine, whatever the arguments.
+        self_check: for kernels that no machine of the authors may have run: compares the kernel
+            with the reference on the given device and returns None, or what went wrong. It runs
+            once per device, on the first call there, unless the backend was asked for by name.
+    """
+
+    name: str
+    supports: Supports
+    run: Callable[..., Any]
+    available: Callable[[], tuple[bool, str]] = lambda: (True, "")
+    self_check: Callable[[torch.device], str | None] | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot run the call."""
+
+
+_dispatchers: dict[str, Dispatcher] = {}
+_forced: dict[str, str] = {}
+
+
+class Dispatcher:
+    """The ordered backends of one op."""
+
+    def __init__(self, op: str, backends: Sequence[Backend]) -> None:
+        self.op = op
+        self.backends = tuple(backends)
+        self._checked: dict[tuple[str, str], str | None] = {}
+        _dispatchers[op] = self
+
+    def names(self) -> tuple[str, ...]:
+        """The backends' names in the order in which they are tried."""
+        return tuple(backend.name for backend in self.backends)
+
+    def select(self, backend: str | None, device: torch.device, **arguments: Any) -> Backend:
+        """Return the backend that runs this call.
+
+        Args:
+            backend: a name, or None for the first that supports the call.
+            device: where the call's tensors lie.
+            **arguments: the op's arguments.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendError: the named backend cannot run this call, with its reason.
+        """
+        if backend is None:
+            backend = _forced.get(self.op)
+        if backend is not None:
+            return self._named(backend, arguments)
+        refusals = []
+        for candidate in self.backends:
+            ok, reason = candidate.available()
+            if ok:
+                ok, reason = candidate.supports(**arguments)
+            if ok and candidate.self_check is not None:
+                ok, reason = self._passes_self_check(candidate, device)
+            if ok:
+                return candidate
+            refusals.append(f"{candidate.name}: {reason}")
+        raise BackendError(f"{self.op}: no backend runs this call ({'; '.join(refusals)})")
+
+    def _named(self, name: str, arguments: dict[str, Any]) -> Backend:
+        for candidate in self.backends:
+            if candidate.name == name:
+                break
+        else:
+            raise ValueError(f"backend: got {name!r}, expected one of {', '.join(self.names())}")
+        ok, reason = candidate.available()
+        if ok:
+            ok, reason = candidate.supports(**arguments)
+        if not ok:
+            raise BackendError(f"{self.op}: backend {name!r} cannot run this call: {reason}")
+        return candidate
+
+    def _passes_self_check(self, backend: Backend, device: torch.device) -> tuple[bool, str]:
+        problem = _self_check_result(self, backend.name, str(device))
+        return problem is None, problem or ""
+
+    def check_now(self, backend_name: str, device: str) -> str | None:
+        """Run a backend's self-check on a device once; None if it passed, else the problem."""
+        key = (backend_name, device)
+        if key not in self._checked:
+            self._checked[key] = None  # the check itself calls the op by name
+            backend = next(b for b in self.backends if b.name == backend_name)
+            assert backend.self_check is not None
+            try:
+                problem = backend.self_check(torch.device(device))
+            except Exception as error:  # noqa: BLE001  a kernel that cannot even launch
+                problem = f"{type(error).__name__}: {error}"
+            self._checked[key] = problem
+            if problem is not None:
+                warnings.warn(
+                    f"musiclm_fast: {self.op} on {device} does not use its {backend_name} "
+                    f"kernel, whose self-check failed: {problem}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        return self._checked[key]
+
+
+@torch._dynamo.assume_constant_result
+def _run_self_check(op: str, backend_name: str, device: str) -> str | None:
+    return _dispatchers[op].check_now(backend_name, device)
+
+
+def _self_check_result(dispatcher: Dispatcher, backend_name: str, device: str) -> str | None:
+    key = (backend_name, device)
+    if key in dispatcher._checked:
+        return dispatcher._checked[key]
+    return _run_self_check(dispatcher.op, backend_name, device)
+
+
+def dispatchers() -> dict[str, Dispatcher]:
+    """All ops' dispatchers by op name."""
+    return dict(_dispatchers)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
+    """Run the ops of a block on named backends.
+
+    ``use_backend("torch")`` orders it for every op that has such a backend,
+    ``use_backend(attention="torch")`` for one op.
+
+    Raises:
+        ValueError: unknown op, or a backend that the op does not have.
+    """
+    before = dict(_forced)
+    _forced.update(_orders(name, per_op))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _orders(name: str | None, per_op: dict[str, str]) -> dict[str, str]:
+    orders = {}
+    if name is not None:
+        orders = {op: name for op, d in _dispatchers.items() if name in d.names()}
+        if not orders:
+            known = sorted({n for d in _dispatchers.values() for n in d.names()})
+            raise ValueError(f"backend: got {name!r}, expected one of {', '.join(known)}")
+    for op, backend in per_op.items():
+        if op not in _dispatchers:
+            raise ValueError(f"op: got {op!r}, expected one of {', '.join(_dispatchers)}")
+        if backend not in _dispatchers[op].names():
+            names = ", ".join(_dispatchers[op].names())
+            raise ValueError(f"backend of {op}: got {backend!r}, expected one of {names}")
+        orders[op] = backend
+    return orders
+
+
+def read_environment(value: str | None = None) -> None:
+    """Apply ``MUSICLM_FAST_BACKEND`` (or ``value``); called once all ops are registered."""
+    text = os.environ.get("MUSICLM_FAST_BACKEND", "") if value is None else value
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, separator, backend = part.partition("=")
+        try:
+            _forced.update(_orders(None, {op: backend}) if separator else _orders(part, {}))
+        except ValueError as error:
+            raise ValueError(f"MUSICLM_FAST_BACKEND={text!r}: {error}") from None

@@ -1,0 +1,4 @@
+from musiclm_fast.ops.contrastive.op import contrastive_loss
+from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
+
+__all__ = ["contrastive_loss", "contrastive_loss_reference"]

@@ -1,0 +1,143 @@
+"""Power or log-mel spectrogram in pure torch: the definition, the fallback and the oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def num_frames(
+    samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True
+) -> int:
+    """Frames of a clip of ``samples`` samples."""
+    padded = samples + 2 * pad + (n_fft // 2 * 2 if center else 0)
+    return max(0, (padded - n_fft) // hop_length + 1)
+
+
+def mel_filters(
+    sample_hz: int, n_fft: int, n_mels: int, f_min: float = 0.0, f_max: float | None = None
+) -> Tensor:
+    """Triangular mel filters on the HTK scale, peak one (not normalised by area).
+
+    ``mel = 2595 log10(1 + f / 700)``; the edges are equally spaced in mel from f_min to f_max.
+
+    Args:
+        sample_hz: sample rate in Hz.
+        n_fft: length of the Fourier transform.
+        n_mels: number of bands.
+        f_min, f_max: lowest and highest edge in Hz; f_max None is the Nyquist frequency.
+
+    Returns:
+        ``(n_fft // 2 + 1, n_mels)`` float32.
+    """
+    f_max = sample_hz / 2 if f_max is None else f_max
+    bins = torch.linspace(0, sample_hz / 2, n_fft // 2 + 1, dtype=torch.float64)
+    low, high = (2595.0 * torch.log10(torch.tensor(1.0 + f / 700.0, dtype=torch.float64))
+                 for f in (f_min, f_max))  # fmt: skip
+    mels = low + (high - low) * torch.linspace(0, 1, n_mels + 2, dtype=torch.float64)
+    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)  # (n_mels + 2,)
+    width = edges.diff()  # (n_mels + 1,)
+    slopes = edges[None, :] - bins[:, None]  # (n_freqs, n_mels + 2)
+    rising = -slopes[:, :-2] / width[:-1]
+    falling = slopes[:, 2:] / width[1:]
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+def stretch_time(spec: Tensor, rate: float, frames: int) -> Tensor:
+    """Play a power spectrogram ``rate`` times as fast, keeping ``frames`` frames.
+
+    Frame t interpolates the magnitudes of the two frames around ``t * rate``, as a phase vocoder
+    does; a power spectrogram needs no phase. Frames past the end are zero.
+
+    Args:
+        spec: ``(B, F, T)`` magnitudes raised to some power; interpolated as they are.
+        rate: above 1 is faster, below 1 slower.
+        frames: length of the result.
+    """
+    total = spec.shape[-1]
+    position = torch.arange(frames, device=spec.device, dtype=torch.float64) * rate
+    left = position.floor().long()
+    fraction = (position - left).to(spec.dtype)
+    padded = F.pad(spec, (0, 2))
+    lower = padded[..., left.clamp(max=total)]
+    upper = padded[..., (left + 1).clamp(max=total + 1)]
+    return torch.lerp(lower, upper, fraction)
+
+
+def span_mask(spans: Tensor, size: int) -> Tensor:
+    """Positions inside spans.
+
+    Args:
+        spans: ``(..., 2)`` integer start and end (end excluded).
+
+    Returns:
+        ``(..., size)`` bool.
+    """
+    position = torch.arange(size, device=spans.device)
+    return (position >= spans[..., :1]) & (position < spans[..., 1:])
+
+
+def spectrogram_reference(
+    wav: Tensor,
+    *,
+    n_fft: int,
+    hop_length: int,
+    window: Tensor,
+    pad: int = 0,
+    center: bool = True,
+    pad_mode: str = "reflect",
+    power: float = 2.0,
+    stretch_rate: float | None = None,
+    mel: Tensor | None = None,
+    log_offset: float | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+    freq_mask: Tensor | None = None,
+    time_mask: Tensor | None = None,
+    mask_value: float = 0.0,
+    crop: tuple[int, int] = (1, 1),
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and result as :func:`musiclm_fast.ops.spectrogram`, step by step."""
+    compute = torch.float64 if wav.dtype == torch.float64 else torch.float32
+    signal = wav.to(compute)
+    window = window.to(compute)
+    frames = num_frames(wav.shape[-1], n_fft, hop_length, pad, center)
+
+    def magnitude(clips: Tensor) -> Tensor:
+        stft = torch.stft(
+            F.pad(clips, (pad, pad)), n_fft, hop_length, window.shape[0], window,
+            center=center, pad_mode=pad_mode, onesided=True, return_complex=True,
+        )  # fmt: skip
+        spec = stft.abs() if power == 1.0 else stft.abs().pow(power)
+        if stretch_rate is not None:
+            spec = stretch_time(spec, stretch_rate, spec.shape[-1])
+        return spec
+
+    inside: Tensor | None = None
+    if lengths is None:
+        spec = magnitude(signal)
+    else:
+        own = lengths.tolist()
+        clips = [magnitude(clip[None, :n]) for clip, n in zip(signal, own, strict=True)]
+        spec = torch.cat([F.pad(clip, (0, frames - clip.shape[-1])) for clip in clips])
+        ends = torch.tensor([clip.shape[-1] for clip in clips], device=wav.device)
+        inside = torch.arange(frames, device=wav.device) < ends[:, None]  # (B, T)
+    if mel is not None:
+        spec = (spec.transpose(1, 2) @ mel.to(compute)).transpose(1, 2)
+    if log_offset is not None:
+        spec = (spec + log_offset).log()
+    if mean != 0.0 or std != 1.0:
+        spec = (spec - mean) / std
+
+    bands = spec.shape[1]
+    if freq_mask is not None:
+        masked = span_mask(freq_mask, bands).any(-2)  # (1 or B, F)
+        spec = spec.masked_fill(masked[:, :, None], mask_value)
+    if time_mask is not None:
+        masked = span_mask(time_mask, frames).any(-2)  # (1 or B, T)
+        spec = spec.masked_fill(masked[:, None, :], mask_value)
+    if inside is not None:
+        spec = spec.masked_fill(~inside[:, None, :], 0.0)
+    return spec[:, : bands // crop[0] * crop[0], : frames // crop[1] * crop[1]]

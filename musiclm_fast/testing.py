@@ -1,0 +1,160 @@
+"""Tools for parity tests and benchmarks: the tolerance oracle, poisoned memory, input makers.
+
+The rule for every kernel: its error against the float64 reference is at most twice the error of
+the same-dtype torch path, plus a floor of a few units in the last place of the largest value::
+
+    max|ours - oracle| <= 2 max|same_dtype - oracle| + floor_ulps * eps(dtype) * max|oracle|
+
+The factor lets a kernel sum in another order; the floor covers outputs on which the torch path
+happens to be exact. Nothing here is tuned per op, device or shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR_ULPS = 8.0
+
+
+def assert_close_to_oracle(
+    name: str,
+    actual: Tensor,
+    same_dtype: Tensor,
+    oracle: Tensor,
+    *,
+    floor_ulps: float = FLOOR_ULPS,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Check ``actual`` against a float64 oracle by the module's rule.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the kernel's result.
+        same_dtype: the torch path's result, computed in the kernel's dtype.
+        oracle: the torch path's result in float64.
+        floor_ulps: the floor, in units of eps(dtype) * max|oracle|.
+        dtype: whose eps counts (default: ``actual``'s); the input's dtype where a kernel returns
+            float32 gradients of values that were computed from half precision.
+
+    Raises:
+        AssertionError: shapes differ, ``actual`` is not finite where the oracle is, or the error
+            is too large; with all three numbers.
+    """
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)} != {tuple(oracle.shape)}")
+    if oracle.numel() == 0:
+        return
+    eps = torch.finfo(dtype or actual.dtype).eps
+    oracle = oracle.detach().double()
+    error = (actual.detach().double() - oracle).abs().max().item()
+    yardstick = (same_dtype.detach().double() - oracle).abs().max().item()
+    floor = floor_ulps * eps * oracle.abs().max().item() + torch.finfo(torch.float32).tiny
+    if not error <= 2.0 * yardstick + floor:
+        raise AssertionError(
+            f"{name}: error {error:.3e} > 2 x {yardstick:.3e} (torch path) + {floor:.3e} (floor)"
+        )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN (integers with their maximum).
+
+    An output that a kernel does not write then shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def attention_inputs(
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 17,
+    keys: int | None = None,
+    head_dim: int = 32,
+    *,
+    kv_heads: int | None = None,
+    radius: int | None = 8,
+    codes_per_sample: bool = False,
+    key_mask: bool = False,
+    lengths: bool = False,
+    qk_norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random arguments for :func:`musiclm_fast.ops.attention`; floats require gradients.
+
+    ``radius=None`` leaves the bias out. q, k and v are strided views of ``(B, N, H, D)`` tensors,
+    as the modules make them.
+    """
+    keys = queries if keys is None else keys
+    kv_heads = heads if kv_heads is None else kv_heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, shift: float = 0.0, to: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator) + shift
+        return values.to(device=device, dtype=to).requires_grad_()
+
+    arguments: dict[str, Any] = {
+        "q": normal(batch, queries, heads, head_dim).transpose(1, 2),
+        "k": normal(batch, keys, kv_heads, head_dim).transpose(1, 2),
+        "v": normal(batch, keys, kv_heads, head_dim).transpose(1, 2),
+    }
+    for name in ("q", "k", "v"):
+        arguments[name] = arguments[name].detach().requires_grad_()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if radius is not None:
+        arguments["bias_table"] = normal(heads, 2 * radius + 1, to=wide)
+        for name, length in (("q_codes", queries), ("k_codes", keys)):
+            shape = (batch, length) if codes_per_sample else (length,)
+            codes = torch.randint(
+                0, radius + radius // 2 + 1, shape, generator=generator, dtype=torch.int32
+            )
+            arguments[name] = codes.sort(-1).values.to(device)
+    if key_mask:
+        mask = torch.rand(batch, keys, generator=generator) < 0.7
+        arguments["key_padding_mask"] = mask.to(device)
+    if lengths:
+        own = torch.randint(0, keys + 1, (batch,), generator=generator, dtype=torch.int32)
+        arguments["key_lengths"] = own.to(device)
+    if qk_norm:
+        arguments["q_scale"] = normal(head_dim, shift=1.0, to=wide)
+        arguments["k_scale"] = normal(head_dim, shift=1.0, to=wide)
+    return arguments
+
+
+def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with every floating tensor in float64, as new leaves."""
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def gradients(output: Tensor, arguments: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
+    """Gradients of ``<output, grad>`` for every argument that requires one, by name."""
+    names = [
+        n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad
+    ]
+    found = torch.autograd.grad(
+        output, [arguments[n] for n in names], grad.to(output.dtype), allow_unused=True
+    )
+    return {
+        n: torch.zeros_like(arguments[n]) if g is None else g
+        for n, g in zip(names, found, strict=True)
+    }
