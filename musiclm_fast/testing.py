@@ -148,9 +148,7 @@ def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def gradients(output: Tensor, arguments: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
     """Gradients of ``<output, grad>`` for every argument that requires one, by name."""
-    names = [
-        n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad
-    ]
+    names = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     found = torch.autograd.grad(
         output, [arguments[n] for n in names], grad.to(output.dtype), allow_unused=True
     )

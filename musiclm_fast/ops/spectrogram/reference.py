@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def num_frames(
-    samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True
-) -> int:
+def num_frames(samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True) -> int:
     """Frames of a clip of ``samples`` samples."""
     padded = samples + 2 * pad + (n_fft // 2 * 2 if center else 0)
     return max(0, (padded - n_fft) // hop_length + 1)
