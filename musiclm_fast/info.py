@@ -24,7 +24,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import musiclm_fast
-    import musiclm_fast.ops  # noqa: F401  registers the dispatchers
+    import musiclm_fast.ops
     from musiclm_fast import _dispatch, _extension
 
     packages = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -184,7 +186,7 @@ class AudioSpectrogramTransformer(nn.Module):
         if x.shape[0] == 0:
             fail("x", "an empty batch", "at least one clip")
         check_finite("x", x)
-        weight_dtype = self.norm.learned_gamma.dtype  # type: ignore[union-attr]
+        weight_dtype = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight).dtype
         if x.dtype != torch.float64 or weight_dtype != torch.float64:
             x = x.float()
 
@@ -241,7 +243,7 @@ class AudioSpectrogramTransformer(nn.Module):
 
     def _bias_table(self, height: int, width: int) -> Tensor:
         # (heads, 2R + 1): one row of the MLP per distinct offset, never per pair
-        offsets = grid_offsets(height, width, self.norm.learned_gamma.device)  # type: ignore[union-attr]
-        weight = self.dynamic_pos_bias_mlp[0].weight
+        weight = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight)
+        offsets = grid_offsets(height, width, weight.device)
         table: Tensor = self.dynamic_pos_bias_mlp(offsets.to(weight.dtype))
         return table.t().contiguous()

@@ -36,6 +36,7 @@ class SoftmaxContrastiveLearning(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters lie."""
         return self.temperatures.device
 
     def forward(self, audio_latents: Tensor, text_latents: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ class SigmoidContrastiveLearning(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters lie."""
         return self.temperatures.device
 
     def forward(self, audio_latents: Tensor, text_latents: Tensor) -> Tensor:

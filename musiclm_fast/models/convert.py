@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -34,15 +35,15 @@ def from_reference(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if name not in _BUILDERS:
         fail("model", describe(type(model)), "a model named " + ", ".join(_BUILDERS), TypeError)
-    ours: nn.Module = _BUILDERS[name](model)
+    ours = _BUILDERS[name](model)
     if name != "MusicLM":
         first = next(iter(model.state_dict().values()))
         floating = next(v for v in model.state_dict().values() if v.is_floating_point())
         ours.to(device=first.device, dtype=floating.dtype)
         ours.load_state_dict(model.state_dict())
     modes = {path: module.training for path, module in model.named_modules()}
-    for path, module in ours.named_modules():
-        module.training = modes.get(path, model.training)
+    for path, part in ours.named_modules():
+        part.training = modes.get(path, model.training)
     return ours
 
 
@@ -140,7 +141,7 @@ def _musiclm(model: Any) -> MusicLM:
     return MusicLM(audio_lm=model.audio_lm, mulan_embed_quantizer=quantizer)
 
 
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
     "MuLaN": _mulan,
     "AudioSpectrogramTransformer": _audio,
     "TextTransformer": _text,

@@ -45,7 +45,7 @@ class GEGLU(nn.Module):
         return F.gelu(gate) * x
 
 
-def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:  # noqa: N802
+def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:
     """Pre-norm GEGLU feed-forward with hidden width ``int(dim * mult * 2 / 3)``."""
     hidden = int(dim * mult * 2 / 3)
     return nn.Sequential(
@@ -164,7 +164,8 @@ class Transformer(nn.Module):
             outputs ``(depth - 1, B, n, dim)``, else None.
         """
         outputs = []
-        for attn, ff in self.layers:  # type: ignore[misc]
+        for block in self.layers:
+            attn, ff = block.children()
             x = attn(x, bias=bias, mask=mask, lengths=lengths) + x
             x = ff(x) + x
             outputs.append(x)

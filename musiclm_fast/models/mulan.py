@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,9 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss_layers: how many; default the smaller depth less one.
         sigmoid_contrastive_loss: sigmoid loss in place of softmax.
     """
+
+    audio_layers_indices: Tensor
+    text_layers_indices: Tensor
 
     def __init__(
         self,
@@ -71,6 +76,14 @@ class MuLaN(nn.Module):
             sigmoid_contrastive_loss=sigmoid_contrastive_loss,
         )  # fmt: skip
 
+    @overload
+    def get_audio_latents(self, wavs: Tensor) -> Tensor: ...
+
+    @overload
+    def get_audio_latents(
+        self, wavs: Tensor, return_all_layers: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
     def get_audio_latents(
         self, wavs: Tensor, return_all_layers: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,13 +97,20 @@ class MuLaN(nn.Module):
             Unit vectors ``(B, dim_latent)``; with ``return_all_layers`` also
             ``(depth - 1, B, patches, audio dim)``.
         """
-        layers = None
-        if return_all_layers:
-            embeds, layers = self.audio(wavs, return_all_layers=True)
-        else:
-            embeds = self.audio(wavs)
-        latents = F.normalize(self.audio_to_latents(embeds), dim=-1)
-        return latents if layers is None else (latents, layers)
+        if not return_all_layers:
+            return F.normalize(self.audio_to_latents(self.audio(wavs)), dim=-1)
+        embeds, layers = self.audio(wavs, return_all_layers=True)
+        return F.normalize(self.audio_to_latents(embeds), dim=-1), layers
+
+    @overload
+    def get_text_latents(
+        self, texts: Tensor | None = None, raw_texts: list[str] | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def get_text_latents(
+        self, texts: Tensor | None, raw_texts: list[str] | None, return_all_layers: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
 
     def get_text_latents(
         self,
@@ -109,13 +129,10 @@ class MuLaN(nn.Module):
             Unit vectors ``(B, dim_latent)``; with ``return_all_layers`` also
             ``(depth - 1, B, 1 + n, text dim)``.
         """
-        layers = None
-        if return_all_layers:
-            embeds, layers = self.text(texts, raw_texts=raw_texts, return_all_layers=True)
-        else:
-            embeds = self.text(texts, raw_texts=raw_texts)
-        latents = F.normalize(self.text_to_latents(embeds), dim=-1)
-        return latents if layers is None else (latents, layers)
+        if not return_all_layers:
+            return F.normalize(self.text_to_latents(self.text(texts, raw_texts)), dim=-1)
+        embeds, layers = self.text(texts, raw_texts, return_all_layers=True)
+        return F.normalize(self.text_to_latents(embeds), dim=-1), layers
 
     def forward(
         self,
@@ -152,11 +169,11 @@ class MuLaN(nn.Module):
         )
         audio_layers = text_layers = None
         if wants_layers:
-            audio, audio_layers = self.get_audio_latents(wavs, return_all_layers=True)
-            text, text_layers = self.get_text_latents(texts, raw_texts, return_all_layers=True)
+            audio, audio_layers = self.get_audio_latents(wavs, True)
+            text, text_layers = self.get_text_latents(texts, raw_texts, True)
         else:
-            audio = self.get_audio_latents(wavs)  # type: ignore[assignment]
-            text = self.get_text_latents(texts, raw_texts)  # type: ignore[assignment]
+            audio = self.get_audio_latents(wavs)
+            text = self.get_text_latents(texts, raw_texts)
 
         if return_latents:
             return audio, text

@@ -54,6 +54,7 @@ class TextTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters lie."""
         return self.cls_token.device
 
     def forward(
