@@ -90,7 +90,7 @@ def test_ids_of_long_words_equal_x_clips(x_clip: Any, letters: str, length: int)
     assert tokenizer.encode(text) == x_clip.tokenizer.encode(text)
 
 
-@live_settings
+@settings(live_settings, max_examples=150)
 @given(text=st.from_regex(module._PLAIN, fullmatch=True))
 def test_plain_text_needs_no_cleaning(text: str) -> None:
     assert html.unescape(html.unescape(ftfy.fix_text(text))) == text
@@ -186,7 +186,7 @@ def test_tokenize_truncates_in_silence_when_asked(x_clip: Any) -> None:
 letter = st.characters(categories=["Ll", "Lo", "Nd", "So"])
 
 
-@live_settings
+@settings(live_settings, max_examples=150)
 @given(words=st.lists(st.text(letter | st.sampled_from("!?-"), min_size=1, max_size=12)))
 def test_round_trip(words: list[str]) -> None:
     text = unicodedata.normalize("NFC", " ".join(words))
