@@ -58,7 +58,8 @@ def _x_clips() -> tuple[Callable[[str], list[int]], Callable[[], None]]:
         pytest.skip("x-clip is not installed: pip install --no-deps x-clip")
     path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
     spec = importlib.util.spec_from_file_location("x_clip_tokenizer", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

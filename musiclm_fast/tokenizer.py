@@ -12,8 +12,9 @@ the word cache keeps off the hot path.
 
 Why it is faster: plain ASCII text is a fixed point of the cleaning, so it skips ftfy and is split
 by a narrow pattern of the standard library; a word that is one token is looked up, any other
-costs O(n log n) instead of O(n^2), and both are remembered in a bounded cache. All state is the module's (tables loaded on first use, that cache),
-so a tokenizer is free to make, to pickle and to share between threads.
+costs O(n log n) instead of O(n^2), and both are remembered in a bounded cache. All state is the
+module's (tables loaded on first use, that cache), so a tokenizer is free to make, to pickle and
+to share between threads.
 
 Source: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units",
 https://arxiv.org/abs/1508.07909; the merges are those of Radford et al., "Learning Transferable
@@ -146,7 +147,7 @@ def _byte_ids() -> list[int]:
 
 @cache
 def _whole_words() -> dict[bytes, int]:
-    """Id of every word that is one token (its bytes and a space): the merges lead to all of them."""
+    """Id of every word that is one token, by its bytes and a space; the merges lead to each."""
     _, pieces = _tables()
     return {piece: i for i, piece in enumerate(pieces) if piece.endswith(b" ")}
 
