@@ -69,7 +69,7 @@ def test_a_failed_self_check_warns_once_and_falls_back():
 
 
 @pytest.mark.parametrize(
-    "value, ok", [("torch", True), ("attention=torch", True), ("attention=nope", False)]
+    ("value", "ok"), [("torch", True), ("attention=torch", True), ("attention=nope", False)]
 )
 def test_environment(value, ok):
     code = (

@@ -72,7 +72,7 @@ def test_raw_texts_equal_their_tokens(wavs):
     torch.testing.assert_close(mulan(wavs, raw_texts=words), mulan(wavs, ids))
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 5), (4, 1), (3, 4)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (4, 1), (3, 4)])
 def test_offset_table_equals_the_mlp_of_every_pair(height, width):
     tower = audio_tower()
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).float()
@@ -196,10 +196,9 @@ def test_attention_reference_is_what_the_modules_run(wavs, texts):
 
 
 class _StubAudioLM(torch.nn.Module):
-    audio_conditioner = None
-
     def __init__(self, outputs):
         super().__init__()
+        self.audio_conditioner = None
         self.outputs = list(outputs)
         self.seen = []
 
@@ -243,7 +242,7 @@ def test_musiclm_keeps_the_most_similar_sample(quantizer, as_list):
 
 
 @pytest.mark.parametrize(
-    "wavs, message",
+    ("wavs", "message"),
     [
         (torch.randn(0, 4000), "empty batch"),
         (torch.randn(2, 2, 4000), r"\(B, samples\)"),
@@ -278,7 +277,7 @@ def test_bad_texts_and_batches(wavs):
 
 
 @pytest.mark.parametrize(
-    "build, message",
+    ("build", "message"),
     [
         (lambda: audio_tower(front_end="nope"), "one of 'reference', 'mulan', 'ast'"),
         (lambda: audio_tower(front_end="mulan", spec_n_fft=256), "give one of the two"),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast._dispatch import without_autocast
+
 
 def num_frames(samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True) -> int:
     """Frames of a clip of ``samples`` samples."""
@@ -76,6 +78,7 @@ def span_mask(spans: Tensor, size: int) -> Tensor:
     return (position >= spans[..., :1]) & (position < spans[..., 1:])
 
 
+@without_autocast
 def spectrogram_reference(
     wav: Tensor,
     *,
