@@ -15,6 +15,7 @@ import torch
 
 OLDEST_TORCH = (2, 11)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
+# in a checkout of the project
 HOW_TO_BUILD = "pip install cmake ninja pybind11 && pip install --no-build-isolation ."
 
 _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
@@ -71,9 +72,9 @@ def _load() -> ExtensionStatus:
     try:
         from musiclm_fast import _C
     except ImportError as error:
-        return ExtensionStatus(
-            False, f"the compiled library is not built ({error}); to build it: {HOW_TO_BUILD}"
-        )
+        built = ", ".join(sorted(file.name for file in _LIBRARY.parent.glob("_C.*.so")))
+        state = f"does not load ({error}; there is {built})" if built else "is not built"
+        return ExtensionStatus(False, f"the compiled library {state}; to build it: {HOW_TO_BUILD}")
     facts = _C.build_facts()
     level = os.environ.get("MUSICLM_FAST_SIMD")
     if level and level not in SIMD_LEVELS:
