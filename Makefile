@@ -31,9 +31,9 @@ $(STAMPS)/venv:
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/dev: requirements/dev.txt requirements/reference.txt requirements/demo.txt requirements/triton.txt | $(STAMPS)/venv
-	$(PIP) install --quiet -r requirements/dev.txt
-	$(PIP) install --quiet --no-deps -r requirements/reference.txt -r requirements/demo.txt
-	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet -r requirements/triton.txt
+	$(PIP) install --quiet --no-compile -r requirements/dev.txt
+	$(PIP) install --quiet --no-compile --no-deps -r requirements/reference.txt -r requirements/demo.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet --no-compile -r requirements/triton.txt
 	touch $@
 
 # Installed in place: edits of Python files need nothing, edits of csrc/ one compilation.

@@ -1,4 +1,4 @@
-"""The package as it is installed: what importing costs, what the wheel holds, how the tree is laid."""
+"""The package as installed: what importing costs, what the wheel holds, how the tree is laid."""
 
 from __future__ import annotations
 
