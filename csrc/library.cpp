@@ -4,5 +4,14 @@
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
-  (void)m;
+  m.def(
+      "spectrogram_forward(Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
+  m.def(
+      "spectrogram_backward(Tensor grad, Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
 }
