@@ -15,4 +15,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
       "Tensor? key_padding_mask, Tensor? key_lengths, Tensor? q_scale, Tensor? k_scale, "
       "Tensor? dropout_seed, float scale, bool causal, float dropout_p) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "spectrogram_forward(Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
+  m.def(
+      "spectrogram_backward(Tensor grad, Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
 }
