@@ -1,0 +1,153 @@
+// Vectors of float at the level that this file is compiled for; for *.simd.cpp only. Torch-free.
+//
+// Arithmetic and comparisons are the compiler's own on vector types: a * b + c (contracted to one
+// FMA where there is one), a < b ? a : b. Everything lies in the level's own namespace, so that the
+// same function at two levels is never merged into one.
+#pragma once
+
+#ifndef MUSICLM_FAST_SIMD_NS
+#error "common/simd.h is for *.simd.cpp files, which are compiled once per SIMD level"
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "common/bf16.h"
+
+namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
+
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vint __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t vhalfword __attribute__((vector_size(kWidth * 2)));
+
+#define MUSICLM_FAST_INLINE [[gnu::always_inline]] inline
+
+MUSICLM_FAST_INLINE vfloat vset(float x) { return vfloat{} + x; }
+MUSICLM_FAST_INLINE vfloat vzero() { return vfloat{}; }
+
+MUSICLM_FAST_INLINE vfloat vload(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+MUSICLM_FAST_INLINE void vstore(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n of kWidth lanes, 0 <= n <= kWidth; the others are 0 and their memory is not read.
+MUSICLM_FAST_INLINE vfloat vload_partial(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  vfloat v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// Writes the first n of kWidth lanes, 0 <= n <= kWidth.
+MUSICLM_FAST_INLINE void vstore_partial(float* p, vfloat v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// bfloat16 in memory, float in registers; stores round to nearest even and keep NaN.
+MUSICLM_FAST_INLINE vfloat vload(const bf16* p) {
+  vhalfword h;
+  std::memcpy(&h, p, sizeof h);
+  return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+MUSICLM_FAST_INLINE void vstore(bf16* p, vfloat v) {
+  const vuint bits = (vuint)v;
+  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vuint quiet = (bits >> 16) | 0x40u;
+  const vhalfword h = __builtin_convertvector(v != v ? quiet : rounded, vhalfword);
+  std::memcpy(p, &h, sizeof h);
+}
+
+MUSICLM_FAST_INLINE vfloat vload_partial(const bf16* p, int n) {
+  bf16 lanes[kWidth] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(bf16));
+  return vload(lanes);
+}
+
+MUSICLM_FAST_INLINE void vstore_partial(bf16* p, vfloat v, int n) {
+  bf16 lanes[kWidth];
+  vstore(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
+}
+
+// The larger of two; b where a is NaN.
+MUSICLM_FAST_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// Sum over the lanes.
+MUSICLM_FAST_INLINE float vsum(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float half[kWidth];
+  vstore(half, v);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) half[i] += half[i + width];
+  }
+  return half[0];
+#endif
+}
+
+// Largest lane.
+MUSICLM_FAST_INLINE float vmaximum(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float half[kWidth];
+  vstore(half, v);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) half[i] = half[i] > half[i + width] ? half[i] : half[i + width];
+  }
+  return half[0];
+#endif
+}
+
+// e^x within 2 units in the last place. 0 where the result is below 2^-126 (x < -87.33, -inf),
+// infinite above 88.37, NaN where x is NaN.
+MUSICLM_FAST_INLINE vfloat vexp(vfloat x) {
+  const vfloat lowest = vset(-87.336544f);
+  const vfloat highest = vset(88.7f);
+  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vfloat y = x < lowest ? lowest : x;
+  y = y > highest ? highest : y;
+  const vfloat shifted = y * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  // y = n * ln(2) + r, with ln(2) in two parts so that n times the first is exact
+  const vfloat r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  // Cephes' expf polynomial: e^r = 1 + r + r^2 * p(r) on [-ln(2)/2, ln(2)/2]
+  vfloat p = vset(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vint exponent = (vint)shifted - 0x4B400000 + 127;
+  const vfloat scale = (vfloat)(exponent << 23);
+  return x < lowest ? vzero() : p * scale;
+}
+
+}  // namespace musiclm_fast::MUSICLM_FAST_SIMD_NS

@@ -1,0 +1,92 @@
+// The LibTorch stable ABI (torch 2.11 and newer), and the few helpers that every op's registration
+// wants. No other file of torch's C++ is included anywhere: ATen and c10 are not stable.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "common/bf16.h"
+
+namespace musiclm_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Checks of what the Python layer guarantees: they guard a kernel against being called by hand as
+// torch.ops.musiclm_fast.<op>. The user's errors are raised in Python, with the user's names.
+inline void check_cpu(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+}
+
+inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": got ", tensor.dim(), " dimensions, expected ", dim);
+}
+
+inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(tensor.size(dim) == size, name, ": got size ", tensor.size(dim), " at dimension ",
+                  dim, ", expected ", size);
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": got dtype ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+                  torch::headeronly::toString(dtype));
+}
+
+inline void check_contiguous(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline void check_inner_contiguous(const Tensor& tensor, const char* name) {
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name,
+                  ": expected stride 1 in the last dimension, got ", tensor.stride(last));
+}
+
+// An uninitialised tensor of `sizes`; dtype and device are `like`'s unless given.
+inline Tensor empty_as(const Tensor& like, std::vector<int64_t> sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline Tensor zeros_as(const Tensor& like, std::vector<int64_t> sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_zeros(like, sizes, dtype);
+}
+
+// A bfloat16 tensor's data as the kernels' own type.
+inline const bf16* kernel_type(const BFloat16* data) { return reinterpret_cast<const bf16*>(data); }
+inline bf16* kernel_type(BFloat16* data) { return reinterpret_cast<bf16*>(data); }
+inline const float* kernel_type(const float* data) { return data; }
+inline float* kernel_type(float* data) { return data; }
+
+// Calls f with a value of the C++ type of `dtype`, one of Types:
+//   dispatch<float, BFloat16>(q.scalar_type(), "q", [&](auto zero) {
+//     using scalar_t = decltype(zero);
+//     ...
+//   });
+template <typename... Types, typename F>
+void dispatch(ScalarType dtype, const char* name, const F& f) {
+  const bool found =
+      ((dtype == torch::headeronly::CppTypeToScalarType<Types>::value && (f(Types{}), true)) ||
+       ...);
+  STD_TORCH_CHECK(found, name, ": dtype ", torch::headeronly::toString(dtype),
+                  " is not supported by this kernel");
+}
+
+}  // namespace musiclm_fast
