@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast._dispatch import without_autocast
 
+
+@without_autocast
 def contrastive_loss_reference(
     audio: Tensor,
     text: Tensor,
@@ -21,7 +24,7 @@ def contrastive_loss_reference(
 ) -> Tensor:
     """Same arguments and result as :func:`musiclm_fast.ops.contrastive_loss`, with B x B memory."""
     compute = torch.float64 if audio.dtype == torch.float64 else torch.float32
-    layers, batch, _ = audio.shape
+    _layers, batch, _ = audio.shape
     sims = audio.to(compute) @ text.to(compute).transpose(1, 2)  # (L, B, B)
     sims = sims * temperature.to(compute)[:, None, None]
     if bias is not None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast._dispatch import without_autocast
 
-def num_frames(
-    samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True
-) -> int:
+
+def num_frames(samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True) -> int:
     """Frames of a clip of ``samples`` samples."""
     padded = samples + 2 * pad + (n_fft // 2 * 2 if center else 0)
     return max(0, (padded - n_fft) // hop_length + 1)
@@ -78,6 +78,7 @@ def span_mask(spans: Tensor, size: int) -> Tensor:
     return (position >= spans[..., :1]) & (position < spans[..., 1:])
 
 
+@without_autocast
 def spectrogram_reference(
     wav: Tensor,
     *,
