@@ -54,7 +54,7 @@ class Packed {
         column_tile(tile_size(n, depth)),
         row_tiles(ceil_div(m, row_tile)),
         column_tiles(ceil_div(n, column_tile)),
-        temperature(temperature.const_data_ptr<float>()),
+        temperature_(temperature.const_data_ptr<float>()),
         rows_(layers * m * ld),
         columns_(layers * n * ld),
         panels_(layers * ceil_div(n, kPanel) * kPanel * depth),
@@ -71,7 +71,7 @@ class Packed {
         const int64_t layer = part / row_parts, begin = part % row_parts * kPanel;
         row_norm.get()[part] = MUSICLM_FAST_SIMD_CALL(
             contrastive_pack, from_audio + layer * audio_stride[0] + begin * audio_stride[1],
-            std::min(kPanel, m - begin), depth, audio_stride[1], this->temperature[layer], ld,
+            std::min(kPanel, m - begin), depth, audio_stride[1], ld,
             rows(layer) + begin * ld);
       };
       const auto pack_text = [&](int64_t part) {
@@ -79,7 +79,7 @@ class Packed {
         const int64_t count = std::min(kPanel, n - begin);
         column_norm.get()[part] = MUSICLM_FAST_SIMD_CALL(
             contrastive_pack, from_text + layer * text_stride[0] + begin * text_stride[1], count,
-            depth, text_stride[1], 1.0f, ld, columns(layer) + begin * ld);
+            depth, text_stride[1], ld, columns(layer) + begin * ld);
         MUSICLM_FAST_SIMD_CALL(contrastive_panel, columns(layer) + begin * ld, count, depth, ld,
                                panels(layer) + begin * depth);
       };
@@ -91,9 +91,10 @@ class Packed {
       });
     });
     for (int64_t layer = 0; layer < layers; ++layer) {
-      const float bound = largest(row_norm.get() + layer * row_parts, row_parts) *
-                          largest(column_norm.get() + layer * column_parts, column_parts);
-      bounded_[layer] = bound <= kBounded * kBounded;  // not where a norm is NaN
+      const float bound = temperature_[layer] *
+                          std::sqrt(largest(row_norm.get() + layer * row_parts, row_parts)) *
+                          std::sqrt(largest(column_norm.get() + layer * column_parts, column_parts));
+      bounded_[layer] = bound <= kBounded;  // not where a norm is NaN
     }
   }
 
@@ -130,6 +131,7 @@ class Packed {
           tile.depth = depth;
           tile.ld = ld;
           tile.positive = row + offset - column;
+          tile.temperature = temperature_[layer];
           tile.similarities = similarities.get();
           tile.scratch = scratch.get();
           f(layer, row, column, tile);
@@ -139,7 +141,7 @@ class Packed {
   }
 
   const int64_t layers, m, n, depth, ld, offset, row_tile, column_tile, row_tiles, column_tiles;
-  const float* const temperature;
+  const float* temperature() const { return temperature_; }
 
  private:
   static float largest(const float* values, int64_t count) {
@@ -151,6 +153,7 @@ class Packed {
     return result;
   }
 
+  const float* const temperature_;
   const Buffer rows_, columns_, panels_;
   const std::unique_ptr<bool[]> bounded_;
 };
@@ -169,10 +172,10 @@ class Gradient {
 
   float* at(int64_t layer, int64_t row) const { return sums + (layer * count_ + row) * ld_; }
 
-  // Multiplies layer l by factor[l] (null: by 1); the result is then complete.
+  // Multiplies layer l by factor[l]; the result is then complete.
   void finish(const float* factor) const {
     for (int64_t layer = 0; layer < layers_; ++layer) {
-      const float by = factor == nullptr ? 1.0f : factor[layer];
+      const float by = factor[layer];
       torch::stable::parallel_for(0, count_, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const float* from = at(layer, row);
@@ -196,7 +199,7 @@ class Gradient {
 };
 
 // d temperature[l] = sum_ij ds_ij <audio_i, text_j> = sum_i <audio_i, (ds @ text)_i>, before the
-// gradient of audio is multiplied by the temperature. rows = temperature * audio.
+// gradient of audio is multiplied by the temperature.
 Tensor temperature_gradient(const Packed& packed, const Gradient& d_audio, const Tensor& like) {
   Tensor result = empty_as(like, {packed.layers}, ScalarType::Float);
   float* out = result.mutable_data_ptr<float>();
@@ -209,7 +212,7 @@ Tensor temperature_gradient(const Packed& packed, const Gradient& d_audio, const
       for (int64_t k = 0; k < packed.ld; ++k) dot += row[k] * grad[k];
       total += dot;
     }
-    out[layer] = static_cast<float>(total / packed.temperature[layer]);
+    out[layer] = static_cast<float>(total);
   }
   return result;
 }
@@ -324,8 +327,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp_backward(
                            d_text.at(layer, j));
   });
   Tensor d_temperature = temperature_gradient(packed, d_audio, audio);
-  d_audio.finish(packed.temperature);
-  d_text.finish(nullptr);
+  d_audio.finish(packed.temperature());
+  d_text.finish(packed.temperature());
   return {d_audio.result, d_text.result, d_temperature};
 }
 
@@ -374,8 +377,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_sigmoid(
     d_bias.mutable_data_ptr<float>()[layer] = static_cast<float>(total);
   }
   Tensor d_temperature = temperature_gradient(packed, d_audio, audio);
-  d_audio.finish(packed.temperature);
-  d_text.finish(nullptr);
+  d_audio.finish(packed.temperature());
+  d_text.finish(packed.temperature());
   return {loss, d_audio.result, d_text.result, d_temperature, d_bias};
 }
 

@@ -2,8 +2,8 @@
 //
 // A tile is m rows (audio) by n columns (text). Both sides are packed once into float: `rows` and
 // `columns` are (m, ld) and (n, ld) with ld a multiple of kAlign and zeros beyond depth; `panels`
-// holds the columns again, transposed in panels of kPanel: (ceil(n / kPanel), depth, kPanel). The
-// temperature is multiplied into `rows`, so that a product of both sides is the similarity.
+// holds the columns again, transposed in panels of kPanel: (ceil(n / kPanel), depth, kPanel).
+// Gradients of rows and columns come without the factor `temperature`.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,12 @@ inline constexpr int64_t kAlign = 16;  // floats in the widest vector
 inline constexpr float kBounded = 40.0f;
 
 struct ContrastiveTile {
-  const float* rows;     // (m, ld), times the temperature
+  const float* rows;     // (m, ld)
   const float* columns;  // (n, ld)
   const float* panels;   // (ceil(n / kPanel), depth, kPanel)
   int64_t m, n, depth, ld;
   int64_t positive;     // column of row 0's positive in this tile; row i's is positive + i
+  float temperature;
   float* similarities;  // workspace (m, round_up(n, kPanel))
   float* scratch;       // workspace of 4 * (m + round_up(n, kPanel))
 };
@@ -37,13 +38,12 @@ struct ContrastiveSums {
 };
 
 MUSICLM_FAST_DECLARE_SIMD(
-    // Packs `count` rows of stride `stride` into out (count, ld), times `factor`; returns the
-    // largest squared norm of a packed row (NaN where a row has a NaN).
+    // Packs `count` rows of stride `stride` into out (count, ld); returns the largest squared norm
+    // of a row (NaN where a row has a NaN).
     float contrastive_pack(const float* x, int64_t count, int64_t depth, int64_t stride,
-                           float factor, int64_t ld, float* out))
+                           int64_t ld, float* out))
 MUSICLM_FAST_DECLARE_SIMD(float contrastive_pack(const bf16* x, int64_t count, int64_t depth,
-                                                 int64_t stride, float factor, int64_t ld,
-                                                 float* out))
+                                                 int64_t stride, int64_t ld, float* out))
 MUSICLM_FAST_DECLARE_SIMD(
     // One panel of at most kPanel packed columns, transposed to (depth, kPanel), zeros beyond count.
     void contrastive_panel(const float* columns, int64_t count, int64_t depth, int64_t ld,

@@ -7,6 +7,9 @@ namespace {
 
 static_assert(kPanel % (4 * kWidth) == 0 && kAlign % kWidth == 0);
 
+// Terms of a dot product that are summed in one go: shorter sums of long products round less, and
+// their operands stay in the cache.
+constexpr int64_t kSlice = 128;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -16,11 +19,11 @@ int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPane
 // 24 of 32 (AVX-512), 12 of 16 (AVX2), 8 of 16 (SSE, which needs one for each product).
 constexpr int kBlockRows = kWidth == 16 ? 6 : kWidth == 8 ? 3 : 2;
 
-// c (kRows, kVectors * kWidth) = or += a @ b over depth. a's entry (r, k) lies at r * a_stride + k
-// where kAlongDepth, else at k * a_stride + r.
+// c (kRows, kVectors * kWidth) = or += factor * a @ b over depth. a's entry (r, k) lies at
+// r * a_stride + k where kAlongDepth, else at k * a_stride + r.
 template <int kRows, int kVectors, bool kAlongDepth, bool kAdd>
 void block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-           float* c, int64_t c_stride) {
+           float factor, float* c, int64_t c_stride) {
   vfloat sum[kRows][kVectors];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -43,48 +46,51 @@ void block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* out = c + r * c_stride + v * kWidth;
-      vstore(out, kAdd ? vload(out) + sum[r][v] : sum[r][v]);
+      vstore(out, factor * sum[r][v] + (kAdd ? vload(out) : vzero()));
     }
   }
 }
 
 template <int kRows, int kVectors, bool kAlongDepth, bool kAdd>
 void last_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-               int64_t depth, float* c, int64_t c_stride) {
+               int64_t depth, float factor, float* c, int64_t c_stride) {
   if (rows == kRows) {
-    block<kRows, kVectors, kAlongDepth, kAdd>(a, a_stride, b, b_stride, depth, c, c_stride);
+    block<kRows, kVectors, kAlongDepth, kAdd>(a, a_stride, b, b_stride, depth, factor, c, c_stride);
   } else if constexpr (kRows > 1) {
-    last_rows<kRows - 1, kVectors, kAlongDepth, kAdd>(rows, a, a_stride, b, b_stride, depth, c,
-                                                      c_stride);
+    last_rows<kRows - 1, kVectors, kAlongDepth, kAdd>(rows, a, a_stride, b, b_stride, depth, factor,
+                                                      c, c_stride);
   }
 }
 
 template <int kVectors, bool kAlongDepth, bool kAdd>
 void strip(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride,
-           int64_t depth, float* c, int64_t c_stride) {
+           int64_t depth, float factor, float* c, int64_t c_stride) {
   const int64_t next = kAlongDepth ? a_stride : 1;
   int64_t r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
     block<kBlockRows, kVectors, kAlongDepth, kAdd>(a + r * next, a_stride, b, b_stride, depth,
-                                                   c + r * c_stride, c_stride);
+                                                   factor, c + r * c_stride, c_stride);
   }
   last_rows<kBlockRows, kVectors, kAlongDepth, kAdd>(rows - r, a + r * next, a_stride, b, b_stride,
-                                                     depth, c + r * c_stride, c_stride);
+                                                     depth, factor, c + r * c_stride, c_stride);
 }
 
-// c (rows, columns) = or += a @ b (depth, columns); columns is a multiple of kWidth.
+// c (rows, columns) = or += factor * a @ b (depth, columns); columns is a multiple of kWidth.
 template <bool kAlongDepth, bool kAdd>
 void product(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride,
-             int64_t columns, int64_t depth, float* c, int64_t c_stride) {
+             int64_t columns, int64_t depth, float factor, float* c, int64_t c_stride) {
   int64_t j = 0;
   for (; j + 4 * kWidth <= columns; j += 4 * kWidth) {
-    strip<4, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, c + j, c_stride);
+    strip<4, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, factor, c + j,
+                                   c_stride);
   }
   for (; j + 2 * kWidth <= columns; j += 2 * kWidth) {
-    strip<2, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, c + j, c_stride);
+    strip<2, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, factor, c + j,
+                                   c_stride);
   }
   for (; j < columns; j += kWidth) {
-    strip<1, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, c + j, c_stride);
+    strip<1, kAlongDepth, kAdd>(a, a_stride, rows, b + j, b_stride, depth, factor, c + j,
+                                   c_stride);
   }
 }
 
@@ -103,8 +109,16 @@ Range positives(const ContrastiveTile& t) {
 void similarities(const ContrastiveTile& t, float* positive) {
   const int64_t stride = padded(t.n);
   for (int64_t j = 0; j < stride; j += kPanel) {
-    product<true, false>(t.rows, t.ld, t.m, t.panels + j * t.depth, kPanel, kPanel, t.depth,
-                         t.similarities + j, stride);
+    const float* panel = t.panels + j * t.depth;
+    float* out = t.similarities + j;
+    const int64_t first = t.depth < kSlice ? t.depth : kSlice;
+    product<true, false>(t.rows, t.ld, t.m, panel, kPanel, kPanel, first, t.temperature, out,
+                         stride);
+    for (int64_t k = first; k < t.depth; k += kSlice) {
+      const int64_t depth = t.depth - k < kSlice ? t.depth - k : kSlice;
+      product<true, true>(t.rows + k, t.ld, t.m, panel + k * kPanel, kPanel, kPanel, depth,
+                          t.temperature, out, stride);
+    }
   }
   if (stride != t.n) {
     for (int64_t i = 0; i < t.m; ++i) {
@@ -122,8 +136,9 @@ void similarities(const ContrastiveTile& t, float* positive) {
 // d_rows += ds @ columns and d_columns += ds^T @ rows, with ds in t.similarities.
 void push(const ContrastiveTile& t, float* d_rows, float* d_columns) {
   const int64_t stride = padded(t.n);
-  product<true, true>(t.similarities, stride, t.m, t.columns, t.ld, t.ld, t.n, d_rows, t.ld);
-  product<false, true>(t.similarities, stride, t.n, t.rows, t.ld, t.ld, t.m, d_columns, t.ld);
+  product<true, true>(t.similarities, stride, t.m, t.columns, t.ld, t.ld, t.n, 1.0f, d_rows, t.ld);
+  product<false, true>(t.similarities, stride, t.n, t.rows, t.ld, t.ld, t.m, 1.0f, d_columns,
+                       t.ld);
 }
 
 // Merges a tile's (shift, sum) into the running one, for `count` rows or columns.
@@ -214,7 +229,7 @@ MUSICLM_FAST_INLINE vfloat softplus(vfloat s, vfloat* sigmoid) {
 }
 
 template <typename T>
-float pack(const T* x, int64_t count, int64_t depth, int64_t stride, float factor, int64_t ld,
+float pack(const T* x, int64_t count, int64_t depth, int64_t stride, int64_t ld,
            float* out) {
   float largest = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
@@ -223,7 +238,7 @@ float pack(const T* x, int64_t count, int64_t depth, int64_t stride, float facto
       const int64_t left = depth - k;
       const int n = static_cast<int>(left < 0 ? 0 : left < kWidth ? left : kWidth);
       const vfloat value =
-          factor * (n == kWidth ? vload(x + i * stride + k) : vload_partial(x + i * stride + k, n));
+          n == kWidth ? vload(x + i * stride + k) : vload_partial(x + i * stride + k, n);
       square = value * value + square;
       vstore(out + i * ld + k, value);
     }
@@ -236,14 +251,14 @@ float pack(const T* x, int64_t count, int64_t depth, int64_t stride, float facto
 
 }  // namespace
 
-float contrastive_pack(const float* x, int64_t count, int64_t depth, int64_t stride, float factor,
+float contrastive_pack(const float* x, int64_t count, int64_t depth, int64_t stride,
                        int64_t ld, float* out) {
-  return pack(x, count, depth, stride, factor, ld, out);
+  return pack(x, count, depth, stride, ld, out);
 }
 
-float contrastive_pack(const bf16* x, int64_t count, int64_t depth, int64_t stride, float factor,
+float contrastive_pack(const bf16* x, int64_t count, int64_t depth, int64_t stride,
                        int64_t ld, float* out) {
-  return pack(x, count, depth, stride, factor, ld, out);
+  return pack(x, count, depth, stride, ld, out);
 }
 
 void contrastive_panel(const float* columns, int64_t count, int64_t depth, int64_t ld,

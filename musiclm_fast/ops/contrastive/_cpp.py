@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,11 +27,14 @@ def supports(*, audio: Tensor, text: Tensor, **_: Any) -> tuple[bool, str]:
     return True, ""
 
 
-@functools.cache
-def kernels() -> _autograd.Kernels:
-    """The kernels, registered with autograd on the first call."""
-    names = ("contrastive_logsumexp", "contrastive_logsumexp_backward", "contrastive_sigmoid")
-    return _autograd.register(*(f"musiclm_fast::{name}" for name in names))
+def run(
+    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
+) -> Tensor:
+    """The loss by the kernels."""
+    bias = None if bias is None else bias.float()
+    return _autograd.loss(
+        kernels, prepare(audio), prepare(text), temperature.float(), bias, kind
+    )
 
 
 def prepare(latents: Tensor) -> Tensor:
@@ -40,3 +42,11 @@ def prepare(latents: Tensor) -> Tensor:
     if latents.dtype == torch.float16:
         latents = latents.float()
     return latents if latents.stride(-1) == 1 else latents.contiguous()
+
+
+if _extension.load():
+    kernels = _autograd.register(
+        "musiclm_fast::contrastive_logsumexp",
+        "musiclm_fast::contrastive_logsumexp_backward",
+        "musiclm_fast::contrastive_sigmoid",
+    )

@@ -34,12 +34,16 @@ def contrastive_loss_reference(
         signs = torch.where(same, 1.0, -1.0).to(compute)
         return -F.logsigmoid(signs * sims).sum() / batch
     positive = sims.diagonal(dim1=1, dim2=2)  # (L, B)
+    sims = sims.masked_fill(same, -torch.inf)
+    row_lse, column_lse = sims.logsumexp(dim=2), sims.logsumexp(dim=1)
     if kind == "decoupled":
-        sims = sims.masked_fill(same, -torch.inf)
-    spread = 0.5 * (sims.logsumexp(dim=2) + sims.logsumexp(dim=1))
-    return (spread - positive).mean(dim=1).sum()
+        return (0.5 * (row_lse + column_lse) - positive).mean(dim=1).sum()
+    # ln(e^lse + e^s_ii) - s_ii, without the rounding of a difference of large numbers
+    spread = _softplus(row_lse - positive) + _softplus(column_lse - positive)
+    return 0.5 * spread.mean(dim=1).sum()
 
 
+@without_autocast
 def block_logsumexp(
     audio: Tensor, text: Tensor, temperature: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +70,7 @@ def block_logsumexp(
     return sims.logsumexp(dim=2), sims.logsumexp(dim=1), positive
 
 
+@without_autocast
 def block_logsumexp_backward(
     grad_row: Tensor,
     grad_column: Tensor,
@@ -95,6 +100,7 @@ def block_logsumexp_backward(
     return _push(ds, audio, text, temperature)
 
 
+@without_autocast
 def block_sigmoid(
     audio: Tensor,
     text: Tensor,
@@ -141,3 +147,7 @@ def _push(
     d_audio = ds @ text  # (L, m, d), before the temperature
     d_temperature = (audio * d_audio).sum(dim=(1, 2))
     return d_audio * scale, ds.transpose(1, 2) @ audio * scale, d_temperature
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=50.0)  # torch's default of 20 errs by 2e-9
