@@ -288,9 +288,7 @@ def test_block_definitions_have_the_gradients_of_autograd() -> None:
     stats = reference.block_logsumexp(audio, text, factor, 1)
     weights = [torch.rand_like(s) for s in stats]
     expected = torch.autograd.grad(stats, (audio, text, factor), weights)
-    found = reference.block_logsumexp_backward(
-        *weights, audio, text, factor, stats[0], stats[1], 1
-    )
+    found = reference.block_logsumexp_backward(*weights, audio, text, factor, stats[0], stats[1], 1)
     torch.testing.assert_close(found, expected)
     loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True)
     expected = torch.autograd.grad(loss, (audio, text, factor, bias))
