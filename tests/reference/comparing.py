@@ -1,19 +1,28 @@
 """Runs both packages' models on the same input and seed and compares all that comes out.
 
 Every output, the gradient of every parameter and of every floating input is held against the
-reference's own model in float64: our float32 error is at most twice the reference's float32
-error plus the floor of ``musiclm_fast.testing``.
+reference's own model in float64 by the rule of ``musiclm_fast.testing``: our float32 error is at
+most twice the reference's float32 error plus the effect of ``FLOOR_ULPS`` roundings.
+
+That module takes for the effect of a rounding eps times the largest value, which is right for
+results that do not cancel. Gradients do: that of the position bias's last bias is exactly zero,
+because softmax does not see a constant, and in float32 it is nothing but rounding. For such a
+result the effect is measured: the float64 model runs once more with a relative error of eps in
+the result of every operation (Monte Carlo arithmetic, D. S. Parker, UCLA CSD-970002, 1997).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from musiclm_fast.testing import assert_close_to_oracle
+from musiclm_fast.testing import FLOOR_ULPS, assert_close_to_oracle
 from tests.reference.live import Pair
 
 AUDIO_LAYERS = "audio layers"  # outputs of this name are (layers, batch, patches, dim)
@@ -34,21 +43,70 @@ def compare(
         train: training mode; dropped patches are then compared in sorted order.
         seed: of the random numbers the forward pass draws.
     """
-    theirs = _record(pair.reference, call, inputs, train, seed, torch.float32, sort=True)
-    exact = _record(pair.oracle(), call, inputs, train, seed, torch.float64, sort=True)
-    ours = _record(pair.ours, call, inputs, train, seed, torch.float32, sort=False)
-
+    settings = (call, inputs, train, seed)
+    ours = _record(pair.ours, *settings, torch.float32, sort=False)
+    theirs = _record(pair.reference, *settings, torch.float32, sort=True)
+    exact = _record(pair.oracle(), *settings, torch.float64, sort=True)
     assert ours.keys() == theirs.keys()
+
+    @cache
+    def rounded() -> list[dict[str, Tensor]]:
+        runs = []
+        for run in range(2):
+            with _Rounding(seed=run):
+                runs.append(_record(pair.oracle(), *settings, torch.float64, sort=True))
+        return runs
+
     wrong = []
     for name, value in ours.items():
+        if not value.is_floating_point():
+            if not torch.equal(value, theirs[name]):
+                wrong.append(f"{name}: differs")
+            continue
         try:
-            if value.is_floating_point():
-                assert_close_to_oracle(name, value, theirs[name], exact[name])
-            else:
-                assert torch.equal(value, theirs[name]), f"{name}: differs"
+            assert_close_to_oracle(name, value, theirs[name], exact[name])
         except AssertionError as error:
-            wrong.append(str(error))
+            if not _within_rounding(value, theirs[name], exact[name], rounded, name):
+                wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
+
+
+def _within_rounding(
+    ours: Tensor,
+    theirs: Tensor,
+    exact: Tensor,
+    rounded: Callable[[], list[dict[str, Tensor]]],
+    name: str,
+) -> bool:
+    """The rule with the measured effect of a rounding in place of eps times the largest value."""
+    if ours.shape != exact.shape:
+        return False
+    error, yardstick = ((t.double() - exact).abs().max() for t in (ours, theirs))
+    rounding = max((run[name] - exact).abs().max() for run in rounded())
+    return bool(error <= 2.0 * yardstick + FLOOR_ULPS * rounding)
+
+
+class _Rounding(TorchDispatchMode):
+    """Multiplies every new float64 tensor by 1 + u, u uniform in [-eps, eps] of float32."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if any(result.alias_info is not None for result in func._schema.returns):
+            return results  # a view, or written in place
+        return tree_map_only(Tensor, self._round, results)
+
+    def _round(self, result: Tensor) -> Tensor:
+        if result.dtype != torch.float64:
+            return result
+        # its own generator: the model must draw what it draws without us
+        uniform = torch.rand(result.shape, generator=self.generator, dtype=torch.float64)
+        return result * (1 + torch.finfo(torch.float32).eps * (2 * uniform - 1))
 
 
 def _record(
@@ -116,7 +174,7 @@ class _KeptPatches:
         self.order = None
         if offsets.ndim == 4:
             row, column = offsets[:, :, 0].unbind(-1)
-            self.order = (row * 4096 + column).argsort(dim=-1)
+            self.order = (row * 4096 + column).round().argsort(dim=-1)
 
     def sort_(self, outputs: dict[str, Tensor]) -> None:
         """Sort the audio layers among ``outputs``, and stop looking."""
