@@ -22,6 +22,7 @@ import copy
 import importlib
 import importlib.util
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -161,6 +163,19 @@ def pair(build: Callable[[ModuleType], nn.Module], seed: int = 0) -> Pair:
     ours = build(musiclm_fast)
     ours.load_state_dict(reference.state_dict(), strict=True)
     return Pair(reference, ours)
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Standard output of ``script`` in an interpreter of its own, started at the project's root.
+
+    Raises:
+        AssertionError: it failed; with its standard error.
+    """
+    command = [sys.executable, "-c", script, *arguments]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _check_installed() -> None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tests.reference import live
 from tests.reference.comparing import AUDIO_LAYERS, compare
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 SMALL = dict(dim=32, depth=2, heads=2, dim_head=16)
 
 # name: arguments besides SMALL's. 2,000 samples give 65 bins x 167 frames: 4 x 10 patches.

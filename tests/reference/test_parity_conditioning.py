@@ -14,8 +14,6 @@ from tests.reference import live
 from tests.reference.comparing import compare
 from tests.reference.test_parity_mulan import AUDIO, TEXT
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 NAMESPACES = ("semantic", "coarse", "fine")
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from tests.reference import live
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 RUNS = 48
 SIGMAS = 6.0  # 2e-9 two-sided: about 1e-4 for the 20,000 numbers compared, and the seeds are fixed
 
@@ -62,7 +60,7 @@ def sample(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
-@pytest.mark.parametrize("build, make_input", [(audio_tower, noise), (text_tower, tokens)])
+@pytest.mark.parametrize(("build", "make_input"), [(audio_tower, noise), (text_tower, tokens)])
 def test_same_mean_and_spread(
     build: Callable[..., nn.Module], make_input: Callable[[], Tensor], rates: dict[str, float]
 ):
@@ -84,7 +82,7 @@ def test_same_mean_and_spread(
     assert abs(math.log(ratio)) < 0.2
 
 
-@pytest.mark.parametrize("build, make_input", [(audio_tower, noise), (text_tower, tokens)])
+@pytest.mark.parametrize(("build", "make_input"), [(audio_tower, noise), (text_tower, tokens)])
 def test_evaluation_drops_nothing(
     build: Callable[..., nn.Module], make_input: Callable[[], Tensor]
 ):

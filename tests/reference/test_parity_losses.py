@@ -13,8 +13,6 @@ from musiclm_fast.testing import assert_close_to_oracle
 from tests.reference import live
 from tests.reference.comparing import compare
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("SoftmaxContrastiveLearning", {}),
     "decoupled": ("SoftmaxContrastiveLearning", dict(decoupled_contrastive_learning=True)),
@@ -87,4 +85,6 @@ def test_finite_where_the_reference_overflows(loss: str):
     assert_close_to_oracle("loss", found, wanted.float(), wanted, floor_ulps=200)
     for name, ours, oracle in zip(("audio", "text"), given, exact, strict=True):
         rounded = oracle.grad.float()
-        assert_close_to_oracle(f"gradient of {name}", ours.grad, rounded, oracle.grad, floor_ulps=200)
+        assert_close_to_oracle(
+            f"gradient of {name}", ours.grad, rounded, oracle.grad, floor_ulps=200
+        )

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tests.reference import live
 from tests.reference.comparing import AUDIO_LAYERS, compare
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 AUDIO = dict(dim=32, depth=2, heads=2, dim_head=16)
 TEXT = dict(dim=32, depth=2, heads=2, dim_head=16, num_tokens=50, max_seq_len=24)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 
 from tests.reference import live
 from tests.reference.comparing import AUDIO_LAYERS, compare
-
-pytestmark = pytest.mark.usefixtures("reference")
 
 quick = settings(
     max_examples=25,

@@ -18,8 +18,6 @@ from tests.reference.test_parity_mulan import CONFIGS
 from tests.reference.test_parity_mulan import build as build_mulan
 from tests.reference.test_parity_text import build as build_text
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 
 def build_softmax(package: ModuleType) -> nn.Module:
     return package.SoftmaxContrastiveLearning(layers=3)

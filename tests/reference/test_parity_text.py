@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tests.reference import live
 from tests.reference.comparing import compare
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 SMALL = dict(dim=32, depth=2, heads=2, dim_head=16, num_tokens=50, max_seq_len=24)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -62,7 +60,7 @@ def test_token_ids(config: dict[str, Any], train: bool):
     compare(pair, outputs, dict(x=tokens(pad_id=config.get("pad_id", 0))), train=train)
 
 
-@pytest.mark.parametrize("batch, length", [(1, 1), (2, 1), (1, 24), (3, 24)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (1, 24), (3, 24)])
 def test_shapes(batch: int, length: int):
     pair = live.pair(build)
     compare(pair, outputs, dict(x=tokens(batch, length)))
