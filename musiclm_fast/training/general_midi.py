@@ -230,7 +230,7 @@ _TABLE: dict[str, str] = {
 
 def _parse_table() -> tuple[Instrument, ...]:
     rows = [(family, line) for family, text in _TABLE.items() for line in text.split("\n")]
-    instruments = []
+    instruments: list[Instrument] = []
     for family, line in rows:
         if line.strip():
             name, *synonyms = (part.strip() for part in line.split("/"))
@@ -502,8 +502,8 @@ def render_notes(
                     labels.append((program, pitch, velocity))
     if not clips:
         fail("pitches", chosen["pitches"], "a pitch at which a chosen program sounds")
-    columns = np.array(labels, np.int64).T
-    notes = NoteSet(np.stack(clips), *columns, sample_rate=sample_rate)
+    program, pitch, velocity = np.array(labels, np.int64).T
+    notes = NoteSet(np.stack(clips), program, pitch, velocity, sample_rate)
     if cached is not None:
         _write_cache(cached, notes)
     return notes
