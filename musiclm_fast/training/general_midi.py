@@ -473,8 +473,10 @@ def render_notes(
     """
     chosen = {}
     for name, values, smallest in (
-        ("programs", programs, 0), ("pitches", pitches, 0), ("velocities", velocities, 1),
-    ):  # fmt: skip
+        ("programs", programs, 0),
+        ("pitches", pitches, 0),
+        ("velocities", velocities, 1),
+    ):
         chosen[name] = sorted({int(value) for value in values})
         if not chosen[name] or chosen[name][0] < smallest or chosen[name][-1] > 127:
             fail(name, chosen[name], f"at least one number from {smallest} to 127")

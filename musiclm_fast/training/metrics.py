@@ -77,9 +77,11 @@ def recall_at_k(
 @torch.no_grad()
 def embed_texts(mulan: MuLaN, texts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Unit vectors ``(n, dim_latent)`` of texts, in eval mode; the model's mode is put back."""
-    return _embed(mulan, range(0, len(texts), batch_size), lambda start: mulan.get_text_latents(
-        raw_texts=list(texts[start : start + batch_size])
-    ))  # fmt: skip
+    return _embed(
+        mulan,
+        range(0, len(texts), batch_size),
+        lambda start: mulan.get_text_latents(raw_texts=list(texts[start : start + batch_size])),
+    )
 
 
 @torch.no_grad()
@@ -97,9 +99,13 @@ def embed_clips(
     """
     device = mulan.audio_to_latents.weight.device
     starts = range(0, count, batch_size)
-    return _embed(mulan, starts, lambda start: mulan.get_audio_latents(
-        clips(slice(start, min(start + batch_size, count))).to(device)
-    ))  # fmt: skip
+    return _embed(
+        mulan,
+        starts,
+        lambda start: mulan.get_audio_latents(
+            clips(slice(start, min(start + batch_size, count))).to(device)
+        ),
+    )
 
 
 def _embed(mulan: MuLaN, starts: Iterable[int], embed: Callable[[int], Tensor]) -> Tensor:
