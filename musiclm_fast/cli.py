@@ -144,7 +144,9 @@ _COMMANDS: dict[str, tuple[str, _Add, _Run]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="musiclm-fast", description=musiclm_fast.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="musiclm-fast", description="Joint embeddings of music and text: train one, ask one."
+    )
     parser.add_argument("--version", action="version", version=musiclm_fast.__version__)
     parser.add_argument(
         "--traceback", action="store_true", help="show where an error arose, not only what it says"

@@ -35,6 +35,7 @@ def _pyplot() -> Any:
             "axes.spines.right": False,
             "savefig.dpi": 130,
             "figure.constrained_layout.use": True,
+            "savefig.bbox": "tight",
         }
     )
     return plt
@@ -71,12 +72,13 @@ def spectrograms(run: DemoRun, count: int = 3) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed + 1)
         masks = draw_masks(config, config.bands, frames, len(clips), wavs.device)
-    clean, masked = audio.spec(wavs).cpu(), audio.spec(wavs, masks).cpu()
+    clean = audio.spec(wavs).cpu().numpy()
+    masked = audio.spec(wavs, masks).cpu().numpy()
 
     figure, axes = plt.subplots(
         count, 2, figsize=(9, 2.3 * count), sharex=True, sharey=True, squeeze=False
     )
-    low, high = torch.quantile(clean, torch.tensor([0.02, 0.995])).tolist()
+    low, high = np.quantile(clean, (0.02, 0.995))
     seconds = wavs.shape[1] / data.notes.sample_rate
     hertz = (250, 1000, 2000, 4000)
     for row, clip in zip(range(count), clips.tolist(), strict=True):

@@ -68,7 +68,7 @@ _TABLE: dict[str, str] = {
     "piano": """
         acoustic grand piano / grand piano / concert grand
         bright acoustic piano / bright upright piano / bright piano
-        electric grand piano / amplified grand piano
+        electric grand piano / amplified grand piano / stage piano of the seventies
         honky-tonk piano / detuned saloon piano / barroom piano
         electric piano / rhodes piano / mellow tine piano
         fm electric piano / digital electric piano / dx electric piano
