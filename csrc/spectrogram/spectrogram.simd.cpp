@@ -76,7 +76,7 @@ MUSICLM_FAST_INLINE vfloat vlog(vfloat x) {
   p = p * m + 3.3333331174e-1f;
   // e ln(2), with ln(2) in two parts so that e times the first is exact
   vfloat result = p * m * z - e * 2.12194440e-4f - z * 0.5f + m + e * 0.693359375f;
-  const float infinity = std::numeric_limits<float>::infinity();
+  const float infinity = __builtin_inff();
   result = x < vset(infinity) ? result : x;  // infinity, NaN
   result = x > vzero() ? result : x == vzero() ? vset(-infinity) : x - x + __builtin_nanf("");
   return result;
