@@ -49,7 +49,7 @@ def temperature_terms(inputs: dict[str, Any], kind: str) -> Tensor:
     """``sum_ij |ds_ij| |<audio_i, text_j>|``: what the temperature's gradient sums with signs."""
     wide = testing.to_float64(inputs)
     dots = wide["audio"] @ wide["text"].t()  # (B, B)
-    # d loss / d dots = temperature * ds: the loss of latents dots and unit vectors has that gradient
+    # Latents `dots` and unit vectors have the same similarities; their gradient is temperature * ds.
     unit = torch.eye(len(dots), dtype=torch.float64)
     rows = dots.detach().requires_grad_()
     loss = contrastive_loss(rows, unit, wide["temperature"], wide["bias"], kind=kind)
@@ -111,22 +111,22 @@ def test_loss_and_gradients(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("kind", ("decoupled", "sigmoid"))
+@pytest.mark.parametrize("kind", ["decoupled", "sigmoid"])
 def test_batch_of_4096(kind: str, backend: str) -> None:
     check_against_oracle(make_inputs(4096, 32), kind, backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, kind: str, backend: str) -> None:
     check_against_oracle(make_inputs(130, 48, 2, dtype=dtype), kind, backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", (1e-3, 39.0, 41.0, 100.0, math.exp(7)))
-@pytest.mark.parametrize("latents", ("random", "identical", "same side", "opposite", "zero"))
+@pytest.mark.parametrize("temperature", [1e-3, 39.0, 41.0, 100.0, math.exp(7)])
+@pytest.mark.parametrize("latents", ["random", "identical", "same side", "opposite", "zero"])
 def test_extremes(latents: str, temperature: float, kind: str, backend: str) -> None:
     """Finite and right, with gradients, where exp without a shift or a clamp would fail."""
     inputs = make_inputs(40, 32, temperature=temperature)
@@ -189,7 +189,7 @@ def test_strided_and_mixed_inputs(kind: str, backend: str) -> None:
 
 
 @cpp
-@pytest.mark.parametrize("level", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_simd_level(kind: str, level: str) -> None:
     from musiclm_fast import _C
@@ -288,9 +288,7 @@ def test_block_definitions_have_the_gradients_of_autograd() -> None:
     stats = reference.block_logsumexp(audio, text, factor, 1)
     weights = [torch.rand_like(s) for s in stats]
     expected = torch.autograd.grad(stats, (audio, text, factor), weights)
-    found = reference.block_logsumexp_backward(
-        *weights, audio, text, factor, stats[0], stats[1], 1
-    )
+    found = reference.block_logsumexp_backward(*weights, audio, text, factor, stats[0], stats[1], 1)
     torch.testing.assert_close(found, expected)
     loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True)
     expected = torch.autograd.grad(loss, (audio, text, factor, bias))
@@ -363,7 +361,7 @@ def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
 
 
 @cpp
-@pytest.mark.parametrize("kind", ("decoupled", "sigmoid"))
+@pytest.mark.parametrize("kind", ["decoupled", "sigmoid"])
 def test_memory_is_linear_in_the_batch(kind: str) -> None:
     """B = 8,192: one float32 matrix of B x B alone would be 256 MiB."""
     script = f"""

@@ -32,9 +32,7 @@ def run(
 ) -> Tensor:
     """The loss by the kernels."""
     bias = None if bias is None else bias.float()
-    return _autograd.loss(
-        kernels, prepare(audio), prepare(text), temperature.float(), bias, kind
-    )
+    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
 
 
 def prepare(latents: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def contrastive_loss(
     (decoupled), https://arxiv.org/abs/2303.15343 (sigmoid).
     """
     audio, text = check_latents(audio, text)
-    layers, batch, _ = audio.shape
+    batch = audio.shape[1]
     check_shape("text", text, tuple(audio.shape), "of audio")
     check_parameters(audio, temperature, bias, kind)
     if batch == 0:
@@ -88,7 +88,7 @@ def contrastive_loss(
 
 
 def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype, from those or ``(m, d)``, ``(n, d)``.
+    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype; without L they get L = 1.
 
     Raises:
         ValueError, TypeError: they are not of one device, floating, and alike in L and d.
