@@ -150,6 +150,11 @@ def block_kernels(backend: str) -> Kernels:
     return Kernels(block_logsumexp, block_logsumexp_backward, block_sigmoid)
 
 
+def prepare(backend: str, latents: Tensor) -> Tensor:
+    """Latents with the dtype and strides that a backend's kernels read."""
+    return _cpp.prepare(latents) if backend == "cpp" else latents
+
+
 dispatcher = Dispatcher(
     "contrastive",
     [
