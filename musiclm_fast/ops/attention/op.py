@@ -17,6 +17,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops.attention import _cpp
 from musiclm_fast.ops.attention.reference import attention_reference
 
 
@@ -187,5 +188,8 @@ def _check(
 
 dispatcher = Dispatcher(
     "attention",
-    [Backend("torch", lambda **_: (True, ""), attention_reference)],
+    [
+        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("torch", lambda **_: (True, ""), attention_reference),
+    ],
 )

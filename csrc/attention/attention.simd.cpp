@@ -1,0 +1,1118 @@
+// Flash attention with an offset-table bias, forward and backward, at one SIMD level.
+//
+// Visible keys are packed first: masked ones are left out, so that the inner loops know nothing of
+// masks and lengths. Names of shapes: M queries, N packed keys, D head_dim, W lanes, G query heads
+// of one key head. A "tile" is kQueryRows x kKeyRows (or x kBackwardRows) similarities in cache.
+#include <cmath>
+
+#include "attention/attention.h"
+#include "common/simd.h"
+
+namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
+namespace {
+
+// A register block of C += A B is kBlockRows x (kBlockVectors * W): 24 accumulators of 32 registers,
+// 12 of 16, 8 of 16 where multiply-add needs a temporary.
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 6, kBlockVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 6, kBlockVectors = 2;
+#else
+constexpr int kBlockRows = 4, kBlockVectors = 2;
+#endif
+constexpr int kPanel = kBlockVectors * kWidth;  // keys in a panel of transposed keys
+constexpr int kKeyRows = 128;                   // a multiple of kPanel and of W
+constexpr int kForwardRows = 48;
+constexpr int kBackwardRows = 96;
+constexpr int kMaxGroups = kKeyRows / kWidth;
+constexpr int kMaxWindows = 4;
+constexpr int kUnits = 32;                        // wanted backward tasks, whatever the threads
+constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads at a time
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
+
+template <typename T>
+MUSICLM_FAST_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+MUSICLM_FAST_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+MUSICLM_FAST_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MUSICLM_FAST_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+MUSICLM_FAST_INLINE vint iota() {
+  vint v;
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+
+// ---- the table of biases ------------------------------------------------------------------------
+
+// The W keys of a group read table entries R + q - k. Their codes lie close together, so the entries
+// lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which entry is the
+// same for every query: a window is two loads and a permutation, and its gradient the inverse.
+//
+// The padded table has 2W copies of its edge entries on either side. A window that lies beyond the
+// table by any amount is then read right from the nearest place in the padded table: that is the
+// clamp, for all codes.
+struct alignas(64) Window {
+  int64_t base;   // largest key code of the window; its entry is the window's first
+  vint source;    // for each lane its entry in the window, 0 .. 2W-1
+  vint lanes;     // -1 for lanes of this window, 0 for others
+  vint low, high;  // for each entry the lane that reads it, W where none does
+};
+
+constexpr int kTablePad = 2 * kWidth;
+
+// Keys of one sample that take part, in order, and how groups of W of them read the table.
+struct KeyPlan {
+  int64_t count;          // N
+  int32_t* index;         // original position
+  int32_t* code;
+  uint32_t* column;       // position's part of the dropout hash
+  int32_t* first_window;  // per group, and one more; equal to the next: read lane by lane
+  Window* windows;
+};
+
+// The greedy cover of a group by windows; 0 if more than kMaxWindows are needed.
+int cover(const int32_t* code, int lanes, Window* windows) {
+  bool done[kWidth] = {};
+  int left = lanes;
+  for (int w = 0; w < kMaxWindows; ++w) {
+    Window& window = windows[w];
+    window.base = INT64_MIN;
+    for (int i = 0; i < lanes; ++i) {
+      if (!done[i]) window.base = larger<int64_t>(window.base, code[i]);
+    }
+    window.source = window.lanes = vint{};
+    window.low = window.high = vint{} + kWidth;
+    for (int i = 0; i < lanes; ++i) {
+      const int64_t entry = window.base - code[i];
+      if (done[i] || entry >= 2 * kWidth) continue;
+      vint& half = entry < kWidth ? window.low : window.high;
+      const int place = static_cast<int>(entry % kWidth);
+      if (half[place] != kWidth) continue;  // a repeated code: the next window's
+      half[place] = i;
+      window.source[i] = static_cast<int32_t>(entry);
+      window.lanes[i] = -1;
+      done[i] = true;
+      if (--left == 0) return w + 1;
+    }
+  }
+  return 0;
+}
+
+void make_plan(const AttentionCall& call, int64_t b, KeyPlan& plan) {
+  int64_t end = call.keys;
+  if (call.key_lengths != nullptr) end = larger<int64_t>(0, smaller(end, call.key_lengths[b]));
+  const bool* mask = call.key_mask == nullptr ? nullptr : call.key_mask + b * call.keys;
+  const int32_t* codes = call.table == nullptr ? nullptr : call.k_codes + b * call.k_codes_stride;
+  int64_t n = 0;
+  for (int64_t j = 0; j < end; ++j) {
+    if (mask != nullptr && !mask[j]) continue;
+    plan.index[n] = static_cast<int32_t>(j);
+    plan.column[n] = static_cast<uint32_t>(j) * 0x9E3779B9u;
+    plan.code[n] = codes == nullptr ? 0 : codes[j];
+    ++n;
+  }
+  plan.count = n;
+  for (int64_t j = n; j < round_up(n, kWidth); ++j) {
+    plan.index[j] = 0;
+    plan.column[j] = 0;
+    plan.code[j] = 0;
+  }
+  if (codes == nullptr) return;
+  int32_t used = 0;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    plan.first_window[j / kWidth] = used;
+    used += cover(plan.code + j, static_cast<int>(smaller<int64_t>(kWidth, n - j)),
+                  plan.windows + used);
+  }
+  plan.first_window[divide_up(n, kWidth)] = used;
+}
+
+// What one tile needs of the table: windows of its groups, and the head's padded table.
+struct TableTile {
+  const int32_t* first_window;
+  const Window* windows;
+  const int32_t* code;
+  int64_t radius;
+  int64_t last;  // last place where a window can start in the padded table
+};
+
+MUSICLM_FAST_INLINE int64_t window_start(const TableTile& t, int64_t q_code, const Window& window) {
+  const int64_t start = q_code - window.base + t.radius + kTablePad;
+  return smaller(larger<int64_t>(start, 0), t.last);
+}
+
+MUSICLM_FAST_INLINE int64_t entry_of(const TableTile& t, int64_t q_code, int64_t k_code) {
+  const int64_t offset = smaller(larger(q_code - k_code, -t.radius), t.radius);
+  return offset + t.radius + kTablePad;
+}
+
+MUSICLM_FAST_INLINE vfloat read_window(const float* table, const Window& window) {
+  return __builtin_shuffle(vload(table), vload(table + kWidth), window.source);
+}
+
+MUSICLM_FAST_INLINE vfloat bias_of(const TableTile& t, const float* table, int64_t q_code, int g) {
+  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+  if (first == end) {
+    vfloat bias;
+    for (int i = 0; i < kWidth; ++i) {
+      bias[i] = table[entry_of(t, q_code, t.code[g * kWidth + i])];
+    }
+    return bias;
+  }
+  const Window* window = t.windows + first;
+  vfloat bias = read_window(table + window_start(t, q_code, *window), *window);
+  for (int32_t w = first + 1; w < end; ++w) {
+    ++window;
+    const vfloat other = read_window(table + window_start(t, q_code, *window), *window);
+    bias = window->lanes ? other : bias;
+  }
+  return bias;
+}
+
+// dtable[entry of each lane] += ds
+MUSICLM_FAST_INLINE void scatter(const TableTile& t, float* dtable, int64_t q_code, int g,
+                                 vfloat ds) {
+  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+  if (first == end) {
+    for (int i = 0; i < kWidth; ++i) {
+      dtable[entry_of(t, q_code, t.code[g * kWidth + i])] += ds[i];
+    }
+    return;
+  }
+  for (int32_t w = first; w < end; ++w) {
+    const Window& window = t.windows[w];
+    float* start = dtable + window_start(t, q_code, window);
+    const vfloat low = vload(start) + __builtin_shuffle(ds, vzero(), window.low);
+    const vfloat high = vload(start + kWidth) + __builtin_shuffle(ds, vzero(), window.high);
+    vstore(start, low);
+    vstore(start + kWidth, high);
+  }
+}
+
+// ---- small matrix products ----------------------------------------------------------------------
+
+enum class Start { zero, add, scaled };  // C = A B, C += A B, C = alpha[row] * C + A B
+
+// One register block; A is (rows, depth), or stored as (depth, rows) if kTransposed.
+template <int kRows, int kVectors, bool kTransposed>
+void block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+           int64_t ldc, Start start, const float* alpha) {
+  vfloat sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = start == Start::zero ? vzero() : vload(c + r * ldc + v * kWidth);
+    }
+  }
+  if (start == Start::scaled) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] *= alpha[r];
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vfloat right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = vload(b + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const vfloat left = vset(kTransposed ? a[r] : a[r * lda]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+    }
+    a += kTransposed ? lda : 1;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) vstore(c + r * ldc + v * kWidth, sum[r][v]);
+  }
+}
+
+using Block = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t,
+                       Start, const float*);
+
+template <int kVectors, bool kTransposed>
+MUSICLM_FAST_INLINE void rows_of_blocks(int64_t rows, int64_t depth, const float* a, int64_t lda,
+                                        const float* b, int64_t ldb, float* c, int64_t ldc,
+                                        Start start, const float* alpha) {
+  static constexpr Block rest[] = {
+      nullptr,
+      block<1, kVectors, kTransposed>,
+      block<2, kVectors, kTransposed>,
+      block<3, kVectors, kTransposed>,
+#if defined(__AVX2__)
+      block<4, kVectors, kTransposed>,
+      block<5, kVectors, kTransposed>,
+#endif
+  };
+  int64_t r = 0;
+  for (; r + kBlockRows <= rows; r += kBlockRows) {
+    block<kBlockRows, kVectors, kTransposed>(depth, a + (kTransposed ? r : r * lda), lda, b, ldb,
+                                             c + r * ldc, ldc, start,
+                                             start == Start::scaled ? alpha + r : nullptr);
+  }
+  if (r < rows) {
+    rest[rows - r](depth, a + (kTransposed ? r : r * lda), lda, b, ldb, c + r * ldc, ldc, start,
+                   start == Start::scaled ? alpha + r : nullptr);
+  }
+}
+
+// C (rows, vectors * W) from A (rows, depth) and B, which comes in panels of (depth, kPanel):
+// consecutive columns of a row-major matrix (panel = kPanel) or panels of transposed keys.
+template <bool kTransposed>
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda,
+              const float* b, int64_t ldb, int64_t panel, float* c, int64_t ldc, Start start,
+              const float* alpha = nullptr) {
+  for (; vectors >= kBlockVectors; vectors -= kBlockVectors) {
+    rows_of_blocks<kBlockVectors, kTransposed>(rows, depth, a, lda, b, ldb, c, ldc, start, alpha);
+    b += panel;
+    c += kPanel;
+  }
+  switch (vectors) {
+#if defined(__AVX512F__)
+    case 3:
+      rows_of_blocks<3, kTransposed>(rows, depth, a, lda, b, ldb, c, ldc, start, alpha);
+      break;
+    case 2:
+      rows_of_blocks<2, kTransposed>(rows, depth, a, lda, b, ldb, c, ldc, start, alpha);
+      break;
+#endif
+    case 1:
+      rows_of_blocks<1, kTransposed>(rows, depth, a, lda, b, ldb, c, ldc, start, alpha);
+      break;
+    default:
+      break;
+  }
+}
+
+// ---- rows of heads ------------------------------------------------------------------------------
+
+template <typename T>
+MUSICLM_FAST_INLINE void load_values(const T* x, int64_t d, float* out) {
+  int64_t c = 0;
+  for (; c + kWidth <= d; c += kWidth) vstore(out + c, vload(x + c));
+  if (c < d) vstore(out + c, vload_partial(x + c, static_cast<int>(d - c)));
+}
+
+template <typename T>
+MUSICLM_FAST_INLINE void store_values(T* x, int64_t d, const float* row) {
+  int64_t c = 0;
+  for (; c + kWidth <= d; c += kWidth) vstore(x + c, vload(row + c));
+  if (c < d) vstore_partial(x + c, vload(row + c), static_cast<int>(d - c));
+}
+
+// Row i of a head; `out` is padded to dp (D rounded up to W) with zeros.
+void load_row(const HeadRows& x, int64_t b, int64_t h, int64_t i, int64_t d, float* out) {
+  const int64_t at = b * x.batch_stride + h * x.head_stride + i * x.row_stride;
+  if (x.half) {
+    load_values(static_cast<const bf16*>(x.data) + at, d, out);
+  } else {
+    load_values(static_cast<const float*>(x.data) + at, d, out);
+  }
+}
+
+void store_row(const HeadRows& x, int64_t b, int64_t h, int64_t i, int64_t d, const float* row) {
+  const int64_t at = b * x.batch_stride + h * x.head_stride + i * x.row_stride;
+  if (x.half) {
+    store_values(static_cast<bf16*>(x.data) + at, d, row);
+  } else {
+    store_values(static_cast<float*>(x.data) + at, d, row);
+  }
+}
+
+float norm_of(const float* row, int64_t dp) {
+  vfloat squares = vzero();
+  for (int64_t c = 0; c < dp; c += kWidth) squares += vload(row + c) * vload(row + c);
+  return std::sqrt(vsum(squares));
+}
+
+// row = l2norm(row) * scale; nothing without a scale
+void normalise(float* row, int64_t dp, const float* scale) {
+  if (scale == nullptr) return;
+  const float norm = larger(norm_of(row, dp), kSmallestNorm);
+  for (int64_t c = 0; c < dp; c += kWidth) vstore(row + c, vload(row + c) / norm * vload(scale + c));
+}
+
+// grad of l2norm(row) * scale  ->  grad of row, in place; dscale += its part
+void normalise_backward(const float* row, int64_t dp, const float* scale, float* grad,
+                        float* dscale) {
+  const float norm = norm_of(row, dp);
+  const float inverse = 1.0f / larger(norm, kSmallestNorm);
+  vfloat along = vzero();  // <unit, grad of unit>
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    const vfloat unit = vload(row + c) * inverse, g = vload(grad + c);
+    vstore(dscale + c, vload(dscale + c) + g * unit);
+    along += g * vload(scale + c) * unit;
+  }
+  // Below the smallest norm the division is by a constant.
+  const float projection = norm < kSmallestNorm ? 0.0f : vsum(along);
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    const vfloat unit = vload(row + c) * inverse;
+    vstore(grad + c, (vload(grad + c) * vload(scale + c) - unit * projection) * inverse);
+  }
+}
+
+// W rows of length dp (stride dp) -> columns: out[d * kPanel + i] = rows[i][d] for d < D.
+void transpose_rows(const float* rows, int64_t d, int64_t dp, float* out) {
+  vint low, high;  // interleave two vectors' halves
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 2 + (i % 2) * kWidth;
+    high[i] = low[i] + kWidth / 2;
+  }
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vfloat x[kWidth], y[kWidth];
+    for (int i = 0; i < kWidth; ++i) x[i] = vload(rows + i * dp + c);
+    // log2(W) perfect shuffles of the W * W values transpose them
+    for (int step = kWidth; step > 1; step /= 2) {
+      for (int i = 0; i < kWidth / 2; ++i) {
+        y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
+        y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
+      }
+      for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+    }
+    const int64_t end = smaller<int64_t>(kWidth, d - c);
+    for (int64_t i = 0; i < end; ++i) vstore(out + (c + i) * kPanel, x[i]);
+  }
+}
+
+// ---- dropout ------------------------------------------------------------------------------------
+
+MUSICLM_FAST_INLINE uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+MUSICLM_FAST_INLINE vuint mix(vuint x) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+// -1 in lanes whose weight stays
+MUSICLM_FAST_INLINE vint kept(uint32_t row_key, const uint32_t* columns, uint32_t drop_below) {
+  vuint column;
+  std::memcpy(&column, columns, sizeof column);
+  return mix(column + row_key) >= (vuint{} + drop_below);
+}
+
+// ---- workspace ----------------------------------------------------------------------------------
+
+// Hands out pieces of one allocation; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+struct Scratch {
+  float* rows;         // (W, dp)
+  float* q;            // (kForwardRows, dp)
+  float* out;          // (kForwardRows, dp)
+  float* s;            // (rows, kKeyRows): similarities, then weights
+  float* ds;           // (rows, kKeyRows): gradients of weights, then of similarities
+  float* dk;           // (kKeyRows, dp)
+  float* dv;           // (kKeyRows, dp)
+  float* highest;      // (rows)
+  float* higher;       // (rows)
+  float* rescale;      // (rows)
+  float* weights_sum;  // (rows, W)
+  int64_t* limit;      // (rows) visible packed keys
+};
+
+struct State {
+  const AttentionCall* call;
+  bool backward;
+  int64_t group, dp, padded_keys, query_blocks, table_columns;
+  bool one_plan;   // the batch shares keys and codes
+  int64_t chunks;  // parts of the keys that are separate tasks in the backward
+  int64_t wave;    // key heads at a time
+  int64_t first;   // first key head of this wave
+  int64_t bytes;
+
+  KeyPlan* plans;
+  float* table;     // (H, table_columns), padded
+  float* q_scale;   // (dp)
+  float* k_scale;   // (dp)
+  float* keys_t;    // (wave, panels, D, kPanel) normalised keys
+  float* rows;      // (wave, padded_keys, dp) values; in the backward normalised keys
+  float* values_t;  // (wave, panels, D, kPanel)
+  float* q;         // (wave * G, M, dp) normalised
+  float* grad_out;  // (wave * G, M, dp)
+  float* delta;     // (wave * G, M)
+  float* dq;        // (wave * G, chunks, M, dp)
+  float* dtable;    // (wave, chunks, G, table_columns)
+  float* dq_scale;  // (wave * G, query_blocks, dp)
+  float* dk_scale;  // (wave, chunks, dp)
+  float* dtable_sum;    // (H, table_columns)
+  double* dq_scale_sum;  // (dp)
+  double* dk_scale_sum;  // (dp)
+  Scratch* scratch;
+
+  int64_t heads_now(int64_t total) const { return smaller(wave, total - first); }
+  KeyPlan& plan_of(int64_t b) const { return plans[one_plan ? 0 : b - first / call->kv_heads]; }
+};
+
+void take_heads(Arena& arena, State& s) {
+  const AttentionCall& call = *s.call;
+  const int64_t wave = s.wave, heads = wave * s.group, panels = s.padded_keys * call.head_dim;
+  s.keys_t = arena.take<float>(wave * panels);
+  s.rows = arena.take<float>(wave * s.padded_keys * s.dp);
+  if (!s.backward) return;
+  s.values_t = arena.take<float>(wave * panels);
+  s.q = arena.take<float>(heads * call.queries * s.dp);
+  s.grad_out = arena.take<float>(heads * call.queries * s.dp);
+  s.delta = arena.take<float>(heads * call.queries);
+  s.dq = arena.take<float>(heads * s.chunks * call.queries * s.dp);
+  s.dtable = arena.take<float>(heads * s.chunks * s.table_columns);
+  s.dq_scale = arena.take<float>(heads * s.query_blocks * s.dp);
+  s.dk_scale = arena.take<float>(wave * s.chunks * s.dp);
+}
+
+void take_plans(Arena& arena, State& s, int64_t count) {
+  s.plans = arena.take<KeyPlan>(count);
+  const int64_t groups = s.padded_keys / kWidth;
+  for (int64_t p = 0; p < count; ++p) {
+    KeyPlan plan{};
+    plan.index = arena.take<int32_t>(s.padded_keys);
+    plan.code = arena.take<int32_t>(s.padded_keys);
+    plan.column = arena.take<uint32_t>(s.padded_keys);
+    if (s.call->table != nullptr) {
+      plan.first_window = arena.take<int32_t>(groups + 1);
+      plan.windows = arena.take<Window>(groups * kMaxWindows);
+    }
+    if (arena.base != nullptr) s.plans[p] = plan;
+  }
+}
+
+State make_state(const AttentionCall& call, bool backward, int workers, void* workspace) {
+  State s{};
+  s.call = &call;
+  s.backward = backward;
+  s.group = call.heads / call.kv_heads;
+  s.dp = round_up(call.head_dim, kWidth);
+  s.padded_keys = round_up(call.keys, kKeyRows);
+  s.query_blocks = divide_up(call.queries, kBackwardRows);
+  s.table_columns = call.table == nullptr ? 0 : round_up(2 * call.radius + 1 + 2 * kTablePad, 16);
+  s.one_plan = call.key_mask == nullptr && call.key_lengths == nullptr && call.k_codes_stride == 0;
+  const int64_t total = call.batch * call.kv_heads;
+  s.chunks = larger<int64_t>(1, smaller(divide_up(kUnits, total), s.padded_keys / kKeyRows));
+
+  s.wave = 1;
+  Arena one_head{nullptr};
+  take_heads(one_head, s);
+  if (!s.one_plan) take_plans(one_head, s, 1);
+  const int64_t waves = divide_up(total, larger<int64_t>(1, kBudget / one_head.used));
+  s.wave = divide_up(total, waves);
+
+  Arena arena{static_cast<char*>(workspace)};
+  take_plans(arena, s, s.one_plan ? 1 : smaller(call.batch, divide_up(s.wave, call.kv_heads) + 1));
+  s.table = arena.take<float>(call.heads * s.table_columns);
+  s.q_scale = arena.take<float>(s.dp);
+  s.k_scale = arena.take<float>(s.dp);
+  if (backward) {
+    s.dtable_sum = arena.take<float>(call.heads * s.table_columns);
+    s.dq_scale_sum = arena.take<double>(s.dp);
+    s.dk_scale_sum = arena.take<double>(s.dp);
+  }
+  take_heads(arena, s);
+  s.scratch = arena.take<Scratch>(workers);
+  for (int w = 0; w < workers; ++w) {
+    const int64_t rows = backward ? kBackwardRows : kForwardRows;
+    Scratch scratch{};
+    scratch.rows = arena.take<float>(kWidth * s.dp);
+    scratch.s = arena.take<float>(rows * kKeyRows);
+    scratch.limit = arena.take<int64_t>(rows);
+    if (backward) {
+      scratch.ds = arena.take<float>(rows * kKeyRows);
+      scratch.dk = arena.take<float>(kKeyRows * s.dp);
+      scratch.dv = arena.take<float>(kKeyRows * s.dp);
+    } else {
+      scratch.q = arena.take<float>(rows * s.dp);
+      scratch.out = arena.take<float>(rows * s.dp);
+      scratch.highest = arena.take<float>(rows);
+      scratch.higher = arena.take<float>(rows);
+      scratch.rescale = arena.take<float>(rows);
+      scratch.weights_sum = arena.take<float>(rows * kWidth);
+    }
+    if (workspace != nullptr) s.scratch[w] = scratch;
+  }
+  s.bytes = arena.used;
+  return s;
+}
+
+template <typename F>
+void run(const Workers& workers, int64_t tasks, const F& f) {
+  workers.run(
+      workers.context, tasks,
+      [](void* argument, int64_t index, int worker) {
+        (*static_cast<const F*>(argument))(index, worker);
+      },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// ---- preparation --------------------------------------------------------------------------------
+
+void pad_table(const State& s, int64_t h) {
+  const AttentionCall& call = *s.call;
+  const int64_t columns = 2 * call.radius + 1;
+  const float* from = call.table + h * columns;
+  float* to = s.table + h * s.table_columns;
+  for (int64_t c = 0; c < s.table_columns; ++c) {
+    to[c] = from[smaller(larger<int64_t>(c - kTablePad, 0), columns - 1)];
+  }
+}
+
+void pad_scales(const State& s) {
+  const AttentionCall& call = *s.call;
+  if (call.q_scale == nullptr) return;
+  for (int64_t c = 0; c < s.dp; ++c) {
+    s.q_scale[c] = c < call.head_dim ? call.q_scale[c] : 0.0f;
+    s.k_scale[c] = c < call.head_dim ? call.k_scale[c] : 0.0f;
+  }
+}
+
+const float* scale_or_null(const State& s, const float* scale) {
+  return s.call->q_scale == nullptr ? nullptr : scale;
+}
+
+// Plans, padded table and scales, before or between waves.
+void prepare(const State& s, const Workers& workers, int64_t heads_now) {
+  const AttentionCall& call = *s.call;
+  const int64_t first_batch = s.first / call.kv_heads;
+  const int64_t end_batch = divide_up(s.first + heads_now, call.kv_heads);
+  const bool start = s.first == 0;
+  const int64_t tables = start && call.table != nullptr ? call.heads : 0;
+  int64_t plans = end_batch - first_batch;
+  if (s.one_plan) plans = start ? 1 : 0;
+  if (start) pad_scales(s);
+  run(workers, plans + tables, [&](int64_t task, int) {
+    if (task < plans) {
+      make_plan(call, first_batch + task, s.plans[task]);
+    } else {
+      pad_table(s, task - plans);
+    }
+  });
+}
+
+// Packs rows [begin, end) of a key head, a multiple of W except at the last: transposed into panels
+// and, if `rows` is given, as they are.
+void pack_rows(const State& s, const KeyPlan& plan, const HeadRows& x, int64_t b, int64_t h,
+               const float* scale, int64_t begin, int64_t end, float* panels, float* rows,
+               float* scratch) {
+  const int64_t d = s.call->head_dim;
+  for (int64_t j = begin; j < end; j += kWidth) {
+    float* block = rows == nullptr ? scratch : rows + j * s.dp;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      float* row = block + i * s.dp;
+      if (j + i < plan.count) {
+        load_row(x, b, h, plan.index[j + i], d, row);
+        normalise(row, s.dp, scale);
+      } else {
+        std::memset(row, 0, static_cast<size_t>(s.dp) * sizeof(float));
+      }
+    }
+    if (panels != nullptr) {
+      transpose_rows(block, d, s.dp, panels + j / kPanel * kPanel * d + j % kPanel);
+    }
+  }
+}
+
+void pack_keys(const State& s, int64_t head, int64_t block, float* scratch) {
+  const AttentionCall& call = *s.call;
+  const int64_t b = (s.first + head) / call.kv_heads, h = (s.first + head) % call.kv_heads;
+  const KeyPlan& plan = s.plan_of(b);
+  const int64_t begin = block * kKeyRows;
+  const int64_t end = smaller(begin + kKeyRows, round_up(plan.count, kWidth));
+  const int64_t panels = head * s.padded_keys * call.head_dim;
+  float* rows = s.rows + head * s.padded_keys * s.dp;
+  const float* scale = scale_or_null(s, s.k_scale);
+  float* keys_t = s.keys_t + panels;
+  if (s.backward) {
+    pack_rows(s, plan, call.k, b, h, scale, begin, end, keys_t, rows, scratch);
+    pack_rows(s, plan, call.v, b, h, nullptr, begin, end, s.values_t + panels, nullptr, scratch);
+  } else {
+    pack_rows(s, plan, call.k, b, h, scale, begin, end, keys_t, nullptr, scratch);
+    pack_rows(s, plan, call.v, b, h, nullptr, begin, end, nullptr, rows, scratch);
+  }
+}
+
+// How many packed keys query i sees: a prefix, because they are in order.
+int64_t visible(const AttentionCall& call, const KeyPlan& plan, int64_t i) {
+  if (!call.causal) return plan.count;
+  const int64_t last = i + call.keys - call.queries;
+  int64_t low = 0, high = plan.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (plan.index[middle] <= last) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The tile's keys, and what its rows need besides.
+struct Tile {
+  int64_t key;     // first packed key
+  int64_t keys;    // at most kKeyRows
+  int groups;      // of W keys, the last one perhaps not full
+  TableTile table;
+  const uint32_t* columns;
+};
+
+Tile make_tile(const State& s, const KeyPlan& plan, int64_t key) {
+  const AttentionCall& call = *s.call;
+  Tile tile{};
+  tile.key = key;
+  tile.keys = smaller<int64_t>(kKeyRows, plan.count - key);
+  tile.groups = static_cast<int>(divide_up(tile.keys, kWidth));
+  tile.columns = plan.column + key;
+  if (call.table != nullptr) {
+    tile.table = {plan.first_window + key / kWidth, plan.windows, plan.code + key, call.radius,
+                  2 * call.radius + 1 + 2 * kTablePad - 2 * kWidth};
+  }
+  return tile;
+}
+
+// Lanes of group g that a row with `limit` visible keys sees.
+MUSICLM_FAST_INLINE vint seen_lanes(const Tile& tile, int64_t limit, int g) {
+  const int64_t left = smaller<int64_t>(limit - tile.key - g * kWidth, kWidth);
+  return iota() < (vint{} + static_cast<int32_t>(larger<int64_t>(left, 0)));
+}
+
+uint32_t row_key_of(const AttentionCall& call, int64_t b, int64_t h, int64_t i) {
+  const uint32_t row = static_cast<uint32_t>((b * call.heads + h) * call.queries + i);
+  return mix(mix(row ^ call.seed_low) ^ call.seed_high);
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// s = scale * s + bias where visible, else -inf; returns the largest.
+template <bool kBias>
+MUSICLM_FAST_INLINE float finish_similarities(const Tile& tile, float scale, const float* table,
+                                              int64_t q_code, int64_t limit, float* s) {
+  const bool all_seen = limit >= tile.key + tile.groups * kWidth;
+  vfloat highest = vset(-kInfinity);
+  for (int g = 0; g < tile.groups; ++g) {
+    vfloat x = vload(s + g * kWidth);
+    if constexpr (kBias) {
+      x = x * scale + bias_of(tile.table, table, q_code, g);
+    } else {
+      x = x * scale;
+    }
+    if (!all_seen) x = seen_lanes(tile, limit, g) ? x : vset(-kInfinity);
+    vstore(s + g * kWidth, x);
+    highest = vmax(highest, x);
+  }
+  return vmaximum(highest);
+}
+
+// s = exp(s - highest), dropped; returns the sum before dropout, per lane.
+template <bool kDropout>
+MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& call,
+                                        uint32_t row_key, float highest, float* s) {
+  vfloat sum = vzero();
+  for (int g = 0; g < tile.groups; ++g) {
+    vfloat p = vexp(vload(s + g * kWidth) - highest);
+    sum += p;
+    if constexpr (kDropout) {
+      p = kept(row_key, tile.columns + g * kWidth, call.drop_below) ? p : vzero();
+    }
+    vstore(s + g * kWidth, p);
+  }
+  return sum;
+}
+
+void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch) {
+  const AttentionCall& call = *s.call;
+  const int64_t kv = s.first + head / s.group;
+  const int64_t b = kv / call.kv_heads;
+  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
+  const KeyPlan& plan = s.plan_of(b);
+  const int64_t d = call.head_dim, dp = s.dp, vectors = dp / kWidth;
+  const int64_t first = block * kForwardRows;
+  const int rows = static_cast<int>(smaller<int64_t>(kForwardRows, call.queries - first));
+  const float* keys_t = s.keys_t + head / s.group * s.padded_keys * d;
+  const float* values = s.rows + head / s.group * s.padded_keys * dp;
+  const float* table = s.table + h * s.table_columns;
+  const int32_t* q_codes =
+      call.table == nullptr ? nullptr : call.q_codes + b * call.q_codes_stride + first;
+
+  for (int r = 0; r < rows; ++r) {
+    load_row(call.q, b, h, first + r, d, scratch.q + r * dp);
+    normalise(scratch.q + r * dp, dp, scale_or_null(s, s.q_scale));
+    scratch.limit[r] = visible(call, plan, first + r);
+    scratch.highest[r] = -kInfinity;
+    vstore(scratch.weights_sum + r * kWidth, vzero());
+  }
+  const int64_t end = scratch.limit[rows - 1];  // limits do not fall from row to row
+  for (int64_t key = 0; key < end; key += kKeyRows) {
+    const Tile tile = make_tile(s, plan, key);
+    multiply<false>(rows, tile.groups, d, scratch.q, dp, keys_t + key * d, kPanel, kPanel * d,
+                    scratch.s, kKeyRows, Start::zero);
+    for (int r = 0; r < rows; ++r) {
+      float* row = scratch.s + r * kKeyRows;
+      const float highest =
+          q_codes == nullptr
+              ? finish_similarities<false>(tile, call.scale, table, 0, scratch.limit[r], row)
+              : finish_similarities<true>(tile, call.scale, table, q_codes[r], scratch.limit[r],
+                                          row);
+      scratch.higher[r] = larger(scratch.highest[r], highest);
+      // A row that has seen no key yet subtracts 0, so that its weights are 0 rather than NaN.
+      const float shift = scratch.higher[r] == -kInfinity ? 0.0f : scratch.higher[r];
+      scratch.rescale[r] = scratch.highest[r] - shift;
+      scratch.highest[r] = scratch.higher[r];
+      scratch.higher[r] = shift;
+    }
+    for (int r = 0; r < kForwardRows; r += kWidth) {
+      vstore(scratch.rescale + r, vexp(vload(scratch.rescale + r)));
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* row = scratch.s + r * kKeyRows;
+      const vfloat sum =
+          call.dropout
+              ? exponentiate<true>(tile, call, row_key_of(call, b, h, first + r),
+                                   scratch.higher[r], row)
+              : exponentiate<false>(tile, call, 0, scratch.higher[r], row);
+      float* total = scratch.weights_sum + r * kWidth;
+      vstore(total, vload(total) * scratch.rescale[r] + sum);
+    }
+    multiply<false>(rows, vectors, tile.keys, scratch.s, kKeyRows, values + key * dp, dp, kPanel,
+                    scratch.out, dp, key == 0 ? Start::zero : Start::scaled, scratch.rescale);
+  }
+
+  float* lse = call.logsumexp + (b * call.heads + h) * call.queries + first;
+  for (int r = 0; r < rows; ++r) {
+    float* row = scratch.out + r * dp;
+    if (scratch.limit[r] == 0) {
+      std::memset(row, 0, static_cast<size_t>(dp) * sizeof(float));
+      lse[r] = kInfinity;
+    } else {
+      const float sum = vsum(vload(scratch.weights_sum + r * kWidth));
+      const float factor = (call.dropout ? call.keep_scale : 1.0f) / sum;
+      for (int64_t c = 0; c < dp; c += kWidth) vstore(row + c, vload(row + c) * factor);
+      lse[r] = scratch.highest[r] + std::log(sum);
+    }
+    store_row(call.out, b, h, first + r, d, row);
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+void pack_queries(const State& s, int64_t head, int64_t block, float* scratch) {
+  const AttentionCall& call = *s.call;
+  const int64_t kv = s.first + head / s.group;
+  const int64_t b = kv / call.kv_heads;
+  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
+  const int64_t end = smaller(call.queries, (block + 1) * kBackwardRows);
+  for (int64_t i = block * kBackwardRows; i < end; ++i) {
+    float* q = s.q + (head * call.queries + i) * s.dp;
+    float* grad = s.grad_out + (head * call.queries + i) * s.dp;
+    load_row(call.q, b, h, i, call.head_dim, q);
+    normalise(q, s.dp, scale_or_null(s, s.q_scale));
+    load_row(call.grad_out, b, h, i, call.head_dim, grad);
+    load_row(call.out, b, h, i, call.head_dim, scratch);
+    vfloat product = vzero();
+    for (int64_t c = 0; c < s.dp; c += kWidth) product += vload(grad + c) * vload(scratch + c);
+    s.delta[head * call.queries + i] = vsum(product);
+  }
+}
+
+// From raw similarities and gradients of weights in a row to (dropped) weights and gradients of
+// similarities, which also go to the table.
+template <bool kBias, bool kDropout>
+MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& call,
+                                      const float* table, float* dtable, int64_t q_code,
+                                      int64_t limit, uint32_t row_key, float logsumexp, float delta,
+                                      float* s, float* ds) {
+  const bool all_seen = limit >= tile.key + tile.groups * kWidth;
+  for (int g = 0; g < tile.groups; ++g) {
+    vfloat x = vload(s + g * kWidth);
+    if constexpr (kBias) {
+      x = x * call.scale + bias_of(tile.table, table, q_code, g);
+    } else {
+      x = x * call.scale;
+    }
+    vfloat p = vexp(x - logsumexp);
+    if (!all_seen) p = seen_lanes(tile, limit, g) ? p : vzero();
+    vfloat dp = vload(ds + g * kWidth);
+    vfloat dropped = p;
+    if constexpr (kDropout) {
+      const vint keep = kept(row_key, tile.columns + g * kWidth, call.drop_below);
+      dropped = keep ? p * call.keep_scale : vzero();
+      dp = keep ? dp * call.keep_scale : vzero();
+    }
+    vstore(s + g * kWidth, dropped);
+    // The weight of a row's only key is constant; rounding of delta must not say otherwise.
+    vstore(ds + g * kWidth, limit == 1 ? vzero() : p * (dp - delta));
+  }
+  if constexpr (kBias) {
+    // Neighbouring groups' windows overlap, and a load that overlaps a store just made waits for it:
+    // every other group first, then the rest.
+    for (int g = 0; g < tile.groups; g += 2) {
+      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
+    }
+    for (int g = 1; g < tile.groups; g += 2) {
+      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
+    }
+  }
+}
+
+struct QueryBlock {
+  int64_t b, h, head;  // head counts within the wave
+  int64_t first;
+  int rows;
+  const KeyPlan* plan;
+};
+
+void rows_backward(const State& s, const Tile& tile, const QueryBlock& block, float* dtable,
+                   const Scratch& scratch) {
+  const AttentionCall& call = *s.call;
+  const float* table = s.table + block.h * s.table_columns;
+  const float* lse = call.logsumexp + (block.b * call.heads + block.h) * call.queries + block.first;
+  const float* delta = s.delta + block.head * call.queries + block.first;
+  const int32_t* q_codes = call.table == nullptr
+                               ? nullptr
+                               : call.q_codes + block.b * call.q_codes_stride + block.first;
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t i = block.first + r;
+    const int64_t q_code = q_codes == nullptr ? 0 : q_codes[r];
+    const uint32_t row_key = call.dropout ? row_key_of(call, block.b, block.h, i) : 0;
+    float* row_s = scratch.s + r * kKeyRows;
+    float* row_ds = scratch.ds + r * kKeyRows;
+    const auto go = [&](auto body) {
+      body(tile, call, table, dtable, q_code, scratch.limit[r], row_key, lse[r], delta[r], row_s,
+           row_ds);
+    };
+    if (q_codes != nullptr) {
+      call.dropout ? go(row_backward<true, true>) : go(row_backward<true, false>);
+    } else {
+      call.dropout ? go(row_backward<false, true>) : go(row_backward<false, false>);
+    }
+  }
+}
+
+// Gradients of the keys and values of one chunk of a key head, and its parts of dq and dtable.
+void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& scratch) {
+  const AttentionCall& call = *s.call;
+  const int64_t kv = s.first + head;
+  const int64_t b = kv / call.kv_heads, kv_head = kv % call.kv_heads;
+  const KeyPlan& plan = s.plan_of(b);
+  const int64_t d = call.head_dim, dp = s.dp, vectors = dp / kWidth, queries = call.queries;
+  const int64_t tiles = divide_up(plan.count, kKeyRows);
+  const int64_t begin = chunk * tiles / s.chunks, end = (chunk + 1) * tiles / s.chunks;
+  const float* keys_t = s.keys_t + head * s.padded_keys * d;
+  const float* keys = s.rows + head * s.padded_keys * dp;
+  const float* values_t = s.values_t + head * s.padded_keys * d;
+  float* dtables = s.dtable + (head * s.chunks + chunk) * s.group * s.table_columns;
+  float* dk_scale = s.dk_scale + (head * s.chunks + chunk) * dp;
+  std::memset(dtables, 0, static_cast<size_t>(s.group * s.table_columns) * sizeof(float));
+  std::memset(dk_scale, 0, static_cast<size_t>(dp) * sizeof(float));
+
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile = make_tile(s, plan, t * kKeyRows);
+    Start keys_start = Start::zero;
+    for (int64_t g = 0; g < s.group; ++g) {
+      const int64_t q_head = head * s.group + g;
+      const float* q = s.q + q_head * queries * dp;
+      const float* grad_out = s.grad_out + q_head * queries * dp;
+      float* dq = s.dq + (q_head * s.chunks + chunk) * queries * dp;
+      for (int64_t first = 0; first < queries; first += kBackwardRows) {
+        const int rows = static_cast<int>(smaller<int64_t>(kBackwardRows, queries - first));
+        for (int r = 0; r < rows; ++r) scratch.limit[r] = visible(call, plan, first + r);
+        if (scratch.limit[rows - 1] <= tile.key) {
+          if (t == begin) {
+            std::memset(dq + first * dp, 0, static_cast<size_t>(rows * dp) * sizeof(float));
+          }
+          continue;
+        }
+        multiply<false>(rows, tile.groups, d, q + first * dp, dp, keys_t + tile.key * d, kPanel,
+                        kPanel * d, scratch.s, kKeyRows, Start::zero);
+        multiply<false>(rows, tile.groups, d, grad_out + first * dp, dp, values_t + tile.key * d,
+                        kPanel, kPanel * d, scratch.ds, kKeyRows, Start::zero);
+        const QueryBlock block{b, kv_head * s.group + g, q_head, first, rows, &plan};
+        rows_backward(s, tile, block, dtables + g * s.table_columns, scratch);
+        multiply<true>(tile.keys, vectors, rows, scratch.s, kKeyRows, grad_out + first * dp, dp,
+                       kPanel, scratch.dv, dp, keys_start);
+        multiply<true>(tile.keys, vectors, rows, scratch.ds, kKeyRows, q + first * dp, dp, kPanel,
+                       scratch.dk, dp, keys_start);
+        multiply<false>(rows, vectors, tile.keys, scratch.ds, kKeyRows, keys + tile.key * dp, dp,
+                        kPanel, dq + first * dp, dp, t == begin ? Start::zero : Start::add);
+        keys_start = Start::add;
+      }
+    }
+    if (keys_start == Start::zero) {  // no query sees a key of this tile
+      std::memset(scratch.dk, 0, static_cast<size_t>(tile.keys * dp) * sizeof(float));
+      std::memset(scratch.dv, 0, static_cast<size_t>(tile.keys * dp) * sizeof(float));
+    }
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      const int64_t at = plan.index[tile.key + j];
+      float* dk = scratch.dk + j * dp;
+      for (int64_t c = 0; c < dp; c += kWidth) vstore(dk + c, vload(dk + c) * call.scale);
+      if (call.k_scale != nullptr) {
+        load_row(call.k, b, kv_head, at, d, scratch.rows);
+        normalise_backward(scratch.rows, dp, s.k_scale, dk, dk_scale);
+      }
+      store_row(call.dk, b, kv_head, at, d, dk);
+      store_row(call.dv, b, kv_head, at, d, scratch.dv + j * dp);
+    }
+  }
+}
+
+// dq of a block of queries from the chunks' parts, in order.
+void finish_queries(const State& s, int64_t head, int64_t block, float* scratch) {
+  const AttentionCall& call = *s.call;
+  const int64_t kv = s.first + head / s.group;
+  const int64_t b = kv / call.kv_heads;
+  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
+  const int64_t tiles = divide_up(s.plan_of(b).count, kKeyRows);
+  const int64_t dp = s.dp, end = smaller(call.queries, (block + 1) * kBackwardRows);
+  const float* parts = s.dq + head * s.chunks * call.queries * dp;
+  float* dq_scale = s.dq_scale + (head * s.query_blocks + block) * dp;
+  std::memset(dq_scale, 0, static_cast<size_t>(dp) * sizeof(float));
+  float* dq = scratch + dp;
+  for (int64_t i = block * kBackwardRows; i < end; ++i) {
+    std::memset(dq, 0, static_cast<size_t>(dp) * sizeof(float));
+    for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+      if (chunk * tiles / s.chunks == (chunk + 1) * tiles / s.chunks) continue;
+      const float* part = parts + (chunk * call.queries + i) * dp;
+      for (int64_t c = 0; c < dp; c += kWidth) vstore(dq + c, vload(dq + c) + vload(part + c));
+    }
+    for (int64_t c = 0; c < dp; c += kWidth) vstore(dq + c, vload(dq + c) * call.scale);
+    if (call.q_scale != nullptr) {
+      load_row(call.q, b, h, i, call.head_dim, scratch);
+      normalise_backward(scratch, dp, s.q_scale, dq, dq_scale);
+    }
+    store_row(call.dq, b, h, i, call.head_dim, dq);
+  }
+}
+
+// dtable_sum of one head += the parts of this wave, in order.
+void reduce_table(const State& s, int64_t h, int64_t heads_now) {
+  const AttentionCall& call = *s.call;
+  float* sum = s.dtable_sum + h * s.table_columns;
+  if (s.first == 0) {
+    std::memset(sum, 0, static_cast<size_t>(s.table_columns) * sizeof(float));
+  }
+  for (int64_t head = 0; head < heads_now; ++head) {
+    if ((s.first + head) % call.kv_heads != h / s.group) continue;
+    for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+      const float* part =
+          s.dtable + ((head * s.chunks + chunk) * s.group + h % s.group) * s.table_columns;
+      for (int64_t c = 0; c < s.table_columns; c += kWidth) {
+        vstore(sum + c, vload(sum + c) + vload(part + c));
+      }
+    }
+  }
+}
+
+void store_table(const State& s, int64_t h) {
+  const AttentionCall& call = *s.call;
+  const int64_t columns = 2 * call.radius + 1;
+  const float* sum = s.dtable_sum + h * s.table_columns;
+  float* out = call.dtable + h * columns;
+  for (int64_t c = 0; c < columns; ++c) out[c] = sum[kTablePad + c];
+  // What the padding received belongs to the edge entries.
+  float low = 0.0f, high = 0.0f;
+  for (int64_t c = 0; c < kTablePad; ++c) {
+    low += sum[c];
+    high += sum[kTablePad + columns + c];
+  }
+  out[0] += low;
+  out[columns - 1] += high;
+}
+
+void add_rows(const float* parts, int64_t count, int64_t dp, double* sum) {
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t c = 0; c < dp; ++c) sum[c] += parts[p * dp + c];
+  }
+}
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionCall& call, bool backward, int workers) {
+  return make_state(call, backward, workers, nullptr).bytes;
+}
+
+void attention_forward(const AttentionCall& call, void* workspace, const Workers& workers) {
+  State s = make_state(call, false, workers.count, workspace);
+  const int64_t total = call.batch * call.kv_heads;
+  const int64_t key_blocks = s.padded_keys / kKeyRows;
+  const int64_t query_blocks = divide_up(call.queries, kForwardRows);
+  for (; s.first < total; s.first += s.wave) {
+    const int64_t heads_now = s.heads_now(total);
+    prepare(s, workers, heads_now);
+    run(workers, heads_now * key_blocks, [&](int64_t task, int worker) {
+      pack_keys(s, task / key_blocks, task % key_blocks, s.scratch[worker].rows);
+    });
+    run(workers, heads_now * s.group * query_blocks, [&](int64_t task, int worker) {
+      // Causal: the last block of a head is its longest task.
+      attend(s, task / query_blocks, query_blocks - 1 - task % query_blocks, s.scratch[worker]);
+    });
+  }
+}
+
+void attention_backward(const AttentionCall& call, void* workspace, const Workers& workers) {
+  State s = make_state(call, true, workers.count, workspace);
+  const int64_t total = call.batch * call.kv_heads;
+  const int64_t key_blocks = s.padded_keys / kKeyRows;
+  for (int64_t c = 0; c < s.dp; ++c) s.dq_scale_sum[c] = s.dk_scale_sum[c] = 0.0;
+  for (; s.first < total; s.first += s.wave) {
+    const int64_t heads_now = s.heads_now(total), q_heads = heads_now * s.group;
+    prepare(s, workers, heads_now);
+    const int64_t key_tasks = heads_now * key_blocks;
+    run(workers, key_tasks + q_heads * s.query_blocks, [&](int64_t task, int worker) {
+      float* scratch = s.scratch[worker].rows;
+      if (task < key_tasks) {
+        pack_keys(s, task / key_blocks, task % key_blocks, scratch);
+      } else {
+        task -= key_tasks;
+        pack_queries(s, task / s.query_blocks, task % s.query_blocks, scratch);
+      }
+    });
+    run(workers, heads_now * s.chunks, [&](int64_t task, int worker) {
+      chunk_backward(s, task / s.chunks, task % s.chunks, s.scratch[worker]);
+    });
+    const int64_t query_tasks = q_heads * s.query_blocks;
+    const int64_t tables = call.table == nullptr ? 0 : call.heads;
+    run(workers, query_tasks + tables, [&](int64_t task, int worker) {
+      if (task < query_tasks) {
+        finish_queries(s, task / s.query_blocks, task % s.query_blocks, s.scratch[worker].rows);
+      } else {
+        reduce_table(s, task - query_tasks, heads_now);
+        if (s.first + heads_now == total) store_table(s, task - query_tasks);
+      }
+    });
+    add_rows(s.dq_scale, query_tasks, s.dp, s.dq_scale_sum);
+    add_rows(s.dk_scale, heads_now * s.chunks, s.dp, s.dk_scale_sum);
+  }
+  if (call.q_scale == nullptr) return;
+  for (int64_t c = 0; c < call.head_dim; ++c) {
+    call.dq_scale[c] = static_cast<float>(s.dq_scale_sum[c]);
+    call.dk_scale[c] = static_cast<float>(s.dk_scale_sum[c]);
+  }
+}
+
+}  // namespace musiclm_fast::MUSICLM_FAST_SIMD_NS
