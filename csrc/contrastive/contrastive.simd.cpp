@@ -1,5 +1,7 @@
 #include "contrastive/contrastive.h"
 
+#include <limits>
+
 #include "common/simd.h"
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {

@@ -14,7 +14,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops.contrastive import _cpp
+from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
 from musiclm_fast.ops.contrastive.reference import (
     block_logsumexp,
@@ -147,18 +147,24 @@ def block_kernels(backend: str) -> Kernels:
     """A backend's kernels for rectangular blocks, from which the distributed losses are made."""
     if backend == "cpp":
         return _cpp.kernels
+    if backend == "triton":
+        return _triton.kernels
     return Kernels(block_logsumexp, block_logsumexp_backward, block_sigmoid)
 
 
 def prepare(backend: str, latents: Tensor) -> Tensor:
     """Latents with the dtype and strides that a backend's kernels read."""
-    return _cpp.prepare(latents) if backend == "cpp" else latents
+    modules = {"cpp": _cpp, "triton": _triton}
+    return modules[backend].prepare(latents) if backend in modules else latents
 
 
 dispatcher = Dispatcher(
     "contrastive",
     [
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend(
+            "triton", _triton.supports, _triton.run, _triton.available, _triton.self_check
+        ),
         Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
     ],
 )
