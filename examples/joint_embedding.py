@@ -1,6 +1,6 @@
 """The reference's documented usage with only the import changed: towers, MuLaN, quantizer.
 
-    python examples/joint_embedding.py
+python examples/joint_embedding.py
 """
 
 import torch

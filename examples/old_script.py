@@ -1,6 +1,6 @@
 """An old script unchanged: one line makes ``import musiclm_pytorch`` resolve to this package.
 
-    python examples/old_script.py
+python examples/old_script.py
 """
 
 import musiclm_fast; musiclm_fast.install_as_reference()  # noqa: E702  # fmt: skip

@@ -18,6 +18,17 @@ SIMD_LEVELS = ("baseline", "avx2", "avx512")
 # in a checkout of the project
 HOW_TO_BUILD = "pip install cmake ninja pybind11 && pip install --no-build-isolation ."
 
+# What csrc/library.cpp declares: a library without one of these is an older build's.
+OPS = (
+    "attention_forward",
+    "attention_backward",
+    "contrastive_logsumexp",
+    "contrastive_logsumexp_backward",
+    "contrastive_sigmoid",
+    "spectrogram_forward",
+    "spectrogram_backward",
+)
+
 _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
 _lock = threading.Lock()
 _status: ExtensionStatus | None = None
@@ -89,6 +100,13 @@ def _load() -> ExtensionStatus:
         _C.load_ops(str(_LIBRARY))
     except RuntimeError as error:
         reason = f"the compiled library does not load ({error}); to build it again: {HOW_TO_BUILD}"
+        return ExtensionStatus(False, reason, facts)
+    missing = [op for op in OPS if not hasattr(torch.ops.musiclm_fast, op)]
+    if missing:
+        reason = (
+            f"the compiled library is older than the Python files (it lacks {', '.join(missing)}); "
+            f"to build it again: {HOW_TO_BUILD}"
+        )
         return ExtensionStatus(False, reason, facts)
     if level and level != _C.simd_level():
         reason = f"MUSICLM_FAST_SIMD={level}, but this processor has {_C.simd_level()} at most"

@@ -197,3 +197,9 @@ def test_cuda_build_loads_without_cuda(tmp_path: Path) -> None:
     subprocess.run([cmake, *configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
     subprocess.run([cmake, "--build", str(tmp_path)], check=True)
     ctypes.CDLL(str(tmp_path / "libmusiclm_fast_ops.so"))
+
+
+def test_the_library_declares_the_ops_that_python_expects():
+    schemas = (ROOT / "csrc" / "library.cpp").read_text()
+    declared = re.findall(r'm\.def\(\s*"(\w+)\(', schemas)
+    assert sorted(declared) == sorted(_extension.OPS)

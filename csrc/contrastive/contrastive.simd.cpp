@@ -4,6 +4,8 @@
 
 #include "common/simd.h"
 
+#include <limits>
+
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
 namespace {
 

@@ -1,6 +1,7 @@
 #include "common/simd.h"
 #include "spectrogram/cpu.h"
 
+#include <limits>
 #include <utility>
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {

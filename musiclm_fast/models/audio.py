@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.front_end import (
     FrontEnd,
     PhaseAdvance,
@@ -76,6 +77,9 @@ class AudioSpectrogramTransformer(nn.Module):
         ValueError: an argument is out of range, or ``spec_`` arguments stand beside ``front_end``.
     """
 
+    arguments: dict[str, Any]
+
+    @record_arguments
     def __init__(
         self,
         dim: int,

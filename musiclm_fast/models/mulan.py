@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_tensor, describe, fail
+from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.contrastive import (
     MultiLayerContrastiveLoss,
@@ -32,7 +33,9 @@ class MuLaN(nn.Module):
 
     audio_layers_indices: Tensor
     text_layers_indices: Tensor
+    arguments: dict[str, Any]
 
+    @record_arguments
     def __init__(
         self,
         audio_transformer: AudioSpectrogramTransformer,

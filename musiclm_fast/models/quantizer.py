@@ -61,12 +61,13 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         self.dim = mulan.dim_latent
         self.num_codebooks = rq_num_quantizers
         self.codebook_size = codebook_size
-        self.cond_embeddings = nn.ParameterDict(
-            {
-                namespace: nn.Parameter(torch.randn(rq_num_quantizers, codebook_size, width) * 0.02)
-                for namespace, width in zip(namespaces, conditioning_dims, strict=True)
-            }
-        )
+        # Filled one by one: from a dict, ParameterDict would sort the names, and an optimizer's
+        # checkpoint knows parameters by their place only.
+        self.cond_embeddings = nn.ParameterDict()
+        for namespace, width in zip(namespaces, conditioning_dims, strict=True):
+            # Drawn twice, as the reference does, so that the same seed gives the same weights.
+            embeddings = nn.Parameter(torch.randn(rq_num_quantizers, codebook_size, width))
+            self.cond_embeddings[namespace] = nn.init.normal_(embeddings, std=0.02)
         self.set_default_namespace(self.namespaces[0])
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

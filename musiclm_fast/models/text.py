@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_dtype, check_ndim, check_shape, describe, fail
+from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.layers import LayerNorm, Transformer
 from musiclm_fast.tokenizer import tokenizer
 
@@ -23,6 +26,9 @@ class TextTransformer(nn.Module):
         pad_id: token that takes no part (where no mask is given).
     """
 
+    arguments: dict[str, Any]
+
+    @record_arguments
     def __init__(
         self,
         dim: int,

@@ -220,10 +220,10 @@ class MuLaNTrainer(nn.Module):
         """Whether this process is the first of its machine."""
         return self.accelerator.is_local_main_process
 
-    def print(self, message: str) -> None:
+    def print(self, msg: str) -> None:
         """Print once, not once per process, above a progress bar."""
         if self.is_main:
-            tqdm.write(message)
+            tqdm.write(msg)
 
     def save(self, path: str | Path) -> None:
         """Write weights, optimizer, step and random state to ``path``, atomically."""

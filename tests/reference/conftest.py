@@ -1,15 +1,25 @@
-"""Fixtures of the live comparison."""
+"""Every test here needs the live reference, and is skipped where it is not installed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from tests.reference import live
 
+HERE = Path(__file__).parent
 
-@pytest.fixture(scope="session")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.reference)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def reference() -> live.Reference:
-    """The live reference's modules; skips where they are not installed."""
+    """The live reference's modules."""
     try:
         return live.load()
     except live.ReferenceMissing as missing:

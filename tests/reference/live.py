@@ -10,23 +10,32 @@ duration of the import and undoes every global effect the import has::
     reference = live.load()
     mulan = reference.musiclm.MuLaN(...)
 
+    both = live.pair(lambda package: package.TextTransformer(dim=64, depth=2))
+    both.reference, both.ours  # equal weights
+
 Tests use the ``reference`` fixture instead, which skips where the packages are not installed.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import logging
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 VERSIONS = {"musiclm-pytorch": "0.2.8", "audiolm-pytorch": "2.4.0"}
 T5_V1_1_BASE_DIM = 768  # what get_encoded_dim would download a configuration to find out
@@ -102,12 +111,71 @@ def load() -> Reference:
             musiclm = importlib.import_module("musiclm_pytorch")
     stages = importlib.import_module("audiolm_pytorch.audiolm_pytorch")
     stages.get_encoded_dim = lambda name: T5_V1_1_BASE_DIM
+    core = importlib.import_module("musiclm_pytorch.musiclm_pytorch")
+    core.posemb_sincos_2d = _in_own_dtype(core.posemb_sincos_2d)
     return Reference(
         musiclm=musiclm,
         audiolm=audiolm,
-        core=importlib.import_module("musiclm_pytorch.musiclm_pytorch"),
+        core=core,
         tokenizer=importlib.import_module("x_clip.tokenizer").tokenizer,
     )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model built by both packages, with equal weights."""
+
+    reference: nn.Module
+    ours: nn.Module
+
+    def oracle(self) -> nn.Module:
+        """A float64 copy of the reference's model."""
+        model = copy.deepcopy(self.reference).double()
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == "dynamic_pos_bias_mlp":
+                # it is handed float32 offsets whatever its weights' dtype
+                module.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+        return model
+
+
+def pair(build: Callable[[ModuleType], nn.Module], seed: int = 0) -> Pair:
+    """Build one model with the reference and with musiclm_fast and give both the same weights.
+
+    Parameters that start as a constant (norms, temperatures, query and key scales) get 10% of
+    noise first: a scale that is used twice, or not at all, shows only when it is not one.
+
+    Args:
+        build: makes the model from a package's public names, ``build(musiclm_pytorch)`` and
+            ``build(musiclm_fast)``.
+        seed: of the initial weights.
+
+    Returns:
+        Both models, in training mode as constructed. The weights travel by a strict
+        ``load_state_dict``, so the keys and shapes are equal too.
+    """
+    musiclm_fast = importlib.import_module("musiclm_fast")
+    torch.manual_seed(seed)
+    reference = build(load().musiclm)
+    with torch.no_grad():
+        for parameter in nn.Module.parameters(reference):  # the quantizer's own yields a part
+            if (parameter == parameter.flatten()[0]).all():
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    ours = build(musiclm_fast)
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return Pair(reference, ours)
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Standard output of ``script`` in an interpreter of its own, started at the project's root.
+
+    Raises:
+        AssertionError: it failed; with its standard error.
+    """
+    command = [sys.executable, "-c", script, *arguments]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _check_installed() -> None:
@@ -169,6 +237,24 @@ def _torchaudio_extension() -> ModuleType:
         _check_cuda_version=_unavailable,
         fail_if_no_align=lambda function: _unavailable,
     )
+
+
+def _in_own_dtype(position_embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference's sin-cos embedding computes in the default dtype whatever it is given.
+
+    In float64 it would then be a float32 embedding, and the oracle no oracle. For float32 nothing
+    changes.
+    """
+
+    def in_own_dtype(patches: Tensor) -> Tensor:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(patches.dtype)
+        try:
+            return position_embedding(patches)
+        finally:
+            torch.set_default_dtype(default)
+
+    return in_own_dtype
 
 
 @contextmanager
