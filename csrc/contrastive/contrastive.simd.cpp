@@ -1,5 +1,7 @@
 #include "contrastive/contrastive.h"
 
+#include <limits>
+
 #include "common/simd.h"
 
 #include <limits>
