@@ -71,21 +71,21 @@ class Band:
     row_end: int
 
 
-# (longest head dim, fewest shared-memory KB) -> configs for 16-bit inputs and many queries.
-_HALF_PRECISION = (
-    (32, Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 4, 3))),
-    (64, Configs(Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 4, 3))),
-    (128, Configs(Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(128, 64, 8, 2))),
-)
-_FLOAT32 = (
-    (32, Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2))),
-    (64, Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2))),
-    (128, Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1))),
-)
+# By longest head dim, for many queries. The counts behind the choices are in README.md.
+_HALF_PRECISION = {
+    32: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    64: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 4, 2), Config(128, 64, 8, 2)),
+}
+_FLOAT32 = {
+    32: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
+    64: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
+    128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+}
 
 
 def configs(
-    capability: tuple[int, int], head_dim: int, queries: int, dtype: torch.dtype
+    capability: tuple[int, int], head_dim: int, queries: int, dtype: torch.dtype, causal: bool
 ) -> Configs:
     """The heuristic choice of tiles: nothing is measured at run time unless it is asked for.
 
@@ -94,14 +94,21 @@ def configs(
         head_dim: D.
         queries: M; few queries (cached decoding) take narrow tiles.
         dtype: q's dtype.
+        causal: the backward then holds a second, masked loop.
     """
     table = _FLOAT32 if dtype == torch.float32 else _HALF_PRECISION
-    chosen = next(c for limit, c in table if head_dim <= limit)
-    if queries <= 16:
-        chosen = replace(chosen, forward=replace(chosen.forward, block_m=16, num_warps=4))
-    elif queries <= 64 and chosen.forward.block_m > 64:
-        chosen = replace(chosen, forward=replace(chosen.forward, block_m=64, num_warps=4))
-    return chosen
+    limit = next(limit for limit in table if head_dim <= limit)
+    chosen = table[limit]
+    forward, backward_kv = chosen.forward, chosen.backward_kv
+    if limit == 64 and dtype != torch.float32:
+        if capability[0] >= 9:
+            forward = Config(128, 32, 8, 3)  # two programs fit on a multiprocessor
+        if capability[0] < 9 or causal:
+            backward_kv = Config(32, 64, 4, 2)  # 64 queries would spill
+    if queries <= 64:
+        rows = 16 if queries <= 16 else min(forward.block_m, 64)
+        forward = replace(forward, block_m=rows, num_warps=4)
+    return replace(chosen, forward=forward, backward_kv=backward_kv)
 
 
 def plan_bands(
@@ -309,7 +316,7 @@ def _run_backward(
         q, k = call.normalized(q, call.q_scale), call.normalized(k, call.k_scale)
         q_scale_parts = empty(batch * heads * query_blocks, head_dim)
         k_scale_parts = empty(batch * kv_heads * key_blocks, head_dim)
-    table = _TableGradient(call, key_blocks, kv.block_n) if call.table2 is not None else None
+    table = _TableGradient(call) if call.table2 is not None else None
 
     bands = plan_bands(
         batch, kv_heads, call.group, queries, keys, kv.block_n, call.dtype.itemsize
@@ -365,11 +372,12 @@ def _run_backward(
 class _TableGradient:
     """Sums of dS over equal offsets, band by band, in a fixed order and without atomics."""
 
-    block_h, block_j = 8, 4
+    block_h, block_j, edge_keys = 8, 4, 32
 
-    def __init__(self, call: _Call, key_blocks: int, block_n: int) -> None:
+    def __init__(self, call: _Call) -> None:
         assert call.q_codes is not None and call.k_codes is not None
-        self.call, self.key_blocks, self.block_n = call, key_blocks, block_n
+        self.call = call
+        self.key_blocks = -(-call.keys // self.edge_keys)
         entries = 2 * call.radius + 1
         per_sample = call.q_codes.ndim == 2
         tables = call.batch if per_sample else 1
@@ -388,7 +396,7 @@ class _TableGradient:
             return torch.empty(shape, dtype=torch.int32, device=call.device)
 
         self.first, self.following = empty(tables, self.slots), empty(tables, call.queries)
-        block = 128
+        block = 64
         _launch(
             "index_kernel", tables * (-(-self.slots // block) + -(-call.queries // block)), 4, 1,
             q_codes=call.q_codes, first=self.first, following=self.following,
@@ -397,7 +405,7 @@ class _TableGradient:
         )  # fmt: skip
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=call.device)
         self.inner = zeros(self.parts, call.heads, entries)
-        self.edges = zeros(call.batch, call.heads, key_blocks, 2)
+        self.edges = zeros(call.batch, call.heads, self.key_blocks, 2)
 
     def add(self, band: Band, ds: Tensor, ds_rows: int, ds_keys: int) -> None:
         call = self.call
@@ -423,7 +431,7 @@ class _TableGradient:
             )  # fmt: skip
         _launch(
             "table_edges_kernel", band.samples * band_heads * self.key_blocks, 4, 1,
-            **common, partial=self.edges, BLOCK_M=64, BLOCK_N=self.block_n,
+            **common, partial=self.edges, BLOCK_M=64, BLOCK_N=self.edge_keys,
         )  # fmt: skip
 
     def result(self) -> Tensor:
@@ -500,7 +508,7 @@ def _tuned(call: _Call, kind: str, run: Callable[[Configs], None]) -> None:
     # kind of call. Tuning synchronises, so it does not happen inside a CUDA graph's capture.
     recorder = _recorder.get()
     capability = _capability(call.device) if recorder is None else recorder.capability
-    heuristic = configs(capability, call.head_dim, call.queries, call.dtype)
+    heuristic = configs(capability, call.head_dim, call.queries, call.dtype, call.causal)
     if not _AUTOTUNE or call.device.type != "cuda":
         run(heuristic)
         return
