@@ -84,7 +84,8 @@ bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
 
 .PHONY: demo
 demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it
-	$(PY) examples/demo.py
+	$(PY) -m musiclm_fast demo --output demo-output
+	$(PY) -m musiclm_fast similarity demo-output/trumpet.wav "a trumpet" "a french horn" "a violin" "an acoustic grand piano"
 
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)
