@@ -89,7 +89,8 @@ bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
 
 .PHONY: demo
 demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it
-	$(VENV)/bin/musiclm-fast demo
+	$(VENV)/bin/musiclm-fast demo --output demo-output
+	$(VENV)/bin/musiclm-fast similarity demo-output/trumpet.wav "a trumpet" "a french horn" "a violin" "an acoustic grand piano"
 
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)
