@@ -48,23 +48,51 @@ MUSICLM_FAST_INLINE vint iota() {
   return v;
 }
 
+MUSICLM_FAST_INLINE vint vload_int(const int32_t* p) {
+  vint v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// e^x for x <= 0 (and above it by rounding) within 1 unit in the last place; 0 below -87.3.
+MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
+  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = x * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  // x = n * ln(2) + r, with ln(2) in two parts so that n times the first is exact
+  const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // minimax: e^r = 1 + r + r^2 * q(r) on [-ln(2)/2, ln(2)/2], relative error 3e-9
+  vfloat p = vset(1.3814540579915047e-3f);
+  p = p * r + 8.36874544620514e-3f;
+  p = p * r + 4.166838899254799e-2f;
+  p = p * r + 1.666652113199234e-1f;
+  p = p * r + 4.999999403953552e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));
+  return x < -87.3f ? vzero() : scaled;
+}
+
 // ---- the table of biases ------------------------------------------------------------------------
 
 // The W keys of a group read table entries R + q - k. Their codes lie close together, so the entries
 // lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which entry is the
-// same for every query: a window is two loads and a permutation, and its gradient the inverse.
+// same for every query but for a shift by the query's code: a window is two registers, loaded once
+// for a run of queries, and a permutation; its gradient is the inverse permutation.
 //
 // The padded table has 2W copies of its edge entries on either side. A window that lies beyond the
 // table by any amount is then read right from the nearest place in the padded table: that is the
 // clamp, for all codes.
+constexpr int kReach = kWidth / 2;              // codes of a run of queries differ by at most this
+constexpr int kSpan = 2 * kWidth - kReach;      // entries that a group reads from one window
+constexpr int kTablePad = 2 * kWidth;
+
 struct alignas(64) Window {
   int64_t base;   // largest key code of the window; its entry is the window's first
-  vint source;    // for each lane its entry in the window, 0 .. 2W-1
+  vint source;    // for each lane its entry in the window, 0 .. kSpan-1
   vint lanes;     // -1 for lanes of this window, 0 for others
-  vint low, high;  // for each entry the lane that reads it, W where none does
+  int32_t readers[kReach + 2 * kWidth];  // for each entry, from -kReach, the lane that reads it or W
 };
-
-constexpr int kTablePad = 2 * kWidth;
 
 // Keys of one sample that take part, in order, and how groups of W of them read the table.
 struct KeyPlan {
@@ -87,14 +115,12 @@ int cover(const int32_t* code, int lanes, Window* windows) {
       if (!done[i]) window.base = larger<int64_t>(window.base, code[i]);
     }
     window.source = window.lanes = vint{};
-    window.low = window.high = vint{} + kWidth;
+    for (int32_t& reader : window.readers) reader = kWidth;
     for (int i = 0; i < lanes; ++i) {
       const int64_t entry = window.base - code[i];
-      if (done[i] || entry >= 2 * kWidth) continue;
-      vint& half = entry < kWidth ? window.low : window.high;
-      const int place = static_cast<int>(entry % kWidth);
-      if (half[place] != kWidth) continue;  // a repeated code: the next window's
-      half[place] = i;
+      // A repeated code goes to the next window.
+      if (done[i] || entry >= kSpan || window.readers[kReach + entry] != kWidth) continue;
+      window.readers[kReach + entry] = i;
       window.source[i] = static_cast<int32_t>(entry);
       window.lanes[i] = -1;
       done[i] = true;
@@ -133,7 +159,7 @@ void make_plan(const AttentionCall& call, int64_t b, KeyPlan& plan) {
   plan.first_window[divide_up(n, kWidth)] = used;
 }
 
-// What one tile needs of the table: windows of its groups, and the head's padded table.
+// A tile's part of the key plan.
 struct TableTile {
   const int32_t* first_window;
   const Window* windows;
@@ -141,6 +167,17 @@ struct TableTile {
   int64_t radius;
   int64_t last;  // last place where a window can start in the padded table
 };
+
+// How many of `rows` queries make a run.
+MUSICLM_FAST_INLINE int run_length(const int32_t* q_codes, int rows) {
+  int n = 1;
+  while (n < rows) {
+    const int64_t shift = int64_t{q_codes[n]} - q_codes[0];
+    if (shift < 0 || shift > kReach) break;
+    ++n;
+  }
+  return n;
+}
 
 MUSICLM_FAST_INLINE int64_t window_start(const TableTile& t, int64_t q_code, const Window& window) {
   const int64_t start = q_code - window.base + t.radius + kTablePad;
@@ -152,46 +189,88 @@ MUSICLM_FAST_INLINE int64_t entry_of(const TableTile& t, int64_t q_code, int64_t
   return offset + t.radius + kTablePad;
 }
 
-MUSICLM_FAST_INLINE vfloat read_window(const float* table, const Window& window) {
-  return __builtin_shuffle(vload(table), vload(table + kWidth), window.source);
+// s = scale * s + bias for a tile of `rows` x `groups` * W similarities.
+void add_bias(const TableTile& t, const float* table, const int32_t* q_codes, int rows, int groups,
+              float scale, float* s) {
+  for (int length; rows > 0; rows -= length, q_codes += length, s += length * kKeyRows) {
+    length = run_length(q_codes, rows);
+    for (int g = 0; g < groups; ++g) {
+      const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+      float* column = s + g * kWidth;
+      if (first == end) {
+        for (int r = 0; r < length; ++r) {
+          float bias[kWidth];
+          for (int i = 0; i < kWidth; ++i) {
+            bias[i] = table[entry_of(t, q_codes[r], t.code[g * kWidth + i])];
+          }
+          float* x = column + r * kKeyRows;
+          vstore(x, vload(x) * scale + vload(bias));
+        }
+        continue;
+      }
+      const Window* window = t.windows + first;
+      const float* start = table + window_start(t, q_codes[0], *window);
+      vfloat low = vload(start), high = vload(start + kWidth);
+      vint source = window->source;
+      if (first + 1 == end) {
+        for (int r = 0; r < length; ++r) {
+          float* x = column + r * kKeyRows;
+          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          vstore(x, vload(x) * scale + bias);
+        }
+        continue;
+      }
+      for (int r = 0; r < length; ++r) {
+        float* x = column + r * kKeyRows;
+        const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+        vstore(x, vload(x) * scale + (vfloat)((vint)bias & window->lanes));
+      }
+      for (int32_t w = first + 1; w < end; ++w) {
+        ++window;
+        start = table + window_start(t, q_codes[0], *window);
+        low = vload(start);
+        high = vload(start + kWidth);
+        source = window->source;
+        for (int r = 0; r < length; ++r) {
+          float* x = column + r * kKeyRows;
+          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          vstore(x, vload(x) + (vfloat)((vint)bias & window->lanes));
+        }
+      }
+    }
+  }
 }
 
-MUSICLM_FAST_INLINE vfloat bias_of(const TableTile& t, const float* table, int64_t q_code, int g) {
-  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
-  if (first == end) {
-    vfloat bias;
-    for (int i = 0; i < kWidth; ++i) {
-      bias[i] = table[entry_of(t, q_code, t.code[g * kWidth + i])];
+// dtable[entry of each pair] += ds for a tile.
+void add_table_gradient(const TableTile& t, float* dtable, const int32_t* q_codes, int rows,
+                        int groups, const float* ds) {
+  for (int length; rows > 0; rows -= length, q_codes += length, ds += length * kKeyRows) {
+    length = run_length(q_codes, rows);
+    for (int g = 0; g < groups; ++g) {
+      const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+      const float* column = ds + g * kWidth;
+      if (first == end) {
+        for (int r = 0; r < length; ++r) {
+          for (int i = 0; i < kWidth; ++i) {
+            dtable[entry_of(t, q_codes[r], t.code[g * kWidth + i])] += column[r * kKeyRows + i];
+          }
+        }
+        continue;
+      }
+      for (int32_t w = first; w < end; ++w) {
+        const Window& window = t.windows[w];
+        float* start = dtable + window_start(t, q_codes[0], window);
+        vfloat low = vload(start), high = vload(start + kWidth);
+        for (int r = 0; r < length; ++r) {
+          const vfloat x = vload(column + r * kKeyRows);
+          const int32_t* readers = window.readers + kReach - (q_codes[r] - q_codes[0]);
+          low += __builtin_shuffle(x, vzero(), vload_int(readers));
+          high += __builtin_shuffle(x, vzero(), vload_int(readers + kWidth));
+        }
+        vstore(start, low);
+        vstore(start + kWidth, high);
+      }
     }
-    return bias;
-  }
-  const Window* window = t.windows + first;
-  vfloat bias = read_window(table + window_start(t, q_code, *window), *window);
-  for (int32_t w = first + 1; w < end; ++w) {
-    ++window;
-    const vfloat other = read_window(table + window_start(t, q_code, *window), *window);
-    bias = window->lanes ? other : bias;
-  }
-  return bias;
-}
-
-// dtable[entry of each lane] += ds
-MUSICLM_FAST_INLINE void scatter(const TableTile& t, float* dtable, int64_t q_code, int g,
-                                 vfloat ds) {
-  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
-  if (first == end) {
-    for (int i = 0; i < kWidth; ++i) {
-      dtable[entry_of(t, q_code, t.code[g * kWidth + i])] += ds[i];
-    }
-    return;
-  }
-  for (int32_t w = first; w < end; ++w) {
-    const Window& window = t.windows[w];
-    float* start = dtable + window_start(t, q_code, window);
-    const vfloat low = vload(start) + __builtin_shuffle(ds, vzero(), window.low);
-    const vfloat high = vload(start + kWidth) + __builtin_shuffle(ds, vzero(), window.high);
-    vstore(start, low);
-    vstore(start + kWidth, high);
   }
 }
 
@@ -709,22 +788,17 @@ uint32_t row_key_of(const AttentionCall& call, int64_t b, int64_t h, int64_t i) 
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// s = scale * s + bias where visible, else -inf; returns the largest.
-template <bool kBias>
-MUSICLM_FAST_INLINE float finish_similarities(const Tile& tile, float scale, const float* table,
-                                              int64_t q_code, int64_t limit, float* s) {
-  const bool all_seen = limit >= tile.key + tile.groups * kWidth;
+// Largest similarity of a row. Lanes beyond its limit become -inf.
+MUSICLM_FAST_INLINE float find_highest(const Tile& tile, int64_t limit, float* s) {
   vfloat highest = vset(-kInfinity);
-  for (int g = 0; g < tile.groups; ++g) {
-    vfloat x = vload(s + g * kWidth);
-    if constexpr (kBias) {
-      x = x * scale + bias_of(tile.table, table, q_code, g);
-    } else {
-      x = x * scale;
+  if (limit >= tile.key + tile.groups * kWidth) {
+    for (int g = 0; g < tile.groups; ++g) highest = vmax(highest, vload(s + g * kWidth));
+  } else {
+    for (int g = 0; g < tile.groups; ++g) {
+      const vfloat x = seen_lanes(tile, limit, g) ? vload(s + g * kWidth) : vset(-kInfinity);
+      vstore(s + g * kWidth, x);
+      highest = vmax(highest, x);
     }
-    if (!all_seen) x = seen_lanes(tile, limit, g) ? x : vset(-kInfinity);
-    vstore(s + g * kWidth, x);
-    highest = vmax(highest, x);
   }
   return vmaximum(highest);
 }
@@ -735,7 +809,7 @@ MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& c
                                         uint32_t row_key, float highest, float* s) {
   vfloat sum = vzero();
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat p = vexp(vload(s + g * kWidth) - highest);
+    vfloat p = exp_weight(vload(s + g * kWidth) - highest);
     sum += p;
     if constexpr (kDropout) {
       p = kept(row_key, tile.columns + g * kWidth, call.drop_below) ? p : vzero();
@@ -743,6 +817,23 @@ MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& c
     vstore(s + g * kWidth, p);
   }
   return sum;
+}
+
+void scale_tile(int rows, int groups, float scale, float* s) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = s + r * kKeyRows;
+    for (int g = 0; g < groups; ++g) vstore(row + g * kWidth, vload(row + g * kWidth) * scale);
+  }
+}
+
+// s = scale * s + bias
+void finish_similarities(const AttentionCall& call, const Tile& tile, const float* table,
+                         const int32_t* q_codes, int rows, float* s) {
+  if (q_codes == nullptr) {
+    scale_tile(rows, tile.groups, call.scale, s);
+  } else {
+    add_bias(tile.table, table, q_codes, rows, tile.groups, call.scale, s);
+  }
 }
 
 void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch) {
@@ -772,13 +863,9 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
     const Tile tile = make_tile(s, plan, key);
     multiply<false>(rows, tile.groups, d, scratch.q, dp, keys_t + key * d, kPanel, kPanel * d,
                     scratch.s, kKeyRows, Start::zero);
+    finish_similarities(call, tile, table, q_codes, rows, scratch.s);
     for (int r = 0; r < rows; ++r) {
-      float* row = scratch.s + r * kKeyRows;
-      const float highest =
-          q_codes == nullptr
-              ? finish_similarities<false>(tile, call.scale, table, 0, scratch.limit[r], row)
-              : finish_similarities<true>(tile, call.scale, table, q_codes[r], scratch.limit[r],
-                                          row);
+      const float highest = find_highest(tile, scratch.limit[r], scratch.s + r * kKeyRows);
       scratch.higher[r] = larger(scratch.highest[r], highest);
       // A row that has seen no key yet subtracts 0, so that its weights are 0 rather than NaN.
       const float shift = scratch.higher[r] == -kInfinity ? 0.0f : scratch.higher[r];
@@ -787,7 +874,7 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
       scratch.higher[r] = shift;
     }
     for (int r = 0; r < kForwardRows; r += kWidth) {
-      vstore(scratch.rescale + r, vexp(vload(scratch.rescale + r)));
+      vstore(scratch.rescale + r, exp_weight(vload(scratch.rescale + r)));
     }
     for (int r = 0; r < rows; ++r) {
       float* row = scratch.s + r * kKeyRows;
@@ -840,22 +927,15 @@ void pack_queries(const State& s, int64_t head, int64_t block, float* scratch) {
   }
 }
 
-// From raw similarities and gradients of weights in a row to (dropped) weights and gradients of
-// similarities, which also go to the table.
-template <bool kBias, bool kDropout>
-MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& call,
-                                      const float* table, float* dtable, int64_t q_code,
-                                      int64_t limit, uint32_t row_key, float logsumexp, float delta,
-                                      float* s, float* ds) {
+// A row's similarities and gradients of weights become its (dropped) weights and gradients of
+// similarities.
+template <bool kDropout>
+MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& call, int64_t limit,
+                                      uint32_t row_key, float logsumexp, float delta, float* s,
+                                      float* ds) {
   const bool all_seen = limit >= tile.key + tile.groups * kWidth;
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat x = vload(s + g * kWidth);
-    if constexpr (kBias) {
-      x = x * call.scale + bias_of(tile.table, table, q_code, g);
-    } else {
-      x = x * call.scale;
-    }
-    vfloat p = vexp(x - logsumexp);
+    vfloat p = exp_weight(vload(s + g * kWidth) - logsumexp);
     if (!all_seen) p = seen_lanes(tile, limit, g) ? p : vzero();
     vfloat dp = vload(ds + g * kWidth);
     vfloat dropped = p;
@@ -868,49 +948,36 @@ MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& cal
     // The weight of a row's only key is constant; rounding of delta must not say otherwise.
     vstore(ds + g * kWidth, limit == 1 ? vzero() : p * (dp - delta));
   }
-  if constexpr (kBias) {
-    // Neighbouring groups' windows overlap, and a load that overlaps a store just made waits for it:
-    // every other group first, then the rest.
-    for (int g = 0; g < tile.groups; g += 2) {
-      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
-    }
-    for (int g = 1; g < tile.groups; g += 2) {
-      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
-    }
-  }
 }
 
 struct QueryBlock {
   int64_t b, h, head;  // head counts within the wave
   int64_t first;
   int rows;
-  const KeyPlan* plan;
 };
 
-void rows_backward(const State& s, const Tile& tile, const QueryBlock& block, float* dtable,
+void tile_backward(const State& s, const Tile& tile, const QueryBlock& block, float* dtable,
                    const Scratch& scratch) {
   const AttentionCall& call = *s.call;
-  const float* table = s.table + block.h * s.table_columns;
   const float* lse = call.logsumexp + (block.b * call.heads + block.h) * call.queries + block.first;
   const float* delta = s.delta + block.head * call.queries + block.first;
   const int32_t* q_codes = call.table == nullptr
                                ? nullptr
                                : call.q_codes + block.b * call.q_codes_stride + block.first;
+  finish_similarities(call, tile, s.table + block.h * s.table_columns, q_codes, block.rows,
+                      scratch.s);
   for (int r = 0; r < block.rows; ++r) {
-    const int64_t i = block.first + r;
-    const int64_t q_code = q_codes == nullptr ? 0 : q_codes[r];
-    const uint32_t row_key = call.dropout ? row_key_of(call, block.b, block.h, i) : 0;
     float* row_s = scratch.s + r * kKeyRows;
     float* row_ds = scratch.ds + r * kKeyRows;
-    const auto go = [&](auto body) {
-      body(tile, call, table, dtable, q_code, scratch.limit[r], row_key, lse[r], delta[r], row_s,
-           row_ds);
-    };
-    if (q_codes != nullptr) {
-      call.dropout ? go(row_backward<true, true>) : go(row_backward<true, false>);
+    if (call.dropout) {
+      const uint32_t row_key = row_key_of(call, block.b, block.h, block.first + r);
+      row_backward<true>(tile, call, scratch.limit[r], row_key, lse[r], delta[r], row_s, row_ds);
     } else {
-      call.dropout ? go(row_backward<false, true>) : go(row_backward<false, false>);
+      row_backward<false>(tile, call, scratch.limit[r], 0, lse[r], delta[r], row_s, row_ds);
     }
+  }
+  if (q_codes != nullptr) {
+    add_table_gradient(tile.table, dtable, q_codes, block.rows, tile.groups, scratch.ds);
   }
 }
 
@@ -952,8 +1019,8 @@ void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& 
                         kPanel * d, scratch.s, kKeyRows, Start::zero);
         multiply<false>(rows, tile.groups, d, grad_out + first * dp, dp, values_t + tile.key * d,
                         kPanel, kPanel * d, scratch.ds, kKeyRows, Start::zero);
-        const QueryBlock block{b, kv_head * s.group + g, q_head, first, rows, &plan};
-        rows_backward(s, tile, block, dtables + g * s.table_columns, scratch);
+        const QueryBlock block{b, kv_head * s.group + g, q_head, first, rows};
+        tile_backward(s, tile, block, dtables + g * s.table_columns, scratch);
         multiply<true>(tile.keys, vectors, rows, scratch.s, kKeyRows, grad_out + first * dp, dp,
                        kPanel, scratch.dv, dp, keys_start);
         multiply<true>(tile.keys, vectors, rows, scratch.ds, kKeyRows, q + first * dp, dp, kPanel,
