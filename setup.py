@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DMUSICLM_FAST_CUDA={switch('MUSICLM_FAST_CUDA')}",
+            f"-DMUSICLM_FAST_CUDA={cuda}",
             f"-DMUSICLM_FAST_VERSION={self.distribution.get_version()}",
         ]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
@@ -89,7 +89,7 @@ class CMakeBuild(build_ext):
         return [*super().get_outputs(), str(Path(self.build_lib, OPS))]
 
 
-wanted = switch("MUSICLM_FAST_BUILD")
+wanted, cuda = switch("MUSICLM_FAST_BUILD"), switch("MUSICLM_FAST_CUDA")
 reason = "MUSICLM_FAST_BUILD=0" if wanted == "0" else why_not()
 if reason and wanted == "1":
     sys.exit(f"MUSICLM_FAST_BUILD=1, but {reason}")

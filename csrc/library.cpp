@@ -15,4 +15,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
       "Tensor? key_padding_mask, Tensor? key_lengths, Tensor? q_scale, Tensor? k_scale, "
       "Tensor? dropout_seed, float scale, bool causal, float dropout_p) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "spectrogram_forward(Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
+  m.def(
+      "spectrogram_backward(Tensor grad, Tensor wav, Tensor window, Tensor? mel, Tensor? freq_mask,"
+      " Tensor? time_mask, Tensor? lengths, Tensor? rates, int n_fft, int hop_length, int pad,"
+      " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
+      " float mask_value, int crop_bands, int crop_frames) -> Tensor");
+  // contrastive: one block of pairs, m rows of audio (L, m, d) by n columns of text (L, n, d); row i's
+  // positive is column i + offset. Statistics and gradients are float32.
+  m.def(
+      "contrastive_logsumexp(Tensor audio, Tensor text, Tensor temperature, int offset) "
+      "-> (Tensor row_lse, Tensor column_lse, Tensor positive)");
+  m.def(
+      "contrastive_logsumexp_backward(Tensor grad_row, Tensor grad_column, Tensor grad_positive, "
+      "Tensor audio, Tensor text, Tensor temperature, Tensor row_lse, Tensor column_lse, int offset) "
+      "-> (Tensor d_audio, Tensor d_text, Tensor d_temperature)");
+  m.def(
+      "contrastive_sigmoid(Tensor audio, Tensor text, Tensor temperature, Tensor? bias, int offset, "
+      "bool gradients) -> (Tensor loss, Tensor d_audio, Tensor d_text, Tensor d_temperature, "
+      "Tensor d_bias)");
 }

@@ -1,1 +1,66 @@
-"""musiclm_fast."""
+"""A fast drop-in for musiclm-pytorch: MuLaN, its towers and losses, the quantizer and MusicLM.
+
+Importing loads nothing heavy: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musiclm_fast.compat import install_as_reference
+    from musiclm_fast.models.audio import AudioSpectrogramTransformer
+    from musiclm_fast.models.contrastive import (
+        SigmoidContrastiveLearning,
+        SoftmaxContrastiveLearning,
+    )
+    from musiclm_fast.models.convert import from_reference
+    from musiclm_fast.models.front_end import FrontEnd
+    from musiclm_fast.models.mulan import MuLaN
+    from musiclm_fast.models.musiclm import MusicLM
+    from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
+    from musiclm_fast.models.text import TextTransformer
+    from musiclm_fast.training.trainer import MuLaNTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AudioSpectrogramTransformer": "models.audio",
+    "FrontEnd": "models.front_end",
+    "MuLaN": "models.mulan",
+    "MuLaNEmbedQuantizer": "models.quantizer",
+    "MuLaNTrainer": "training.trainer",
+    "MusicLM": "models.musiclm",
+    "SigmoidContrastiveLearning": "models.contrastive",
+    "SoftmaxContrastiveLearning": "models.contrastive",
+    "TextTransformer": "models.text",
+    "from_reference": "models.convert",
+    "install_as_reference": "compat",
+}
+
+__all__ = [
+    "AudioSpectrogramTransformer",
+    "FrontEnd",
+    "MuLaN",
+    "MuLaNEmbedQuantizer",
+    "MuLaNTrainer",
+    "MusicLM",
+    "SigmoidContrastiveLearning",
+    "SoftmaxContrastiveLearning",
+    "TextTransformer",
+    "from_reference",
+    "install_as_reference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -97,3 +97,18 @@ def check_probability(name: str, value: float) -> None:
     """``value`` lies in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         fail(name, repr(value), "a probability in [0, 1)")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """``value`` holds no NaN or infinity; the message names the first bad sample.
+
+    Reads the values, so it runs on CPU tensors only, and not while compiling.
+    """
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    # A sum is finite unless a term is not (or it overflows, which the second look sorts out).
+    if torch.isfinite(value.detach().sum()):
+        return
+    bad = ~torch.isfinite(value.detach()).flatten(1).all(dim=1)
+    if bad.any():
+        fail(name, f"NaN or infinity in sample {int(bad.nonzero()[0])}", "finite values")

@@ -14,6 +14,7 @@ once, at import.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,21 @@ class Backend:
     run: Callable[..., Any]
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
     self_check: Callable[[torch.device], str | None] | None = None
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autocast off: a torch reference chooses its precision itself.
+
+    The device is that of the first argument, positional or by keyword.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class BackendError(RuntimeError):
@@ -121,7 +137,7 @@ class Dispatcher:
             assert backend.self_check is not None
             try:
                 problem = backend.self_check(torch.device(device))
-            except Exception as error:  # noqa: BLE001  a kernel that cannot even launch
+            except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
             self._checked[key] = problem
             if problem is not None:
@@ -134,9 +150,12 @@ class Dispatcher:
         return self._checked[key]
 
 
-@torch._dynamo.assume_constant_result
 def _run_self_check(op: str, backend_name: str, device: str) -> str | None:
     return _dispatchers[op].check_now(backend_name, device)
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler: 4 s.
+_run_self_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _self_check_result(dispatcher: Dispatcher, backend_name: str, device: str) -> str | None:

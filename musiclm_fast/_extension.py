@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,20 @@ from typing import Any
 import torch
 
 OLDEST_TORCH = (2, 11)
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+# in a checkout of the project
 HOW_TO_BUILD = "pip install cmake ninja pybind11 && pip install --no-build-isolation ."
+
+# What csrc/library.cpp declares: a library without one of these is an older build's.
+OPS = (
+    "attention_forward",
+    "attention_backward",
+    "contrastive_logsumexp",
+    "contrastive_logsumexp_backward",
+    "contrastive_sigmoid",
+    "spectrogram_forward",
+    "spectrogram_backward",
+)
 
 _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
 _lock = threading.Lock()
@@ -69,10 +83,14 @@ def _load() -> ExtensionStatus:
     try:
         from musiclm_fast import _C
     except ImportError as error:
-        return ExtensionStatus(
-            False, f"the compiled library is not built ({error}); to build it: {HOW_TO_BUILD}"
-        )
+        built = ", ".join(sorted(file.name for file in _LIBRARY.parent.glob("_C.*.so")))
+        state = f"does not load ({error}; there is {built})" if built else "is not built"
+        return ExtensionStatus(False, f"the compiled library {state}; to build it: {HOW_TO_BUILD}")
     facts = _C.build_facts()
+    level = os.environ.get("MUSICLM_FAST_SIMD")
+    if level and level not in SIMD_LEVELS:
+        reason = f"MUSICLM_FAST_SIMD: got {level!r}, expected one of {', '.join(SIMD_LEVELS)}"
+        return ExtensionStatus(False, reason, facts)
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
@@ -82,5 +100,15 @@ def _load() -> ExtensionStatus:
         _C.load_ops(str(_LIBRARY))
     except RuntimeError as error:
         reason = f"the compiled library does not load ({error}); to build it again: {HOW_TO_BUILD}"
+        return ExtensionStatus(False, reason, facts)
+    missing = [op for op in OPS if not hasattr(torch.ops.musiclm_fast, op)]
+    if missing:
+        reason = (
+            f"the compiled library is older than the Python files (it lacks {', '.join(missing)}); "
+            f"to build it again: {HOW_TO_BUILD}"
+        )
+        return ExtensionStatus(False, reason, facts)
+    if level and level != _C.simd_level():
+        reason = f"MUSICLM_FAST_SIMD={level}, but this processor has {_C.simd_level()} at most"
         return ExtensionStatus(False, reason, facts)
     return ExtensionStatus(True, "", facts)

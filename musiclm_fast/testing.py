@@ -68,14 +68,15 @@ def poisoned_memory() -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 def attention_inputs(
@@ -148,9 +149,7 @@ def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def gradients(output: Tensor, arguments: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
     """Gradients of ``<output, grad>`` for every argument that requires one, by name."""
-    names = [
-        n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad
-    ]
+    names = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     found = torch.autograd.grad(
         output, [arguments[n] for n in names], grad.to(output.dtype), allow_unused=True
     )

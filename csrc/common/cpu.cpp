@@ -21,7 +21,8 @@ SimdLevel best_level() {
   return SimdLevel::baseline;
 }
 
-// The environment can lower the level, never raise it above what the processor has.
+// The environment can lower the level, never raise it above what the processor has; the Python
+// loader refuses a value that is not the level in use.
 SimdLevel first_level() {
   const SimdLevel best = best_level();
   const char* wanted = std::getenv("MUSICLM_FAST_SIMD");

@@ -9,9 +9,9 @@
 #error "common/simd.h is for *.simd.cpp files, which are compiled once per SIMD level"
 #endif
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -85,14 +85,14 @@ MUSICLM_FAST_INLINE void vstore(bf16* p, vfloat v) {
 
 MUSICLM_FAST_INLINE vfloat vload_partial(const bf16* p, int n) {
   bf16 lanes[kWidth] = {};
-  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(bf16));
+  if (n > 0) std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(bf16));
   return vload(lanes);
 }
 
 MUSICLM_FAST_INLINE void vstore_partial(bf16* p, vfloat v, int n) {
   bf16 lanes[kWidth];
   vstore(lanes, v);
-  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
+  if (n > 0) std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
 }
 
 // The larger of two; b where a is NaN.

@@ -17,7 +17,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops.attention import _cpp
+from musiclm_fast.ops.attention import _cpp, _triton
 from musiclm_fast.ops.attention.reference import attention_reference
 
 
@@ -189,6 +189,7 @@ def _check(
 dispatcher = Dispatcher(
     "attention",
     [
+        _triton.BACKEND,
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
         Backend("torch", lambda **_: (True, ""), attention_reference),
     ],

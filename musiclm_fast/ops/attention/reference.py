@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast._dispatch import without_autocast
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -74,6 +76,7 @@ def dropout_keep(
     return (bits >= int(dropout_p * 2**32)).view(batch, heads, queries, keys)
 
 
+@without_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,

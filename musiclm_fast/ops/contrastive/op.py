@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from musiclm_fast._checks import (
@@ -13,7 +14,14 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
+from musiclm_fast.ops.contrastive import _cpp
+from musiclm_fast.ops.contrastive._autograd import Kernels
+from musiclm_fast.ops.contrastive.reference import (
+    block_logsumexp,
+    block_logsumexp_backward,
+    block_sigmoid,
+    contrastive_loss_reference,
+)
 
 KINDS = ("softmax", "decoupled", "sigmoid")
 
@@ -25,6 +33,7 @@ def contrastive_loss(
     bias: Tensor | None = None,
     *,
     kind: str = "softmax",
+    check_values: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Contrastive loss of B pairs of latents, summed over L layers.
@@ -35,12 +44,20 @@ def contrastive_loss(
         decoupled  the same with j = i left out of both sums
         sigmoid    -sum_l sum_ij ln sigmoid(y_ij s_ij) / B,  y_ij = 1 if i = j else -1
 
+    Latents and temperatures of any size are safe: sums of exponentials are shifted where a bound on
+    the similarities does not make that needless, and nothing is clamped. No backend but
+    ``"torch"`` holds B x B numbers. For a batch spread over ranks see
+    :func:`musiclm_fast.ops.distributed_contrastive_loss`.
+
     Args:
         audio: ``(L, B, d)`` or ``(B, d)`` floating; usually l2-normed.
         text: same shape.
         temperature: ``(L,)`` factors of the similarities, above zero.
-        bias: ``(L,)`` added to the similarities (sigmoid), or None.
+        bias: ``(L,)`` added to the similarities, or None; only the sigmoid loss depends on it.
         kind: ``"softmax"``, ``"decoupled"`` or ``"sigmoid"``.
+        check_values: whether to read the values and raise on non-finite latents or a temperature
+            not above zero. None checks on CPU, where it costs no synchronisation, and not while
+            ``torch.compile`` traces.
         backend: ``"cpp"``, ``"triton"`` or ``"torch"``; None takes the first that supports the
             call.
 
@@ -49,34 +66,94 @@ def contrastive_loss(
         temperature and bias.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, device or value is not as above; a
-            decoupled batch of one, whose sums are empty.
+        ValueError, TypeError: an argument's shape, dtype, device or value is not as above;
+            non-finite latents (see ``check_values``); a decoupled batch of one, whose sums are
+            empty.
         BackendError: the named backend cannot run this call.
 
     Sources: https://arxiv.org/abs/2103.00020 (softmax), https://arxiv.org/abs/2110.06848
     (decoupled), https://arxiv.org/abs/2303.15343 (sigmoid).
     """
-    check_ndim("audio", audio, (2, 3), "(L, B, d) or (B, d)")
-    check_floating("audio", audio)
-    check_shape("text", text, tuple(audio.shape), "of audio")
-    check_floating("text", text)
-    if audio.ndim == 2:
-        audio, text = audio.unsqueeze(0), text.unsqueeze(0)
+    audio, text = check_latents(audio, text)
     layers, batch, _ = audio.shape
-    check_shape("temperature", temperature, (layers,), "(L,)")
-    if bias is not None:
-        check_shape("bias", bias, (layers,), "(L,)")
-    check_choice("kind", kind, KINDS)
+    check_shape("text", text, tuple(audio.shape), "of audio")
+    check_parameters(audio, temperature, bias, kind)
     if batch == 0:
         fail("audio", "an empty batch", "at least one pair")
     if kind == "decoupled" and batch == 1:
         fail("audio", "a batch of one pair", "at least two: the decoupled loss has no negatives")
-    check_same_device("audio", audio, text=text, temperature=temperature, bias=bias)
+    check_finite(audio, text, temperature, check_values)
     arguments = dict(audio=audio, text=text, temperature=temperature, bias=bias, kind=kind)
     return dispatcher.select(backend, audio.device, **arguments).run(**arguments)
 
 
+def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype, from those or ``(m, d)``, ``(n, d)``.
+
+    Raises:
+        ValueError, TypeError: they are not of one device, floating, and alike in L and d.
+    """
+    check_ndim("audio", audio, (2, 3), "(L, B, d) or (B, d)")
+    check_floating("audio", audio)
+    like = [*audio.shape]
+    like[-2] = None
+    check_shape("text", text, like, "(L, B, d) or (B, d) of audio's L and d")
+    check_floating("text", text)
+    check_same_device("audio", audio, text=text)
+    if audio.dtype != text.dtype:
+        wider = torch.promote_types(audio.dtype, text.dtype)
+        audio, text = audio.to(wider), text.to(wider)
+    return (audio, text) if audio.ndim == 3 else (audio.unsqueeze(0), text.unsqueeze(0))
+
+
+def check_parameters(audio: Tensor, temperature: Tensor, bias: Tensor | None, kind: str) -> None:
+    """Shapes, dtypes and devices of the parameters, and the name of the loss."""
+    layers = audio.shape[0]
+    check_shape("temperature", temperature, (layers,), "(L,)")
+    check_floating("temperature", temperature)
+    if bias is not None:
+        check_shape("bias", bias, (layers,), "(L,)")
+        check_floating("bias", bias)
+    check_choice("kind", kind, KINDS)
+    check_same_device("audio", audio, temperature=temperature, bias=bias)
+
+
+def check_finite(
+    audio: Tensor, text: Tensor, temperature: Tensor, check_values: bool | None
+) -> None:
+    """Read the values, on CPU or where asked: finite latents, temperatures above zero.
+
+    Raises:
+        ValueError: naming the side and its first bad rows, or the temperature.
+    """
+    if check_values is None:
+        check_values = audio.device.type == "cpu"
+    if not check_values or torch.compiler.is_compiling():
+        return
+    for name, latents in (("audio", audio), ("text", text)):
+        latents = latents.detach()
+        if latents.sum().isfinite():  # one pass; a sum can overflow, so look again where not
+            continue
+        bad = ~latents.isfinite().all(dim=-1).all(dim=0)  # (B,)
+        if bad.any():
+            rows = bad.nonzero().flatten().tolist()
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            fail(name, f"non-finite latents in {len(rows)} of {len(bad)} rows ({shown})", "finite")
+    if not (temperature.detach() > 0).all():
+        fail("temperature", temperature.tolist(), "factors above 0")
+
+
+def block_kernels(backend: str) -> Kernels:
+    """A backend's kernels for rectangular blocks, from which the distributed losses are made."""
+    if backend == "cpp":
+        return _cpp.kernels
+    return Kernels(block_logsumexp, block_logsumexp_backward, block_sigmoid)
+
+
 dispatcher = Dispatcher(
     "contrastive",
-    [Backend("torch", lambda **_: (True, ""), contrastive_loss_reference)],
+    [
+        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
+    ],
 )

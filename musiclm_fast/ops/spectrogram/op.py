@@ -18,9 +18,9 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops.spectrogram import _cpp, _cuda
+from musiclm_fast.ops.spectrogram._autograd import PAD_MODES
 from musiclm_fast.ops.spectrogram.reference import num_frames, spectrogram_reference
-
-PAD_MODES = ("reflect", "constant", "replicate", "circular")
 
 
 def spectrogram(
@@ -34,7 +34,7 @@ def spectrogram(
     center: bool = True,
     pad_mode: str = "reflect",
     power: float = 2.0,
-    stretch_rate: float | None = None,
+    stretch_rate: float | Tensor | None = None,
     mel: Tensor | None = None,
     log_offset: float | None = None,
     mean: float = 0.0,
@@ -44,12 +44,14 @@ def spectrogram(
     mask_value: float = 0.0,
     crop: tuple[int, int] = (1, 1),
     lengths: Tensor | None = None,
+    check_finite: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Spectrogram of a batch of clips, in this order of steps::
 
-        S = |STFT(wav padded by pad zeros)| ** power         torchaudio's conventions
+        S = |STFT(wav padded by pad zeros)|                  torchaudio's conventions
         S = stretch_time(S, stretch_rate)                    if given; keeps the number of frames
+        S = S ** power
         S = mel^T S                                          if given
         S = ln(S + log_offset)                               if given
         S = (S - mean) / std
@@ -67,7 +69,8 @@ def spectrogram(
         center: frame t is centred on sample ``t * hop_length``; both ends are padded by n_fft // 2.
         pad_mode: of that padding: reflect, constant, replicate or circular.
         power: 1 gives magnitudes, 2 power.
-        stretch_rate: speed of a true time stretch; None for none.
+        stretch_rate: speed of a true time stretch, or ``(B,)`` floating, one for each clip;
+            None for none.
         mel: ``(n_fft // 2 + 1, bands)`` filters, as :func:`mel_filters` makes them.
         log_offset: added before the natural logarithm; None for no logarithm.
         mean, std: fixed normalisation after the logarithm.
@@ -76,7 +79,11 @@ def spectrogram(
         mask_value: what masked entries hold (they carry no gradient).
         crop: (bands, frames): the result is cut down to whole multiples.
         lengths: ``(B,)`` int64 samples of each clip; padding and reflection use each clip's own.
-        backend: ``"cpp"``, ``"cuda"`` or ``"torch"``; None takes the first that supports the call.
+            Samples beyond them are never read. Values on a GPU are not checked (the kernel clamps
+            them); on the CPU a clip that is too short is an error.
+        check_finite: look for NaN and infinity in wav; None does so on the CPU only, because on a
+            GPU it waits for the device. Not done while compiling.
+        backend: ``"cuda"``, ``"cpp"`` or ``"torch"``; None takes the first that supports the call.
 
     Returns:
         ``(B, F, T)``: F is the bands (``n_fft // 2 + 1`` without mel) and T the frames of the
@@ -106,27 +113,13 @@ def spectrogram(
     check_choice("pad_mode", pad_mode, PAD_MODES)
     check_positive("power", power)
     check_positive("std", std)
-    if stretch_rate is not None:
-        check_positive("stretch_rate", stretch_rate)
     if log_offset is not None:
         check_positive("log_offset", log_offset)
     if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0:
         fail("pad", repr(pad), "an integer of at least 0")
     batch, samples = wav.shape
-    shortest = samples
-    if lengths is not None:
-        check_shape("lengths", lengths, (batch,), "(B,)")
-        check_dtype("lengths", lengths, torch.int64)
-        if batch and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            shortest, longest = int(lengths.min()), int(lengths.max())
-            if longest > samples:
-                fail("lengths", longest, f"at most the {samples} samples of wav")
-    needed = n_fft // 2 + 1 if center and pad_mode == "reflect" else 1
-    if not center:
-        needed = n_fft
-    if shortest < 1 or shortest + 2 * pad < needed:
-        what = f"{shortest} samples" if lengths is None else f"a clip of {shortest} samples"
-        fail("wav", what, f"at least {max(1, needed - 2 * pad)} samples for n_fft = {n_fft}")
+    _check_stretch_rate(stretch_rate, batch)
+    _check_lengths(lengths, wav, _shortest_clip(n_fft, pad, center, pad_mode), n_fft)
     n_freqs = n_fft // 2 + 1
     if mel is not None:
         check_shape("mel", mel, (n_freqs, None), "(n_fft // 2 + 1, bands)")
@@ -141,10 +134,13 @@ def spectrogram(
         check_positive_int(name, size)
     check_same_device(
         "wav", wav, window=window, mel=mel, freq_mask=freq_mask, time_mask=time_mask,
-        lengths=lengths,
+        lengths=lengths, stretch_rate=stretch_rate if isinstance(stretch_rate, Tensor) else None,
     )  # fmt: skip
-    if wav.shape[0] and crop[1] > num_frames(samples, n_fft, hop_length, pad, center):
+    if crop[1] > num_frames(samples, n_fft, hop_length, pad, center):
         fail("wav", describe(wav), f"at least crop[1] = {crop[1]} frames of {hop_length} samples")
+
+    if wav.device.type == "cpu" if check_finite is None else check_finite:
+        _check_finite(wav, lengths)
 
     arguments = dict(
         wav=wav, n_fft=n_fft, hop_length=hop_length, window=window, pad=pad, center=center,
@@ -155,7 +151,71 @@ def spectrogram(
     return dispatcher.select(backend, wav.device, **arguments).run(**arguments)
 
 
+def _shortest_clip(n_fft: int, pad: int, center: bool, pad_mode: str) -> int:
+    # Fewest samples of a clip that has a frame and whose padding is defined.
+    if not center:
+        needed = n_fft
+    else:
+        needed = {"reflect": n_fft // 2 + 1, "circular": n_fft // 2}.get(pad_mode, 1)
+    return max(1, needed - 2 * pad)
+
+
+def _check_stretch_rate(rate: float | Tensor | None, batch: int) -> None:
+    if rate is None:
+        return
+    if not isinstance(rate, Tensor):
+        check_positive("stretch_rate", rate)
+        return
+    check_shape("stretch_rate", rate, (batch,), "(B,)")
+    check_floating("stretch_rate", rate)
+    if rate.device.type == "cpu" and not torch.compiler.is_compiling() and not (rate > 0).all():
+        fail("stretch_rate", rate.tolist(), "numbers above 0")
+
+
+def _check_lengths(lengths: Tensor | None, wav: Tensor, shortest: int, n_fft: int) -> None:
+    batch, samples = wav.shape
+    allowed = f"at least {shortest} samples for n_fft = {n_fft}"
+    if samples < shortest:
+        fail("wav", f"{samples} samples", allowed)
+    if lengths is None:
+        return
+    check_shape("lengths", lengths, (batch,), "(B,)")
+    check_dtype("lengths", lengths, torch.int64)
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for clip, length in enumerate(lengths.tolist()):
+        if length > samples:
+            fail("lengths", f"{length} of clip {clip}", f"at most the {samples} samples of wav")
+        if length < shortest:
+            fail("lengths", f"{length} of clip {clip}", allowed)
+
+
+def _first_bad_clip(wav: Tensor, lengths: Tensor | None) -> int | None:
+    bad = ~torch.isfinite(wav)
+    if lengths is not None:
+        bad &= torch.arange(wav.shape[1], device=wav.device) < lengths[:, None]
+    clips = bad.any(1).nonzero()
+    return int(clips[0]) if len(clips) else None
+
+
+def _check_finite(wav: Tensor, lengths: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    # A sum is finite unless a term is not (or it overflows, or the term is beyond its clip's end:
+    # the second look sorts those out).
+    with torch.no_grad():
+        if torch.isfinite(wav.sum(dtype=torch.promote_types(wav.dtype, torch.float32))):
+            return
+        clip = _first_bad_clip(wav, lengths)
+    if clip is not None:
+        fail("wav", f"NaN or infinity in clip {clip}", "finite samples")
+
+
 dispatcher = Dispatcher(
     "spectrogram",
-    [Backend("torch", lambda **_: (True, ""), spectrogram_reference)],
+    [
+        Backend("cuda", _cuda.supports, _cuda.run, _cuda.available, _cuda.self_check),
+        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("torch", lambda **_: (True, ""), spectrogram_reference),
+    ],
 )

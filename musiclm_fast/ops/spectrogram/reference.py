@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast._checks import check_positive_int, fail
+from musiclm_fast._dispatch import without_autocast
 
-def num_frames(
-    samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True
-) -> int:
+
+def num_frames(samples: int, n_fft: int, hop_length: int, pad: int = 0, center: bool = True) -> int:
     """Frames of a clip of ``samples`` samples."""
     padded = samples + 2 * pad + (n_fft // 2 * 2 if center else 0)
     return max(0, (padded - n_fft) // hop_length + 1)
@@ -30,8 +33,18 @@ def mel_filters(
 
     Returns:
         ``(n_fft // 2 + 1, n_mels)`` float32.
+
+    Raises:
+        ValueError: a size below 1, or edges that are not ``0 <= f_min < f_max <= sample_hz / 2``.
     """
+    check_positive_int("sample_hz", sample_hz)
+    check_positive_int("n_fft", n_fft)
+    check_positive_int("n_mels", n_mels)
     f_max = sample_hz / 2 if f_max is None else f_max
+    if not 0 <= f_min < f_max:
+        fail("f_min", f_min, f"at least 0 and below f_max = {f_max} Hz")
+    if f_max > sample_hz / 2:
+        fail("f_max", f_max, f"at most the Nyquist frequency {sample_hz / 2} Hz")
     bins = torch.linspace(0, sample_hz / 2, n_fft // 2 + 1, dtype=torch.float64)
     low, high = (2595.0 * torch.log10(torch.tensor(1.0 + f / 700.0, dtype=torch.float64))
                  for f in (f_min, f_max))  # fmt: skip
@@ -44,25 +57,32 @@ def mel_filters(
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
-def stretch_time(spec: Tensor, rate: float, frames: int) -> Tensor:
-    """Play a power spectrogram ``rate`` times as fast, keeping ``frames`` frames.
+def stretch_time(magnitudes: Tensor, rate: float | Tensor, frames: int) -> Tensor:
+    """Play a magnitude spectrogram ``rate`` times as fast, giving ``frames`` frames.
 
-    Frame t interpolates the magnitudes of the two frames around ``t * rate``, as a phase vocoder
-    does; a power spectrogram needs no phase. Frames past the end are zero.
+    ``out[t] = (1 - a) m[i] + a m[i + 1]`` with ``t * rate = i + a``, and zero past the end: the
+    magnitudes of a phase vocoder, whose phases a magnitude does not need.
 
     Args:
-        spec: ``(B, F, T)`` magnitudes raised to some power; interpolated as they are.
-        rate: above 1 is faster, below 1 slower.
+        magnitudes: ``(B, F, T)``.
+        rate: above 1 is faster, below 1 slower; or one per clip ``(B,)``.
         frames: length of the result.
+
+    Returns:
+        ``(B, F, frames)``.
     """
-    total = spec.shape[-1]
-    position = torch.arange(frames, device=spec.device, dtype=torch.float64) * rate
-    left = position.floor().long()
-    fraction = (position - left).to(spec.dtype)
-    padded = F.pad(spec, (0, 2))
-    lower = padded[..., left.clamp(max=total)]
-    upper = padded[..., (left + 1).clamp(max=total + 1)]
-    return torch.lerp(lower, upper, fraction)
+    total = magnitudes.shape[-1]
+    rates = torch.as_tensor(rate, dtype=torch.float64, device=magnitudes.device).reshape(-1, 1)
+    position = torch.arange(frames, device=magnitudes.device, dtype=torch.float64) * rates
+    left = position.floor().long()  # (1 or B, frames)
+    fraction = (position - left).to(magnitudes.dtype)[:, None]
+    padded = F.pad(magnitudes, (0, 2))
+
+    def at(frame: Tensor) -> Tensor:
+        index = frame.clamp(max=total + 1)[:, None].expand(*magnitudes.shape[:2], frames)
+        return padded.gather(-1, index)
+
+    return torch.lerp(at(left), at(left + 1), fraction)
 
 
 def span_mask(spans: Tensor, size: int) -> Tensor:
@@ -78,6 +98,7 @@ def span_mask(spans: Tensor, size: int) -> Tensor:
     return (position >= spans[..., :1]) & (position < spans[..., 1:])
 
 
+@without_autocast
 def spectrogram_reference(
     wav: Tensor,
     *,
@@ -88,7 +109,7 @@ def spectrogram_reference(
     center: bool = True,
     pad_mode: str = "reflect",
     power: float = 2.0,
-    stretch_rate: float | None = None,
+    stretch_rate: float | Tensor | None = None,
     mel: Tensor | None = None,
     log_offset: float | None = None,
     mean: float = 0.0,
@@ -105,22 +126,28 @@ def spectrogram_reference(
     window = window.to(compute)
     frames = num_frames(wav.shape[-1], n_fft, hop_length, pad, center)
 
-    def magnitude(clips: Tensor) -> Tensor:
+    def spectra(clips: Tensor, rate: float | Tensor | None) -> Tensor:
         stft = torch.stft(
             F.pad(clips, (pad, pad)), n_fft, hop_length, window.shape[0], window,
             center=center, pad_mode=pad_mode, onesided=True, return_complex=True,
         )  # fmt: skip
-        spec = stft.abs() if power == 1.0 else stft.abs().pow(power)
-        if stretch_rate is not None:
-            spec = stretch_time(spec, stretch_rate, spec.shape[-1])
-        return spec
+        spec = stft.abs()
+        if rate is not None:
+            spec = stretch_time(spec, rate, spec.shape[-1])
+        return spec if power == 1.0 else spec.pow(power)
 
     inside: Tensor | None = None
-    if lengths is None:
-        spec = magnitude(signal)
+    if wav.shape[0] == 0:
+        spec = signal.new_zeros(0, n_fft // 2 + 1, frames)
+    elif lengths is None:
+        spec = spectra(signal, stretch_rate)
     else:
         own = lengths.tolist()
-        clips = [magnitude(clip[None, :n]) for clip, n in zip(signal, own, strict=True)]
+        rates: list[Any] = [stretch_rate] * len(own)
+        if isinstance(stretch_rate, Tensor) and stretch_rate.numel() > 1:
+            rates = list(stretch_rate)
+        rows = zip(signal, own, rates, strict=True)
+        clips = [spectra(clip[None, :n], rate) for clip, n, rate in rows]
         spec = torch.cat([F.pad(clip, (0, frames - clip.shape[-1])) for clip in clips])
         ends = torch.tensor([clip.shape[-1] for clip in clips], device=wav.device)
         inside = torch.arange(frames, device=wav.device) < ends[:, None]  # (B, T)

@@ -1,0 +1,93 @@
+# Every target makes what it needs from a fresh clone: an environment in .venv from the lock, the live
+# reference, the compiled library. `make help` lists the targets.
+#
+#   PYTHON=python3.12    interpreter that .venv is made from (3.11 to 3.13)
+#   MAX_JOBS=1           compiler processes
+#   PYTEST_ARGS="-k x"   passed to pytest
+# pip reads its own variables, for example PIP_EXTRA_INDEX_URL for an index with CPU builds of torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+PYTEST_ARGS ?=
+
+.PHONY: help
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+# ---- environment: a stamp per step, remade when what it was made from changes
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v or sys.exit(f"make: $(PYTHON) is Python {v[0]}.{v[1]}, expected 3.11 or newer (PYTHON=python3.12 make ...)")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev: requirements/dev.txt requirements/reference.txt requirements/demo.txt requirements/triton.txt | $(STAMPS)/venv
+	$(PIP) install --quiet --no-compile -r requirements/dev.txt
+	$(PIP) install --quiet --no-compile --no-deps -r requirements/reference.txt -r requirements/demo.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet --no-compile -r requirements/triton.txt
+	touch $@
+
+# Installed in place: edits of Python files need nothing, edits of csrc/ one compilation.
+$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/dev
+	MUSICLM_FAST_BUILD=0 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(STAMPS)/library: CMakeLists.txt setup.py $(shell find csrc -type f) $(STAMPS)/package
+	MUSICLM_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+READY := $(STAMPS)/library
+
+# ---- tests
+
+.PHONY: lint
+lint: $(STAMPS)/dev  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.PHONY: test
+test: $(READY)  ## the tests, under 15 minutes on two cores
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+# pytest ends with 5 where nothing is selected: no slow test is not a failure.
+.PHONY: test-full
+test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, other versions
+	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	for script in tests/full/*.sh; do echo "== $$script"; PYTHON=$(abspath $(PY)) bash $$script; done
+
+# On the Python and the torch that are there, without a network: a machine with a GPU has its own.
+.PHONY: test-gpu
+test-gpu:  ## the tests that need a CUDA device, with the environment's own torch, offline
+	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+# ---- benchmarks and demonstration
+
+.PHONY: bench
+bench: $(READY)  ## CPU benchmarks against the live reference
+	$(PY) -m pytest benchmarks -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: bench-gpu
+bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
+	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest benchmarks -m gpu $(PYTEST_ARGS)
+
+.PHONY: demo
+demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it
+	$(PY) examples/demo.py
+
+.PHONY: clean
+clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -f musiclm_fast/*.so $(STAMPS)/library
+	find musiclm_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

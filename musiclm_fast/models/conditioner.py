@@ -1,0 +1,39 @@
+"""The base class by which audiolm-pytorch recognises an audio conditioner."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from torch import nn
+
+_NAME = "audiolm_pytorch.utils"
+
+
+def audio_conditioner_base() -> type[nn.Module]:
+    """audiolm-pytorch's ``AudioConditionerBase`` where that package is installed, else a base.
+
+    audiolm-pytorch checks ``isinstance(conditioner, AudioConditionerBase)``, and importing the
+    package runs all of its imports, fairseq's included. The class stands in a file that needs
+    torch alone, so that file is loaded by path under its own name: a later import of the package
+    finds it there, and both sides hold the same class, whichever is imported first.
+    """
+    if _NAME not in sys.modules:
+        try:
+            package = importlib.util.find_spec("audiolm_pytorch")
+        except (ImportError, ValueError):
+            package = None
+        for folder in (package.submodule_search_locations or ()) if package else ():
+            file = Path(folder) / "utils.py"
+            spec = importlib.util.spec_from_file_location(_NAME, file)
+            if file.is_file() and spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                sys.modules[_NAME] = module
+                break
+    base = getattr(sys.modules.get(_NAME), "AudioConditionerBase", None)
+    return base if isinstance(base, type) else nn.Module
+
+
+AudioConditionerBase = audio_conditioner_base()

@@ -1,0 +1,152 @@
+"""Models of musiclm-pytorch, live, as models of this package with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from musiclm_fast._checks import describe, fail
+from musiclm_fast.models.audio import AudioSpectrogramTransformer
+from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
+from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.musiclm import MusicLM
+from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
+from musiclm_fast.models.text import TextTransformer
+
+
+def from_reference(model: nn.Module) -> nn.Module:
+    """Our counterpart of a live musiclm-pytorch model, with its weights, mode, dtype and device.
+
+    Args:
+        model: a MuLaN, AudioSpectrogramTransformer, TextTransformer, SoftmaxContrastiveLearning,
+            SigmoidContrastiveLearning, MuLaNEmbedQuantizer or MusicLM of musiclm-pytorch.
+
+    Returns:
+        The model of the same name of this package. Nothing is shared with ``model``, but for a
+        MusicLM's AudioLM, which is taken as it is.
+
+    Raises:
+        TypeError: another kind of model.
+    """
+    name = type(model).__name__
+    if name not in _BUILDERS:
+        fail("model", describe(type(model)), "a model named " + ", ".join(_BUILDERS), TypeError)
+    ours = _BUILDERS[name](model)
+    if name != "MusicLM":
+        first = next(iter(model.state_dict().values()))
+        floating = next(v for v in model.state_dict().values() if v.is_floating_point())
+        ours.to(device=first.device, dtype=floating.dtype)
+        ours.load_state_dict(model.state_dict())
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, part in ours.named_modules():
+        part.training = modes.get(path, model.training)
+    return ours
+
+
+def _transformer_arguments(transformer: Any, dim: int) -> dict[str, Any]:
+    attn, ff = transformer.layers[0]
+    hidden = ff[4].in_features
+    # The width is int(dim * mult * 2 / 3); prefer the whole number that gives it.
+    mult = next(
+        (m for m in range(1, 33) if int(dim * m * 2 / 3) == hidden), (hidden + 0.5) * 1.5 / dim
+    )
+    return {
+        "dim": dim,
+        "depth": len(transformer.layers),
+        "dim_head": attn.q_scale.shape[0],
+        "heads": attn.heads,
+        "attn_dropout": attn.attn_dropout.p,
+        "ff_mult": mult,
+        "ff_dropout": ff[3].p,
+    }
+
+
+def _audio(model: Any) -> AudioSpectrogramTransformer:
+    spec, aug = model.spec, model.aug
+    return AudioSpectrogramTransformer(
+        **_transformer_arguments(model.transformer, model.dim),
+        patch_size=tuple(model.patch_size),
+        accept_spec=model.accept_spec,
+        accept_spec_time_first=model.accept_spec_time_first,
+        spec_n_fft=spec.n_fft,
+        spec_power=spec.power,
+        spec_win_length=spec.win_length,
+        spec_hop_length=spec.hop_length,
+        spec_pad=spec.pad,
+        spec_center=spec.center,
+        spec_pad_mode=spec.pad_mode,
+        spec_aug_stretch_factor=float(aug[0].phase_advance[-1, 0]) / math.pi,
+        spec_aug_freq_mask=aug[1].mask_param,
+        spec_aug_time_mask=aug[2].mask_param,
+        patch_dropout_prob=model.patch_dropout_prob,
+    )
+
+
+def _text(model: Any) -> TextTransformer:
+    return TextTransformer(
+        **_transformer_arguments(model.transformer, model.dim),
+        num_tokens=model.token_emb.num_embeddings,
+        max_seq_len=model.max_seq_len,
+        pad_id=model.pad_id,
+    )
+
+
+def _softmax(model: Any) -> SoftmaxContrastiveLearning:
+    return SoftmaxContrastiveLearning(
+        layers=model.temperatures.shape[0],
+        decoupled_contrastive_learning=model.decoupled_contrastive_learning,
+    )
+
+
+def _sigmoid(model: Any) -> SigmoidContrastiveLearning:
+    return SigmoidContrastiveLearning(layers=model.temperatures.shape[0])
+
+
+def _mulan(model: Any) -> MuLaN:
+    multi = model.multi_layer_contrastive_learning
+    return MuLaN(
+        audio_transformer=_audio(model.audio),
+        text_transformer=_text(model.text),
+        dim_latent=model.dim_latent,
+        decoupled_contrastive_learning=getattr(
+            model.contrast, "decoupled_contrastive_learning", False
+        ),
+        hierarchical_contrastive_loss=multi is not None,
+        hierarchical_contrastive_loss_layers=None if multi is None else multi.layers,
+        sigmoid_contrastive_loss=hasattr(model.contrast, "bias"),
+    )
+
+
+def _quantizer(model: Any) -> MuLaNEmbedQuantizer:
+    first = next(iter(model.cond_embeddings.values()))
+    ours = MuLaNEmbedQuantizer(
+        mulan=_mulan(model.mulan),
+        conditioning_dims=model.conditioning_dims,
+        rq_num_quantizers=model.num_codebooks,
+        codebook_size=first.shape[1],
+        namespaces=model.namespaces,
+    )
+    ours.rq = copy.deepcopy(model.rq)
+    ours.set_default_namespace(model._default_namespace)
+    return ours
+
+
+def _musiclm(model: Any) -> MusicLM:
+    quantizer = from_reference(model.mulan_embed_quantizer)
+    assert isinstance(quantizer, MuLaNEmbedQuantizer)
+    return MusicLM(audio_lm=model.audio_lm, mulan_embed_quantizer=quantizer)
+
+
+_BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
+    "MuLaN": _mulan,
+    "AudioSpectrogramTransformer": _audio,
+    "TextTransformer": _text,
+    "SoftmaxContrastiveLearning": _softmax,
+    "SigmoidContrastiveLearning": _sigmoid,
+    "MuLaNEmbedQuantizer": _quantizer,
+    "MusicLM": _musiclm,
+}

@@ -1,0 +1,197 @@
+"""From waveform to spectrogram: presets, the spectrogram module and SpecAugment's masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
+from musiclm_fast.ops import mel_filters, spectrogram
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """Configuration of the front end of the audio tower.
+
+    Args:
+        sample_hz: sample rate in Hz that the waveforms must have; None if it is not known, as in
+            the reference.
+        n_fft, win_length, hop_length, pad: in samples; hop_length None is ``win_length // 2``.
+        center, pad_mode, power: as in torchaudio's Spectrogram.
+        n_mels: number of mel bands; None keeps the bins of the transform.
+        f_min, f_max: edges of the mel bands in Hz; f_max None is the Nyquist frequency.
+        log_offset: added before the natural logarithm; None for no logarithm.
+        mean, std: fixed normalisation after the logarithm.
+        freq_mask, time_mask: the widest mask: bands and frames (int), or a fraction of the axis
+            (float below 1); 0 for none.
+        masks_per_sample: draw masks per clip on the clip's device, else one for the whole batch
+            from the CPU generator, as the reference does.
+    """
+
+    sample_hz: int | None = None
+    n_fft: int = 128
+    win_length: int = 24
+    hop_length: int | None = None
+    pad: int = 0
+    center: bool = True
+    pad_mode: str = "reflect"
+    power: float = 2.0
+    n_mels: int | None = None
+    f_min: float = 0.0
+    f_max: float | None = None
+    log_offset: float | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    freq_mask: int | float = 80
+    time_mask: int | float = 80
+    masks_per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_int("n_fft", self.n_fft)
+        check_positive_int("win_length", self.win_length)
+        if self.win_length > self.n_fft:
+            fail("win_length", self.win_length, f"at most n_fft = {self.n_fft}")
+        if self.hop_length is not None:
+            check_positive_int("hop_length", self.hop_length)
+        check_positive("std", self.std)
+        if self.n_mels is not None:
+            if self.sample_hz is None:
+                fail("sample_hz", None, "a rate in Hz, which mel bands need")
+            nyquist = self.sample_hz / 2
+            if self.f_max is not None and not self.f_min < self.f_max <= nyquist:
+                fail("f_max", self.f_max, f"above f_min and at most the Nyquist rate {nyquist} Hz")
+        for name in ("freq_mask", "time_mask"):
+            value = getattr(self, name)
+            if value < 0 or (isinstance(value, float) and value >= 1):
+                fail(name, value, "an integer of at least 0 or a fraction below 1")
+
+    @property
+    def bands(self) -> int:
+        """Bands of the spectrogram before it is cropped to patches."""
+        return self.n_fft // 2 + 1 if self.n_mels is None else self.n_mels
+
+
+#: ``reference``: musiclm-pytorch's defaults. ``mulan``: 64-band log-mel, 25 ms window and 10 ms
+#: hop (MuLan, https://arxiv.org/abs/2208.12415). ``ast``: the same with 128 bands (AST,
+#: https://arxiv.org/abs/2104.01778). Masks of the last two are SpecAugment's, sized to the
+#: spectrogram. Mean and std are those of General MIDI notes and of speech within a unit.
+PRESETS: dict[str, FrontEnd] = {
+    "reference": FrontEnd(),
+    "mulan": FrontEnd(
+        sample_hz=16_000, n_fft=512, win_length=400, hop_length=160, n_mels=64, f_max=8_000.0,
+        log_offset=1e-6, mean=-5.0, std=5.0, freq_mask=0.2, time_mask=0.15, masks_per_sample=True,
+    ),
+    "ast": FrontEnd(
+        sample_hz=16_000, n_fft=512, win_length=400, hop_length=160, n_mels=128, f_max=8_000.0,
+        log_offset=1e-6, mean=-5.0, std=5.0, freq_mask=0.2, time_mask=0.15, masks_per_sample=True,
+    ),
+}  # fmt: skip
+
+
+def resolve_front_end(front_end: str | FrontEnd) -> FrontEnd:
+    """A preset by name, or the configuration itself.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if isinstance(front_end, FrontEnd):
+        return front_end
+    check_choice("front_end", front_end, PRESETS)
+    return PRESETS[front_end]
+
+
+class Spectrogram(nn.Module):
+    """The spectrogram of a :class:`FrontEnd`. Its window is in the state_dict, as torchaudio's."""
+
+    window: Tensor
+    mel: Tensor | None
+
+    def __init__(self, config: FrontEnd) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("window", torch.hann_window(config.win_length))
+        mel = None
+        if config.n_mels is not None:
+            assert config.sample_hz is not None
+            mel = mel_filters(
+                config.sample_hz, config.n_fft, config.n_mels, config.f_min, config.f_max
+            )
+        self.register_buffer("mel", mel, persistent=False)
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip of ``samples`` samples."""
+        c = self.config
+        hop = c.win_length // 2 if c.hop_length is None else c.hop_length
+        padded = samples + 2 * c.pad + (c.n_fft // 2 * 2 if c.center else 0)
+        return max(0, (padded - c.n_fft) // hop + 1)
+
+    def forward(
+        self,
+        wav: Tensor,
+        masks: tuple[Tensor | None, Tensor | None] = (None, None),
+        crop: tuple[int, int] = (1, 1),
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Spectrogram ``(B, F, T)`` of ``wav (B, samples)``, masked and cropped."""
+        c = self.config
+        return spectrogram(
+            wav, n_fft=c.n_fft, win_length=c.win_length, hop_length=c.hop_length,
+            window=self.window, pad=c.pad, center=c.center, pad_mode=c.pad_mode, power=c.power,
+            mel=self.mel, log_offset=c.log_offset, mean=c.mean, std=c.std, freq_mask=masks[0],
+            time_mask=masks[1], crop=crop, lengths=lengths,
+        )  # fmt: skip
+
+
+class PhaseAdvance(nn.Module):
+    """Holds the buffer of the reference's TimeStretch, so that checkpoints fit; computes nothing.
+
+    The reference passes its stretch factor as torchaudio's hop_length and True as the rate, and a
+    rate of one stretches nothing.
+    """
+
+    def __init__(self, stretch_factor: float) -> None:
+        super().__init__()
+        phase = torch.linspace(0, math.pi * stretch_factor, 201)[..., None]
+        self.register_buffer("phase_advance", phase)
+
+
+def draw_span(widest: int | float, size: int, batch: int | None, device: torch.device) -> Tensor:
+    """Draw mask spans along an axis, as SpecAugment does.
+
+    ``width = rand * widest``, ``start = rand * (size - width)``, both rounded towards zero.
+
+    Args:
+        widest: in entries, or a fraction of ``size`` (float below 1).
+        size: entries of the axis.
+        batch: one span per sample, drawn on ``device``; None is one span for all, drawn by the
+            CPU generator in torchaudio's order.
+        device: of the result.
+
+    Returns:
+        ``(batch or 1, 1, 2)`` int64, start and end (excluded).
+    """
+    limit = widest * size if isinstance(widest, float) else widest
+    rows, draw_on = (1, "cpu") if batch is None else (batch, device)
+    width = torch.rand(rows, device=draw_on) * limit
+    start = (torch.rand(rows, device=draw_on) * (size - width)).long()
+    return torch.stack((start, start + width.long()), dim=-1)[:, None].to(device)
+
+
+def draw_masks(
+    config: FrontEnd, bands: int, frames: int, batch: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Frequency and time spans for a batch, in the reference's order of draws; None for none."""
+    rows = batch if config.masks_per_sample else None
+    freq, time = (
+        draw_span(widest, size, rows, device) if widest > 0 else None
+        for widest, size in ((config.freq_mask, bands), (config.time_mask, frames))
+    )
+    return freq, time
+
+
+def with_masks(config: FrontEnd, freq_mask: int | float, time_mask: int | float) -> FrontEnd:
+    """The configuration with other mask sizes."""
+    return replace(config, freq_mask=freq_mask, time_mask=time_mask)

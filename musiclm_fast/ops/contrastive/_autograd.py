@@ -1,0 +1,180 @@
+"""Fake implementations and autograd of the contrastive kernels, and the losses made from them.
+
+A backend is three ``torch.library`` ops, defined by the ``block_`` functions of reference.py. The
+C++ library defines ``contrastive_logsumexp``, ``contrastive_logsumexp_backward`` and
+``contrastive_sigmoid`` (csrc/library.cpp repeats the schemas); Triton defines the same names with
+the suffix ``_triton`` in Python. :func:`register` gives either set its fakes and its gradients.
+
+Statistics leave the positives out. The softmax loss of a row is then
+``ln(e^lse + e^s_ii) - s_ii = softplus(lse - s_ii)``: it and its gradient keep their digits however
+well the positive wins, where ``lse_with_positive - s_ii`` would cancel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOGSUMEXP_SCHEMA = (
+    "(Tensor audio, Tensor text, Tensor temperature, int offset) -> (Tensor, Tensor, Tensor)"
+)
+LOGSUMEXP_BACKWARD_SCHEMA = (
+    "(Tensor grad_row, Tensor grad_column, Tensor grad_positive, Tensor audio, Tensor text, "
+    "Tensor temperature, Tensor row_lse, Tensor column_lse, int offset) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+SIGMOID_SCHEMA = (
+    "(Tensor audio, Tensor text, Tensor temperature, Tensor? bias, int offset, bool gradients) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The three kernels of a backend: each takes what its ``block_`` function takes."""
+
+    logsumexp: Any
+    logsumexp_backward: Any
+    sigmoid: Any
+
+
+def loss(
+    kernels: Kernels,
+    audio: Tensor,
+    text: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    kind: str,
+) -> Tensor:
+    """The loss of a square batch on one device; arguments as in ``contrastive_loss``, L first."""
+    batch = audio.shape[1]
+    if kind == "sigmoid":
+        needed = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (audio, text, temperature, bias)
+        )
+        total: Tensor = kernels.sigmoid(audio, text, temperature, bias, 0, needed)[0]
+        return total / batch
+    row_lse, column_lse, positive = kernels.logsumexp(audio, text, temperature, 0)
+    result = per_pair(row_lse, column_lse, positive, kind).mean(dim=1).sum()
+    if bias is not None:  # it cancels: its gradient is zero
+        result = result + 0.0 * bias.sum()
+    return result
+
+
+def per_pair(row_lse: Tensor, column_lse: Tensor, positive: Tensor, kind: str) -> Tensor:
+    """Loss of each pair ``(L, B)`` from its row's and column's statistics, positives left out."""
+    if kind == "decoupled":
+        return 0.5 * (row_lse + column_lse) - positive
+    return 0.5 * (F.softplus(row_lse - positive) + F.softplus(column_lse - positive))
+
+
+def per_pair_gradients(
+    row_lse: Tensor, column_lse: Tensor, positive: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of :func:`per_pair` by its three tensors."""
+    if kind == "decoupled":
+        half = torch.full_like(positive, 0.5)
+        return half, half, torch.full_like(positive, -1.0)
+    by_row = 0.5 * (row_lse - positive).sigmoid()
+    by_column = 0.5 * (column_lse - positive).sigmoid()
+    return by_row, by_column, -(by_row + by_column)
+
+
+def _statistic(audio: Tensor, *shape: int) -> Tensor:
+    return audio.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_logsumexp(
+    audio: Tensor, text: Tensor, temperature: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    layers, rows, _ = audio.shape
+    columns = text.shape[1]
+    return (
+        _statistic(audio, layers, rows),
+        _statistic(audio, layers, columns),
+        _statistic(audio, layers, rows),
+    )
+
+
+def _fake_logsumexp_backward(
+    grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor, audio: Tensor, text: Tensor,
+    temperature: Tensor, row_lse: Tensor, column_lse: Tensor, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        _statistic(audio, *audio.shape),
+        _statistic(audio, *text.shape),
+        _statistic(audio, audio.shape[0]),
+    )
+
+
+def _fake_sigmoid(
+    audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, offset: int,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = [audio.shape, text.shape, audio.shape[:1], audio.shape[:1]]
+    kept = [_statistic(audio, *(shape if gradients else (0,))) for shape in shapes]
+    return _statistic(audio), *kept
+
+
+def _save_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    audio, text, temperature, ctx.offset = inputs
+    row_lse, column_lse, _ = output
+    ctx.save_for_backward(audio, text, temperature, row_lse, column_lse)
+
+
+def _save_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = [inputs[0].dtype, inputs[1].dtype]
+    ctx.has_bias = inputs[3] is not None
+    ctx.has_gradients = inputs[5]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sigmoid_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
+    if not ctx.has_gradients:
+        raise RuntimeError("contrastive_sigmoid: called with gradients=False, so it has none")
+    d_audio, d_text, d_temperature, d_bias = ctx.saved_tensors
+    results = (
+        (d_audio * grad).to(ctx.dtypes[0]),
+        (d_text * grad).to(ctx.dtypes[1]),
+        d_temperature * grad,
+        d_bias * grad if ctx.has_bias else None,
+    )
+    needed = (r if n else None for r, n in zip(results, ctx.needs_input_grad, strict=False))
+    return (*needed, None, None)
+
+
+def register(logsumexp: str, logsumexp_backward: str, sigmoid: str) -> Kernels:
+    """Register fakes and autograd for three ops that exist, such as ``"musiclm_fast::x"``."""
+    torch.library.register_fake(logsumexp)(_fake_logsumexp)
+    torch.library.register_fake(logsumexp_backward)(_fake_logsumexp_backward)
+    torch.library.register_fake(sigmoid)(_fake_sigmoid)
+
+    def find(name: str) -> Any:
+        namespace, op = name.split("::")
+        return getattr(getattr(torch.ops, namespace), op)
+
+    kernels = Kernels(find(logsumexp), find(logsumexp_backward), find(sigmoid))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        audio, text, temperature, row_lse, column_lse = ctx.saved_tensors
+        results = kernels.logsumexp_backward(
+            *(g.contiguous() for g in grads),
+            audio, text, temperature, row_lse, column_lse, ctx.offset,
+        )  # fmt: skip
+        inputs = (audio, text, temperature)
+        return *(
+            r.to(x.dtype) if needed else None
+            for r, x, needed in zip(results, inputs, ctx.needs_input_grad, strict=False)
+        ), None  # fmt: skip
+
+    torch.library.register_autograd(logsumexp, backward, setup_context=_save_logsumexp)
+    torch.library.register_autograd(sigmoid, _sigmoid_backward, setup_context=_save_sigmoid)
+    return kernels

@@ -1,0 +1,50 @@
+"""The C++ kernels for CPU tensors (csrc/contrastive)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_fast import _extension
+from musiclm_fast.ops.contrastive import _autograd
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled library is loaded, or why not."""
+    return _extension.load(), _extension.why_missing()
+
+
+def supports(*, audio: Tensor, text: Tensor, **_: Any) -> tuple[bool, str]:
+    """CPU tensors of any dtype but float64."""
+    if audio.device.type != "cpu":
+        return False, f"it runs on CPU tensors, not on {audio.device.type}"
+    if audio.dtype not in _DTYPES:
+        return False, f"it takes float32, bfloat16 and float16, not {audio.dtype}"
+    return True, ""
+
+
+def run(
+    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
+) -> Tensor:
+    """The loss by the kernels."""
+    bias = None if bias is None else bias.float()
+    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+
+
+def prepare(latents: Tensor) -> Tensor:
+    """Latents as the kernels read them: float32 or bfloat16, rows contiguous."""
+    if latents.dtype == torch.float16:
+        latents = latents.float()
+    return latents if latents.stride(-1) == 1 else latents.contiguous()
+
+
+if _extension.load():
+    kernels = _autograd.register(
+        "musiclm_fast::contrastive_logsumexp",
+        "musiclm_fast::contrastive_logsumexp_backward",
+        "musiclm_fast::contrastive_sigmoid",
+    )

@@ -1,0 +1,59 @@
+"""The C++ kernel of csrc/spectrogram for CPU tensors; it computes in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_fast import _extension
+from musiclm_fast.ops.spectrogram import _autograd
+
+MAX_FOLDED_TAPS, MAX_FOLDED_FFT = 63, 1 << 13  # of csrc/spectrogram/spectrogram.h
+MAX_RADIX, MAX_FFT = 31, 1 << 20
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled library is loaded, and why not."""
+    return _extension.load(), _extension.why_missing()
+
+
+def largest_prime_factor(n: int) -> int:
+    """Largest prime factor of n; 1 for 1."""
+    largest, factor = 1, 2
+    while factor * factor <= n:
+        while n % factor == 0:
+            largest, n = factor, n // factor
+        factor += 1
+    return max(largest, n)
+
+
+def can_compute(
+    wav: Tensor, n_fft: int, window: Tensor, power: float, mel: Tensor | None, **_: Any
+) -> tuple[bool, str]:
+    """Whether the compiled kernels can take these arguments on any device, and why not."""
+    if wav.dtype == torch.float64:
+        return False, "it computes in float32, not float64"
+    if power not in (1.0, 2.0):
+        return False, f"it raises magnitudes to power 1 or 2, not {power}"
+    if window.requires_grad or (mel is not None and mel.requires_grad):
+        return False, "it has gradients for wav only, not for window or mel"
+    if window.shape[0] <= MAX_FOLDED_TAPS and n_fft <= MAX_FOLDED_FFT:
+        return True, ""
+    if n_fft > MAX_FFT or largest_prime_factor(n_fft) > MAX_RADIX:
+        return False, f"n_fft = {n_fft} is above 2**20 or has a prime factor above {MAX_RADIX}"
+    return True, ""
+
+
+def supports(wav: Tensor, **arguments: Any) -> tuple[bool, str]:
+    """Whether the kernel can take these arguments, and why not."""
+    if wav.device.type != "cpu":
+        return False, f"it runs on CPU tensors, not {wav.device.type}"
+    return can_compute(wav, **arguments)
+
+
+run = _autograd.run
+
+if _extension.load():
+    _autograd.register()

@@ -1,0 +1,87 @@
+"""The CUDA C++ kernel of csrc/spectrogram; it computes in float32.
+
+No length, mask or rate is read on the host, so a call never waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_fast import _extension
+from musiclm_fast.ops.spectrogram import _autograd, _cpp
+from musiclm_fast.ops.spectrogram.reference import mel_filters, spectrogram_reference
+from musiclm_fast.testing import assert_close_to_oracle, to_float64
+
+MAX_FFT = 4096  # a frame group's spectra lie in shared memory
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled library is loaded and has CUDA kernels, and why not."""
+    status = _extension.extension_status()
+    if status.loaded and not status.facts["cuda_archs"]:
+        return False, "the compiled library was built without CUDA kernels (MUSICLM_FAST_CUDA=1)"
+    return status.loaded, status.reason
+
+
+def supports(wav: Tensor, n_fft: int, **arguments: Any) -> tuple[bool, str]:
+    """Whether the kernel can take these arguments, and why not."""
+    if wav.device.type != "cuda":
+        return False, f"it runs on CUDA tensors, not {wav.device.type}"
+    if n_fft > MAX_FFT:
+        return False, f"n_fft = {n_fft} is above {MAX_FFT}"
+    return _cpp.can_compute(wav, n_fft=n_fft, **arguments)
+
+
+def self_check(device: torch.device) -> str | None:
+    """Compare values and gradients with the reference; None, or what differs.
+
+    Both transforms, the stretch, mel bands, the logarithm, masks and lengths take part.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3000, 1777])
+    freq_mask = torch.tensor([[[3, 9]], [[11, 12]]])
+    time_mask = torch.tensor([[[0, 5]], [[7, 9]]])
+    common = dict(pad_mode="reflect", freq_mask=freq_mask, time_mask=time_mask, lengths=lengths)
+    cases = {
+        "24 of 128": dict(n_fft=128, hop_length=12, window=torch.hann_window(24), crop=(16, 16)),
+        "400 of 512, log-mel": dict(
+            n_fft=512, hop_length=160, window=torch.hann_window(400), log_offset=1e-6, std=5.0,
+            mel=mel_filters(16_000, 512, 64),
+        ),
+        "63 of 75, stretched": dict(
+            n_fft=75, hop_length=20, window=torch.hann_window(63), stretch_rate=0.8, power=1.0
+        ),
+        "240 of 240, uncentred": dict(
+            n_fft=240, hop_length=77, window=torch.hann_window(240), center=False, pad=5
+        ),
+    }  # fmt: skip
+    wav = torch.randn(2, 3000, generator=generator)
+
+    def result(run: Any, arguments: dict[str, Any], to: torch.device) -> tuple[Tensor, Tensor]:
+        moved = {k: v.to(to) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        out = run(**moved)
+        weight = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+        (grad,) = torch.autograd.grad(out, moved["wav"], weight.to(out))
+        return out.detach().cpu(), grad.cpu()
+
+    defaults = dict(
+        pad=0, center=True, power=2.0, stretch_rate=None, mel=None, log_offset=None, mean=0.0,
+        std=1.0, mask_value=0.0, crop=(1, 1),
+    )  # fmt: skip
+    for name, case in cases.items():
+        arguments = {**defaults, **common, **case, "wav": wav.clone().requires_grad_()}
+        oracle = result(spectrogram_reference, to_float64(arguments), torch.device("cpu"))
+        same_dtype = result(spectrogram_reference, arguments, torch.device("cpu"))
+        ours = result(_autograd.run, arguments, device)
+        for what, *three in zip(("values", "gradient"), ours, same_dtype, oracle, strict=True):
+            try:
+                assert_close_to_oracle(f"{what}, {name}", *three)
+            except AssertionError as error:
+                return str(error)
+    return None
+
+
+run = _autograd.run

@@ -1,0 +1,1 @@
+"""Data, trainers, metrics and checkpoints."""

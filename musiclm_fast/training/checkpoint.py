@@ -1,0 +1,168 @@
+"""Checkpoints that carry their own architecture: written atomically, read without running code.
+
+A checkpoint is a ``torch.save`` of plain values and tensors::
+
+    {"format": 1, "config": {"audio": {...}, "text": {...}, "mulan": {...}},
+     "model": state_dict, ...}
+
+where ``config`` holds the constructor arguments of the two towers and of MuLaN. It is read with
+``weights_only=True``, so nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musiclm_fast._checks import describe
+from musiclm_fast.models.audio import AudioSpectrogramTransformer
+from musiclm_fast.models.front_end import FrontEnd
+from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.text import TextTransformer
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A file that exists but is not a checkpoint that can be used; the message says why."""
+
+
+def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
+    """``torch.save`` next to ``path``, flush to disk, then move there.
+
+    A crash or a full disk leaves what was at ``path`` before untouched.
+
+    Raises:
+        OSError: the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch's zip writer hides the operating system's error
+                raise OSError(f"{path}: could not be written, is the disk full? {error}") from error
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a checkpoint gets the permissions of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def mulan_config(model: MuLaN) -> dict[str, Any]:
+    """The constructor arguments of a MuLaN and its towers, as plain values.
+
+    Raises:
+        TypeError: the model or a tower is not one of musiclm_fast's classes.
+    """
+    parts = {"audio": AudioSpectrogramTransformer, "text": TextTransformer}
+    if type(model) is not MuLaN:
+        raise TypeError(f"model: got {type(model).__name__}, expected musiclm_fast.MuLaN")
+    for name, kind in parts.items():
+        if type(getattr(model, name)) is not kind:
+            got = type(getattr(model, name)).__name__
+            raise TypeError(f"model.{name}: got {got}, expected musiclm_fast.{kind.__name__}")
+    return {
+        "audio": dict(model.audio.arguments),
+        "text": dict(model.text.arguments),
+        "mulan": dict(model.arguments),
+    }
+
+
+def build_mulan(config: dict[str, Any]) -> MuLaN:
+    """A MuLaN with fresh weights from :func:`mulan_config`'s result.
+
+    Raises:
+        CheckpointError: the configuration lacks a part, or a class does not accept an argument.
+    """
+    try:
+        audio = dict(config["audio"])
+        if isinstance(audio.get("front_end"), dict):
+            audio["front_end"] = FrontEnd(**audio["front_end"])
+        towers = AudioSpectrogramTransformer(**audio), TextTransformer(**config["text"])
+        return MuLaN(*towers, **config["mulan"])
+    except KeyError as error:
+        raise CheckpointError(f"config: no part {error}, expected audio, text and mulan") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config: cannot build the model: {error}") from error
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: MuLaN, **extra: Any) -> None:
+    """Write a model with its architecture, atomically.
+
+    Args:
+        path: the file; its folder is made if need be.
+        model: a MuLaN of musiclm_fast's own towers.
+        extra: further entries (plain values and tensors), such as ``clip_seconds``.
+
+    Raises:
+        OSError: it could not be written; an earlier file at ``path`` is left as it was.
+        TypeError: the model is not one that a configuration can rebuild.
+    """
+    content = {"format": FORMAT, "config": mulan_config(model), "model": model.state_dict()}
+    save_atomically(path, {**extra, **content})
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a dictionary of plain values and tensors onto the CPU, executing nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, cut short, or holds anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {str(path)!r}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # pickle, zip and torch each have their own for a damaged file
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"checkpoint: {str(path)!r} is damaged or no checkpoint of plain tensors ({reason})"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint: {str(path)!r} holds {describe(content)}, not a dict")
+    return content
+
+
+def load_mulan(path: str | os.PathLike[str]) -> tuple[MuLaN, dict[str, Any]]:
+    """The model of a checkpoint of :func:`save_checkpoint`, in eval mode on the CPU.
+
+    Returns:
+        The model and the checkpoint's further entries.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, is no such checkpoint, or its weights are not those
+            of its configuration.
+    """
+    content = read_checkpoint(path)
+    config, weights = content.pop("config", None), content.pop("model", None)
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise CheckpointError(
+            f"checkpoint: {str(path)!r} has no 'config' and 'model', expected a file written by "
+            "musiclm_fast.training.checkpoint.save_checkpoint"
+        )
+    if content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"checkpoint: {str(path)!r} is not of format {FORMAT}")
+    model = build_mulan(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint: {str(path)!r} holds weights of another architecture: {error}"
+        ) from error
+    return model.eval(), content

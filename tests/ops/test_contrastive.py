@@ -1,0 +1,433 @@
+"""The contrastive losses: every backend against the float64 definition, and the contract."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from musiclm_fast import _extension, testing
+from musiclm_fast._dispatch import BackendError
+from musiclm_fast.ops import contrastive_loss
+from musiclm_fast.ops.contrastive import reference
+
+KINDS = ("softmax", "decoupled", "sigmoid")
+cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
+KERNELS = [pytest.param("cpp", marks=cpp)]
+
+
+def make_inputs(
+    batch: int,
+    depth: int,
+    layers: int | None = None,
+    *,
+    temperature: float = 10.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Unit latents whose positives are alike, and parameters that differ by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, depth) if layers is None else (layers, batch, depth)
+    audio = torch.randn(shape, generator=generator)
+    text = audio + torch.randn(shape, generator=generator)
+    factors = temperature * torch.linspace(1.0, 0.5, layers or 1)
+    return {
+        "audio": F.normalize(audio, dim=-1).to(dtype).requires_grad_(),
+        "text": F.normalize(text, dim=-1).to(dtype).requires_grad_(),
+        "temperature": factors.requires_grad_(),
+        "bias": torch.linspace(-3.0, 1.0, layers or 1).requires_grad_(),
+    }
+
+
+def temperature_terms(inputs: dict[str, Any], kind: str) -> Tensor:
+    """``sum_ij |ds_ij| |<audio_i, text_j>|``: what the temperature's gradient sums with signs."""
+    wide = testing.to_float64(inputs)
+    dots = wide["audio"] @ wide["text"].t()  # (B, B)
+    # d loss / d dots = temperature * ds: the loss of latents dots and unit vectors has that gradient
+    unit = torch.eye(len(dots), dtype=torch.float64)
+    rows = dots.detach().requires_grad_()
+    loss = contrastive_loss(rows, unit, wide["temperature"], wide["bias"], kind=kind)
+    gradient = torch.autograd.grad(loss, rows)[0]
+    return (gradient * dots).detach().abs().sum().reshape(1) / inputs["temperature"].detach()
+
+
+def check_against_oracle(
+    inputs: dict[str, Any], kind: str, backend: str, *, cancelling: bool = False
+) -> None:
+    """Loss and every gradient, in poisoned memory, by the tolerance rule.
+
+    ``cancelling``: the terms of the temperature's gradient cancel, to zero for latents that are all
+    alike, so that the largest value of its floor is theirs and not the sum's.
+    """
+
+    def run(arguments: dict[str, Any], name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = contrastive_loss(**arguments, kind=kind, backend=name)
+        return loss, testing.gradients(loss, arguments, torch.tensor(1.5))
+
+    with testing.poisoned_memory():
+        loss, grads = run(inputs, backend)
+    same, same_grads = run(inputs, "torch")
+    oracle, oracle_grads = run(testing.to_float64(inputs), "torch")
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    testing.assert_close_to_oracle("loss", loss, same, oracle)
+    for name, grad in grads.items():
+        assert grad.dtype == inputs[name].dtype, name
+        if name == "bias" and kind != "sigmoid":
+            assert torch.equal(grad, torch.zeros_like(grad))
+            continue
+        results = [g[name] for g in (grads, same_grads, oracle_grads)]
+        if name == "temperature" and cancelling:
+            terms = temperature_terms(inputs, kind)
+            results = [torch.cat((r, terms.to(r))) for r in results]
+        testing.assert_close_to_oracle(name, *results)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "depth", "layers"),
+    [
+        pytest.param(1, 128, None, id="one"),
+        pytest.param(2, 3, 2, id="two-narrow"),
+        pytest.param(17, 128, None, id="odd"),
+        pytest.param(65, 100, 3, id="padded-layers"),
+        pytest.param(256, 128, None, id="256"),
+        pytest.param(600, 20, 2, id="many-tiles"),
+        pytest.param(70, 700, None, id="wide"),
+    ],
+)
+def test_loss_and_gradients(
+    batch: int, depth: int, layers: int | None, kind: str, backend: str
+) -> None:
+    if kind == "decoupled" and batch == 1:
+        pytest.skip("an error, see test_bad_input")
+    check_against_oracle(make_inputs(batch, depth, layers), kind, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", ("decoupled", "sigmoid"))
+def test_batch_of_4096(kind: str, backend: str) -> None:
+    check_against_oracle(make_inputs(4096, 32), kind, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision(dtype: torch.dtype, kind: str, backend: str) -> None:
+    check_against_oracle(make_inputs(130, 48, 2, dtype=dtype), kind, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", (1e-3, 39.0, 41.0, 100.0, math.exp(7)))
+@pytest.mark.parametrize("latents", ("random", "identical", "same side", "opposite", "zero"))
+def test_extremes(latents: str, temperature: float, kind: str, backend: str) -> None:
+    """Finite and right, with gradients, where exp without a shift or a clamp would fail."""
+    inputs = make_inputs(40, 32, temperature=temperature)
+    audio, text = inputs["audio"].detach(), inputs["text"].detach()
+    if latents == "identical":  # all of both sides
+        audio = text = audio[:1].expand(40, -1)
+    elif latents == "same side":  # every pair's two sides are equal
+        text = audio
+    elif latents == "opposite":
+        text = -audio
+    elif latents == "zero":
+        audio, text = torch.zeros_like(audio), torch.zeros_like(text)
+    inputs["audio"] = audio.clone().requires_grad_()
+    inputs["text"] = text.clone().requires_grad_()
+    loss = contrastive_loss(**inputs, kind=kind, backend=backend)
+    grads = testing.gradients(loss, inputs, torch.tensor(1.0))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    if latents == "opposite" and temperature >= 39:
+        assert grads["audio"].abs().sum() > 0  # the reference's clamp would leave none
+    check_against_oracle(inputs, kind, backend, cancelling=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_won_positive_keeps_its_digits(backend: str) -> None:
+    """Softmax with orthogonal negatives at temperature 60: ln(1 + 7 e^-60), not a rounded zero."""
+    latents = torch.eye(8)
+    audio = latents.clone().requires_grad_()
+    loss = contrastive_loss(audio, latents, torch.tensor([60.0]), backend=backend)
+    loss.backward()
+    expected = 7 * math.exp(-60)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert audio.grad is not None
+    assert audio.grad[0, 0].item() == pytest.approx(-60 * expected / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_unnormalised_latents(kind: str, backend: str) -> None:
+    inputs = make_inputs(33, 16)
+    for name in ("audio", "text"):
+        inputs[name] = (inputs[name].detach() * 50).requires_grad_()
+    check_against_oracle(inputs, kind, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_and_mixed_inputs(kind: str, backend: str) -> None:
+    inputs = make_inputs(30, 24, 2)
+    plain = contrastive_loss(**inputs, kind=kind, backend=backend)
+    strided = dict(inputs)
+    strided["audio"] = inputs["audio"].detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    strided["text"] = torch.cat((inputs["text"].detach(), torch.ones(2, 30, 8)), -1)[..., :24]
+    assert strided["audio"].stride(-1) != 1 and not strided["text"].is_contiguous()
+    assert torch.equal(contrastive_loss(**strided, kind=kind, backend=backend), plain)
+    mixed = dict(inputs, text=inputs["text"].detach().bfloat16())
+    grad = torch.autograd.grad(
+        contrastive_loss(**mixed, kind=kind, backend=backend), inputs["audio"]
+    )[0]
+    assert grad.dtype == torch.float32 and grad.isfinite().all()
+
+
+@cpp
+@pytest.mark.parametrize("level", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_simd_level(kind: str, level: str) -> None:
+    from musiclm_fast import _C
+
+    before = _C.simd_level()
+    try:
+        _C.set_simd_level(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        check_against_oracle(make_inputs(131, 40, 2), kind, "cpp")
+        check_against_oracle(make_inputs(67, 21, temperature=300.0), kind, "cpp")
+    finally:
+        _C.set_simd_level(before)
+
+
+@cpp
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_threads(kind: str) -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        inputs = make_inputs(700, 32, 2)
+        loss = contrastive_loss(**inputs, kind=kind, backend="cpp")
+        results.append([loss, *testing.gradients(loss, inputs, torch.tensor(1.0)).values()])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# Blocks: m rows by n columns, row i's positive at column i + offset.
+BLOCKS = [(5, 5, 0), (3, 70, 66), (70, 3, -20), (1, 1, 0), (9, 4, 4), (130, 300, 100), (6, 8, -6)]
+
+
+def block_inputs(m: int, n: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(m * n)
+    audio = F.normalize(torch.randn(2, m, 36, generator=generator), dim=-1)
+    text = F.normalize(torch.randn(2, n, 36, generator=generator), dim=-1)
+    return audio, text, torch.tensor([temperature, temperature / 2])
+
+
+def compare(names: str, ours: Any, same: Any, oracle: Any) -> None:
+    for name, a, b, c in zip(names.split(), ours, same, oracle, strict=True):
+        infinite = c.isinf()  # a row or column without negatives
+        assert torch.equal(a.isinf(), infinite), name
+        a, b, c = (t.masked_fill(infinite, 0.0) for t in (a, b, c))
+        testing.assert_close_to_oracle(name, a, b, c)
+
+
+def kernels_of(backend: str) -> Any:
+    from musiclm_fast.ops.contrastive.op import block_kernels
+
+    return block_kernels(backend)
+
+
+# At temperature 200 an error of the similarities shows 200 times: only a large block has enough of
+# them for the torch path's largest error to be a measure.
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("m", "n", "offset", "temperature"),
+    [(*block, 10.0) for block in BLOCKS] + [(130, 300, 100, 200.0), (140, 90, -10, 200.0)],
+)
+def test_rectangular_blocks(m: int, n: int, offset: int, temperature: float, backend: str) -> None:
+    kernels = kernels_of(backend)
+    audio, text, factor = block_inputs(m, n, temperature)
+    wide = (audio.double(), text.double(), factor.double())
+    with testing.poisoned_memory():
+        stats = kernels.logsumexp(audio, text, factor, offset)
+    oracle = reference.block_logsumexp(*wide, offset)
+    same = reference.block_logsumexp(audio, text, factor, offset)
+    compare("row column positive", stats, same, oracle)
+
+    weights = [torch.rand_like(s) for s in same]
+    shifts = [s.masked_fill(s.isinf(), 0.0) for s in same[:2]]
+    shifts[0] = shifts[0] + 1.0  # as if the rows had more columns elsewhere
+    grads = (*weights, audio, text, factor, *shifts, offset)
+    with testing.poisoned_memory():
+        ours = kernels.logsumexp_backward(*grads)
+    oracle = reference.block_logsumexp_backward(
+        *(t.double() for t in weights), *wide, *(t.double() for t in shifts), offset
+    )
+    compare("audio text temperature", ours, reference.block_logsumexp_backward(*grads), oracle)
+
+    bias = torch.tensor([-4.0, 1.0])
+    with testing.poisoned_memory():
+        ours = kernels.sigmoid(audio, text, factor, bias, offset, True)
+    oracle = reference.block_sigmoid(*wide, bias.double(), offset, True)
+    same = reference.block_sigmoid(audio, text, factor, bias, offset, True)
+    compare("loss audio text temperature bias", ours, same, oracle)
+
+
+def test_block_definitions_have_the_gradients_of_autograd() -> None:
+    audio, text, factor = (t.double().requires_grad_() for t in block_inputs(7, 9, 3.0))
+    bias = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    stats = reference.block_logsumexp(audio, text, factor, 1)
+    weights = [torch.rand_like(s) for s in stats]
+    expected = torch.autograd.grad(stats, (audio, text, factor), weights)
+    found = reference.block_logsumexp_backward(*weights, audio, text, factor, stats[0], stats[1], 1)
+    torch.testing.assert_close(found, expected)
+    loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True)
+    expected = torch.autograd.grad(loss, (audio, text, factor, bias))
+    torch.testing.assert_close(tuple(found), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_the_definition(kind: str) -> None:
+    inputs = testing.to_float64(make_inputs(5, 4, 2, temperature=2.0))
+    assert torch.autograd.gradcheck(
+        lambda *a: contrastive_loss(*a, kind=kind, backend="torch"), tuple(inputs.values())
+    )
+
+
+@cpp
+def test_opcheck() -> None:
+    audio, text, factor = block_inputs(6, 9, 10.0)
+    stats = torch.ops.musiclm_fast.contrastive_logsumexp(audio, text, factor, 2)
+    needed = [t.clone().requires_grad_() for t in (audio, text, factor)]
+    bias = torch.zeros(2, requires_grad=True)
+    ops = torch.ops.musiclm_fast
+    torch.library.opcheck(ops.contrastive_logsumexp, (*needed, 2))
+    torch.library.opcheck(
+        ops.contrastive_logsumexp_backward, (*stats, audio, text, factor, *stats[:2], 2)
+    )
+    torch.library.opcheck(ops.contrastive_sigmoid, (*needed, bias, 2, True))
+    torch.library.opcheck(ops.contrastive_sigmoid, (audio, text, factor, None, 2, False))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_graph_breaks(kind: str, backend: str) -> None:
+    inputs = make_inputs(20, 16, 2)
+
+    def run(audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
+        return contrastive_loss(audio, text, temperature, bias, kind=kind)
+
+    eager = run(*inputs.values())
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs.values())
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(
+        testing.gradients(compiled, inputs, torch.tensor(1.0)).values(),
+        testing.gradients(eager, inputs, torch.tensor(1.0)).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_lower_the_precision(kind: str, backend: str) -> None:
+    inputs = make_inputs(50, 32)
+    outside = contrastive_loss(**inputs, kind=kind, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = contrastive_loss(**inputs, kind=kind, backend=backend)
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+    inputs = make_inputs(12, 8)
+    for name in ("audio", "temperature"):
+        inputs[name].requires_grad_(False)
+    for kind in KINDS:
+        inputs["text"].grad = None
+        contrastive_loss(**inputs, kind=kind, backend=backend).backward()
+        assert inputs["text"].grad is not None and inputs["audio"].grad is None
+    with torch.no_grad():
+        assert not contrastive_loss(**inputs, kind="sigmoid", backend=backend).requires_grad
+
+
+@cpp
+@pytest.mark.parametrize("kind", ("decoupled", "sigmoid"))
+def test_memory_is_linear_in_the_batch(kind: str) -> None:
+    """B = 8,192: one float32 matrix of B x B alone would be 256 MiB."""
+    script = f"""
+import resource, torch
+from musiclm_fast.ops import contrastive_loss
+torch.set_num_threads(1)
+def step(batch):
+    audio, text = torch.randn(2, batch, 16).requires_grad_().unbind()
+    factor = torch.tensor([1.0], requires_grad=True)
+    contrastive_loss(audio, text, factor, kind={kind!r}, backend="cpp").backward()
+step(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(8192)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 32 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(audio=None), TypeError, "audio"),
+        (dict(audio=torch.zeros(4)), ValueError, "audio"),
+        (dict(text=torch.zeros(5, 8)), ValueError, "text"),
+        (dict(text=torch.zeros(4, 9)), ValueError, "text"),
+        (dict(text=torch.zeros(4, 8, dtype=torch.long)), TypeError, "text"),
+        (dict(temperature=torch.tensor(1.0)), ValueError, "temperature"),
+        (dict(temperature=torch.tensor([0.0])), ValueError, "temperature"),
+        (dict(temperature=torch.tensor([-1.0])), ValueError, "temperature"),
+        (dict(temperature=torch.tensor([math.nan])), ValueError, "temperature"),
+        (dict(bias=torch.zeros(2)), ValueError, "bias"),
+        (dict(kind="siglip"), ValueError, "kind"),
+        (dict(audio=torch.zeros(0, 8), text=torch.zeros(0, 8)), ValueError, "empty batch"),
+        (
+            dict(audio=torch.zeros(1, 8), text=torch.zeros(1, 8), kind="decoupled"),
+            ValueError,
+            "at least two",
+        ),
+        (dict(audio=torch.full((4, 8), math.nan)), ValueError, r"audio: .*non-finite.*4 of 4"),
+        (
+            dict(text=torch.eye(4, 8).masked_fill(torch.eye(4, 8)[[0, 2, 1, 3]] > 2, 0) / 0.0),
+            ValueError,
+            "text: .*non-finite",
+        ),
+        (dict(backend="mkl"), ValueError, "backend"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    good: dict[str, Any] = dict(
+        audio=torch.zeros(4, 8), text=torch.zeros(4, 8), temperature=torch.ones(1)
+    )
+    with pytest.raises(error, match=words):
+        contrastive_loss(**{**good, **change})
+
+
+def test_values_are_not_read_when_told_so() -> None:
+    latents = torch.full((4, 8), math.inf)
+    loss = contrastive_loss(latents, latents, torch.ones(1), check_values=False)
+    assert not loss.isfinite()
+
+
+@cpp
+def test_a_backend_asked_for_says_why_it_cannot() -> None:
+    latents = torch.zeros(4, 8, dtype=torch.float64)
+    with pytest.raises(BackendError, match="float64"):
+        contrastive_loss(latents, latents, torch.ones(1), backend="cpp")
+    assert contrastive_loss(latents, latents, torch.ones(1)).dtype == torch.float64
