@@ -247,8 +247,9 @@ def test_backward_is_deterministic() -> None:
 @interpreted
 def test_expanded_gradient_of_the_output() -> None:
     inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
-    ours = testing.gradients(attention(**inputs, backend="triton"), inputs, torch.ones(()).expand(
-        inputs["q"].shape))
+    ours = testing.gradients(
+        attention(**inputs, backend="triton"), inputs, torch.ones(()).expand(inputs["q"].shape)
+    )
     want = testing.gradients(attention_reference(**inputs), inputs, torch.ones_like(inputs["q"]))
     for name, value in want.items():
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
@@ -419,9 +420,7 @@ class TestOnGpu:
         shapes, options = (CASES | SLOW_CASES)[case]
         if case == "extreme_logits" and dtype != torch.float32:
             options = options | dict(scale=30.0)
-        compare(
-            testing.attention_inputs(**shapes, dtype=dtype, device="cuda"), options, dtype
-        )
+        compare(testing.attention_inputs(**shapes, dtype=dtype, device="cuda"), options, dtype)
 
     def test_opcheck(self) -> None:
         inputs = testing.attention_inputs(

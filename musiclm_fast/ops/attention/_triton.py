@@ -318,9 +318,7 @@ def _run_backward(
         k_scale_parts = empty(batch * kv_heads * key_blocks, head_dim)
     table = _TableGradient(call) if call.table2 is not None else None
 
-    bands = plan_bands(
-        batch, kv_heads, call.group, queries, keys, kv.block_n, call.dtype.itemsize
-    )
+    bands = plan_bands(batch, kv_heads, call.group, queries, keys, kv.block_n, call.dtype.itemsize)
     largest = bands[0]  # the first band is never smaller than another
     ds_rows = _round_up(largest.row_end - largest.row_begin, DS_ROWS)
     ds_keys = key_blocks * kv.block_n
@@ -387,9 +385,7 @@ class _TableGradient:
         self.block_r = min(256, max(64, 1 << (entries - 1).bit_length()))
         self.r_blocks = -(-entries // self.block_r)
         h_blocks = -(-call.heads // self.block_h)
-        wanted = min(
-            64, -(-1024 // (self.r_blocks * h_blocks)), -(-call.batch * call.keys // 32)
-        )
+        wanted = min(64, -(-1024 // (self.r_blocks * h_blocks)), -(-call.batch * call.keys // 32))
         self.parts = max(1, min(wanted, PARTIAL_BYTES // (4 * call.heads * entries)))
 
         def empty(*shape: int) -> Tensor:
@@ -528,7 +524,9 @@ def _fastest(heuristic: Configs, run: Callable[[Configs], None]) -> Configs:
     timed: list[tuple[float, int, Configs]] = []
     for number, candidate in enumerate(_candidates(heuristic)):
         try:
-            timed.append((do_bench(lambda c=candidate: run(c), warmup=5, rep=20), number, candidate))
+            timed.append(
+                (do_bench(lambda c=candidate: run(c), warmup=5, rep=20), number, candidate)
+            )
         except OutOfResources:
             continue
     return min(timed)[2]
