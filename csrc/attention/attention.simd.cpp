@@ -2,8 +2,10 @@
 //
 // Visible keys are packed first: masked ones are left out, so that the inner loops know nothing of
 // masks and lengths. Names of shapes: M queries, N packed keys, D head_dim, W lanes, G query heads
-// of one key head. A "tile" is kQueryRows x kKeyRows (or x kBackwardRows) similarities in cache.
+// of one key head. A tile is kForwardRows (or kBackwardRows) x kKeyRows similarities in cache.
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "attention/attention.h"
 #include "common/simd.h"
@@ -11,8 +13,8 @@
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
 namespace {
 
-// A register block of C += A B is kBlockRows x (kBlockVectors * W): 24 accumulators of 32 registers,
-// 12 of 16, 8 of 16 where multiply-add needs a temporary.
+// A register block of C += A B is kBlockRows x (kBlockVectors * W): 24 accumulators in 32
+// registers, 12 in 16, or 8 in 16 where multiply-add needs a temporary.
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 6, kBlockVectors = 4;
 #elif defined(__AVX2__)
@@ -21,13 +23,12 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;
 constexpr int kBlockRows = 4, kBlockVectors = 2;
 #endif
 constexpr int kPanel = kBlockVectors * kWidth;  // keys in a panel of transposed keys
-constexpr int kKeyRows = 128;                   // a multiple of kPanel and of W
-constexpr int kForwardRows = 48;
+constexpr int kKeyRows = 128;                   // keys of a tile; a multiple of kPanel and of W
+constexpr int kForwardRows = 48;                // queries of a tile
 constexpr int kBackwardRows = 96;
-constexpr int kMaxGroups = kKeyRows / kWidth;
 constexpr int kMaxWindows = 4;
 constexpr int64_t kUnits = 16;                  // wanted backward tasks, whatever the threads
-constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads at a time; as much for parts
+constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads; as much for parts of sums
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
 
@@ -75,23 +76,23 @@ MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
 
 // ---- the table of biases ------------------------------------------------------------------------
 
-// The W keys of a group read table entries R + q - k. Their codes lie close together, so the entries
-// lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which entry is the
-// same for every query but for a shift by the query's code: a window is two registers, loaded once
-// for a run of queries, and a permutation; its gradient is the inverse permutation.
+// The W keys of a group read table entries R + q - k. Their codes lie close together, so the
+// entries lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which
+// entry is the same for every query but for a shift by the query's code: a window is two registers,
+// loaded once for a run of queries, and a permutation; its gradient is the inverse permutation.
 //
 // The padded table has 2W copies of its edge entries on either side. A window that lies beyond the
 // table by any amount is then read right from the nearest place in the padded table: that is the
 // clamp, for all codes.
-constexpr int kReach = kWidth / 2;              // codes of a run of queries differ by at most this
-constexpr int kSpan = 2 * kWidth - kReach;      // entries that a group reads from one window
+constexpr int kReach = kWidth / 2;          // codes of a run of queries differ by at most this
+constexpr int kSpan = 2 * kWidth - kReach;  // entries that a group reads from one window
 constexpr int kTablePad = 2 * kWidth;
 
 struct alignas(64) Window {
-  int64_t base;   // largest key code of the window; its entry is the window's first
-  vint source;    // for each lane its entry in the window, 0 .. kSpan-1
-  vint lanes;     // -1 for lanes of this window, 0 for others
-  int32_t readers[kReach + 2 * kWidth];  // for each entry, from -kReach, the lane that reads it or W
+  int64_t base;  // largest key code of the window; its entry is the window's first
+  vint source;   // for each lane its entry in the window, 0 .. kSpan-1
+  vint lanes;    // -1 for lanes of this window, 0 for others
+  int32_t readers[kReach + 2 * kWidth];  // for entries from -kReach on the lane that reads it, or W
 };
 
 // Keys of one sample that take part, in order, and how groups of W of them read the table.
@@ -430,7 +431,9 @@ float norm_of(const float* row, int64_t dp) {
 void normalise(float* row, int64_t dp, const float* scale) {
   if (scale == nullptr) return;
   const float norm = larger(norm_of(row, dp), kSmallestNorm);
-  for (int64_t c = 0; c < dp; c += kWidth) vstore(row + c, vload(row + c) / norm * vload(scale + c));
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vstore(row + c, vload(row + c) / norm * vload(scale + c));
+  }
 }
 
 // grad of l2norm(row) * scale  ->  grad of row, in place; dscale += its part
@@ -452,27 +455,49 @@ void normalise_backward(const float* row, int64_t dp, const float* scale, float*
   }
 }
 
-// W rows of length dp (stride dp) -> columns: out[d * kPanel + i] = rows[i][d] for d < D.
-void transpose_rows(const float* rows, int64_t d, int64_t dp, float* out) {
+// x[i] lane j <-> x[j] lane i, by log2(W) perfect shuffles.
+MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
   vint low, high;  // interleave two vectors' halves
   for (int i = 0; i < kWidth; ++i) {
     low[i] = i / 2 + (i % 2) * kWidth;
     high[i] = low[i] + kWidth / 2;
   }
-  for (int64_t c = 0; c < dp; c += kWidth) {
-    vfloat x[kWidth], y[kWidth];
-    for (int i = 0; i < kWidth; ++i) x[i] = vload(rows + i * dp + c);
-    // log2(W) perfect shuffles of the W * W values transpose them
-    for (int step = kWidth; step > 1; step /= 2) {
-      for (int i = 0; i < kWidth / 2; ++i) {
-        y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
-        y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
-      }
-      for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  for (int step = kWidth; step > 1; step /= 2) {
+    vfloat y[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
     }
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
+// W rows of length dp (stride dp) -> columns: out[d * kPanel + i] = rows[i][d] for d < D.
+void transpose_rows(const float* rows, int64_t d, int64_t dp, float* out) {
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vfloat x[kWidth];
+    for (int i = 0; i < kWidth; ++i) x[i] = vload(rows + i * dp + c);
+    transpose(x);
     const int64_t end = smaller<int64_t>(kWidth, d - c);
     for (int64_t i = 0; i < end; ++i) vstore(out + (c + i) * kPanel, x[i]);
   }
+}
+
+// <a, b> for each of W rows of length dp, summed in the order in which block() sums: where a row's
+// output is one value exactly, delta then equals that value's gradient exactly.
+vfloat row_products(const float* a, const float* b, int64_t dp) {
+  vfloat sum = vzero();
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vfloat x[kWidth], y[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      x[i] = vload(a + i * dp + c);
+      y[i] = vload(b + i * dp + c);
+    }
+    transpose(x);
+    transpose(y);
+    for (int i = 0; i < kWidth; ++i) sum += x[i] * y[i];
+  }
+  return sum;
 }
 
 // ---- dropout ------------------------------------------------------------------------------------
@@ -516,7 +541,7 @@ struct Arena {
 };
 
 struct Scratch {
-  float* rows;         // (W, dp)
+  float* rows;         // (2W, dp)
   float* q;            // (kForwardRows, dp)
   float* out;          // (kForwardRows, dp)
   float* s;            // (rows, kKeyRows): similarities, then weights
@@ -622,7 +647,7 @@ void take_parts(Arena& arena, State& s) {
 Scratch take_scratch(Arena& arena, const State& s) {
   const int64_t rows = s.backward ? kBackwardRows : kForwardRows;
   Scratch scratch{};
-  scratch.rows = arena.take<float>(kWidth * s.dp);
+  scratch.rows = arena.take<float>(2 * kWidth * s.dp);
   scratch.s = arena.take<float>(rows * kKeyRows);
   scratch.limit = arena.take<int64_t>(rows);
   if (s.backward) {
@@ -889,7 +914,6 @@ void attend(const State& s, const Head& head, int64_t g, int64_t block, const Sc
   const int32_t* q_codes =
       call.table == nullptr ? nullptr : call.q_codes + b * call.q_codes_stride + first;
 
-  for (int r = 0; r < smaller<int64_t>(rows, kAhead); ++r) prefetch_row(call.q, b, h, first + r, d);
   for (int r = 0; r < rows; ++r) {
     if (r + kAhead < rows) prefetch_row(call.q, b, h, first + r + kAhead, d);
     load_row(call.q, b, h, first + r, d, scratch.q + r * dp);
@@ -927,7 +951,8 @@ void attend(const State& s, const Head& head, int64_t g, int64_t block, const Sc
       vstore(total, vload(total) * scratch.rescale[r] + sum);
     }
     multiply<false>(rows, vectors, tile.keys, scratch.s, kKeyRows, head.memory.rows + key * dp, dp,
-                    kPanel, scratch.out, dp, key == 0 ? Start::zero : Start::scaled, scratch.rescale);
+                    kPanel, scratch.out, dp, key == 0 ? Start::zero : Start::scaled,
+                    scratch.rescale);
   }
 
   float* lse = call.logsumexp + (b * call.heads + h) * call.queries + first;
@@ -953,21 +978,28 @@ void pack_queries(const State& s, const Head& head, int64_t g, int64_t block, fl
   const HeadMemory& m = head.memory;
   const int64_t b = head.b, h = head.kv * s.group + g, d = call.head_dim;
   const int64_t end = smaller(call.queries, (block + 1) * kBackwardRows);
-  for (int64_t i = block * kBackwardRows; i < end; ++i) {
-    if (i + kAhead < end) {
-      prefetch_row(call.q, b, h, i + kAhead, d);
-      prefetch_row(call.grad_out, b, h, i + kAhead, d);
-      prefetch_row(call.out, b, h, i + kAhead, d);
+  for (int64_t first = block * kBackwardRows; first < end; first += kWidth) {
+    const int rows = static_cast<int>(smaller<int64_t>(kWidth, end - first));
+    float* grads = m.grad_out + (g * call.queries + first) * s.dp;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      if (i + kAhead < end) {
+        prefetch_row(call.q, b, h, i + kAhead, d);
+        prefetch_row(call.grad_out, b, h, i + kAhead, d);
+        prefetch_row(call.out, b, h, i + kAhead, d);
+      }
+      float* q = m.q + (g * call.queries + i) * s.dp;
+      load_row(call.q, b, h, i, d, q);
+      normalise(q, s.dp, scale_or_null(s, s.q_scale));
+      load_row(call.grad_out, b, h, i, d, grads + r * s.dp);
+      load_row(call.out, b, h, i, d, scratch + r * s.dp);
     }
-    float* q = m.q + (g * call.queries + i) * s.dp;
-    float* grad = m.grad_out + (g * call.queries + i) * s.dp;
-    load_row(call.q, b, h, i, d, q);
-    normalise(q, s.dp, scale_or_null(s, s.q_scale));
-    load_row(call.grad_out, b, h, i, d, grad);
-    load_row(call.out, b, h, i, d, scratch);
-    vfloat product = vzero();
-    for (int64_t c = 0; c < s.dp; c += kWidth) product += vload(grad + c) * vload(scratch + c);
-    m.delta[g * call.queries + i] = vsum(product);
+    if (rows < kWidth) {  // what follows is not ours to read
+      float* copy = scratch + kWidth * s.dp;
+      std::memcpy(copy, grads, static_cast<size_t>(rows * s.dp) * sizeof(float));
+      grads = copy;
+    }
+    vstore_partial(m.delta + g * call.queries + first, row_products(grads, scratch, s.dp), rows);
   }
 }
 
