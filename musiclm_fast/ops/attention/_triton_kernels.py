@@ -99,7 +99,7 @@ def normalize_kernel(
     x, scale, y, stride_xb, stride_xh, stride_xn, heads, length,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = l2norm(x) * scale; x (B, H, N, D) strided, y (B, H, N, D) contiguous, x's dtype."""
+    """Y = l2norm(x) * scale; x (B, H, N, D) strided, y (B, H, N, D) contiguous, x's dtype."""
     blocks = tl.cdiv(length, BLOCK)
     pid = tl.program_id(0)
     bh = (pid // blocks).to(tl.int64)
@@ -189,7 +189,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
+    """Out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
 
     k is already normalised where ``q_scale`` is given; q is normalised here, in registers.
     ``table2`` (H, 2R + 1) is float32 and holds the bias in base 2.
@@ -207,9 +207,7 @@ def forward_kernel(
 
     q_base = q + b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
     lanes = tl.arange(0, BLOCK_M)
-    q_tile = tl.load(
-        q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0
-    )
+    q_tile = tl.load(q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0)
     if q_scale is not None:
         weight = tl.load(q_scale + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         q_tile = _normalize(q_tile.to(tl.float32), weight).to(q_tile.dtype)
@@ -279,7 +277,7 @@ def delta_kernel(
     grad_out, out, delta, stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
     heads, queries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, M) = sum over D of grad_out * out."""
+    """Delta (B, H, M) = sum over D of grad_out * out."""
     blocks = tl.cdiv(queries, BLOCK)
     pid = tl.program_id(0)
     bh = (pid // blocks).to(tl.int64)
@@ -438,7 +436,7 @@ def backward_kv_kernel(
             dv = tl.load(carry_v_at)
 
     stride_ds = columns64 * ds_rows
-    for g in range(0, GROUP):
+    for g in range(GROUP):
         h = hk * GROUP + g
         bh = b * heads + h
         ds_base = ds + (unit64 * GROUP + g) * padded_keys * ds_rows
@@ -697,9 +695,7 @@ def table_edges_kernel(
     if key_lengths is not None:
         columns_ok &= columns < tl.load(key_lengths + b)
     if key_mask is not None:
-        columns_ok &= (
-            tl.load(key_mask + b * stride_maskb + columns, mask=columns_ok, other=0) != 0
-        )
+        columns_ok &= tl.load(key_mask + b * stride_maskb + columns, mask=columns_ok, other=0) != 0
     key_codes = tl.load(k_codes + b * stride_kcb + columns, mask=columns < keys, other=0)
     key_low = tl.min(tl.where(columns_ok, key_codes, 2147483647), axis=0).to(tl.int64)
     key_high = tl.max(tl.where(columns_ok, key_codes, -2147483648), axis=0).to(tl.int64)
