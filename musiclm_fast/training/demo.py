@@ -231,10 +231,13 @@ class _Batches:
 
     def __init__(self, data: Notes, config: DemoConfig) -> None:
         self.config = config
+        train = data.parts["train"]
         self.generator = torch.Generator()
-        self.clips = CaptionedNotes(data.notes, data.instruments, generator=self.generator)
-        labels = data.label[data.parts["train"]].numpy()
-        by_label = [data.parts["train"][labels == i] for i in range(len(data.instruments))]
+        self.clips = CaptionedNotes(
+            data.notes, data.instruments, indices=train, generator=self.generator
+        )
+        labels = data.label[train].numpy()
+        by_label = [np.flatnonzero(labels == i) for i in range(len(data.instruments))]
         # A soundfont may leave an instrument silent at all training pitches.
         self.by_label = [clips for clips in by_label if len(clips)]
 
