@@ -10,11 +10,23 @@ from typing import Any
 
 _HOMES = {
     "CoarseTransformer": "coarse",
+    "CoarseTransformerWrapper": "wrappers",
     "FineTransformer": "fine",
+    "FineTransformerWrapper": "wrappers",
+    "Sampling": "sampling",
     "SemanticTransformer": "semantic",
+    "SemanticTransformerWrapper": "wrappers",
 }
 
-__all__ = ["CoarseTransformer", "FineTransformer", "SemanticTransformer"]
+__all__ = [
+    "CoarseTransformer",
+    "CoarseTransformerWrapper",
+    "FineTransformer",
+    "FineTransformerWrapper",
+    "Sampling",
+    "SemanticTransformer",
+    "SemanticTransformerWrapper",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -223,7 +223,10 @@ class CoarseTransformer(Stage):
         semantic_logits = None
         if self.to_semantic_logits is not None and not only_coarse:
             semantic_logits = self.to_semantic_logits(hidden[:, : split - 1])
-        logits = (semantic_logits, per_quantizer_logits(self.coarse_logit_weights, hidden[:, split:]))
+        logits = (
+            semantic_logits,
+            per_quantizer_logits(self.coarse_logit_weights, hidden[:, split:]),
+        )
         return logits, None if cache is None else (cache.stacked(), hidden)
 
     def forward_with_cond_scale(

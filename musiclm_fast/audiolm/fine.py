@@ -179,7 +179,10 @@ class FineTransformer(Stage):
             index = torch.arange(length, dtype=torch.int32, device=device)
             return index // group * span + index % group + first
 
-        segments = codes(coarse, coarse_quantizers, 0), codes(fine, fine_quantizers, coarse_quantizers)
+        segments = (
+            codes(coarse, coarse_quantizers, 0),
+            codes(fine, fine_quantizers, coarse_quantizers),
+        )
         q_codes = torch.cat([F.pad(segment, (1, 0), value=FAR) for segment in segments])
         k_codes = torch.cat([F.pad(segment, (1, 0), value=-FAR) for segment in segments])
         front = front_length(self.transformer, context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import randrange
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class RelativePositionBias(nn.Module):
         Returns:
             ``(heads, length)``.
         """
-        weight = self.net[-1].weight
+        weight = next(self.net.parameters())
         x = torch.arange(length, device=weight.device, dtype=weight.dtype)[:, None]
         for layer in self.net:
             x = layer(x)
@@ -277,6 +278,8 @@ class Transformer(nn.Module):
             fail("norm_context, num_null_kv", "given", "their defaults where cross_attend is True")
         self.dim_context = dim if dim_context is None else dim_context
         self.heads, self.dim_head = heads, dim_head
+        self.num_null_kv = num_null_kv
+        self.cross_attend = cross_attend
         self.cond_as_self_attn_prefix = cond_as_self_attn_prefix
         self.grad_shrink_alpha = grad_shrink_alpha
         self.add_value_residual = add_value_residual
@@ -293,26 +296,21 @@ class Transformer(nn.Module):
                 return Residual(branch)
             return HyperConnection(num_residual_streams, dim=dim, branch=branch)
 
-        for _ in range(depth):
-            shared = dict(dim=dim, heads=heads, dropout=attn_dropout, dim_head=dim_head)
-            self_attn = Attention(
-                **shared, causal=True, norm_context=norm_context, num_null_kv=num_null_kv
-            )
-            cross = None
-            parts = [connect(self_attn)]
-            if cross_attend:
-                cross = Attention(
-                    **shared, dim_context=dim_context, num_null_kv=1, norm_context=True
-                )
-            parts.append(None if cross is None else connect(cross))
-            parts.append(connect(FeedForward(dim=dim, dropout=ff_dropout)))
-            self.layers.append(nn.ModuleList(parts))
-        self.norm = LayerNorm(dim)
+        def attend(causal: bool, **options: Any) -> nn.Module:
+            attn = Attention(
+                dim=dim, heads=heads, dropout=attn_dropout, dim_head=dim_head, causal=causal,
+                **options,
+            )  # fmt: skip
+            return connect(attn)
 
-    @property
-    def num_null_kv(self) -> int:
-        """Null keys of the self attention."""
-        return self.layers[0][0].branch.num_null_kv
+        for _ in range(depth):
+            own = attend(True, norm_context=norm_context, num_null_kv=num_null_kv)
+            cross = None
+            if cross_attend:
+                cross = attend(False, dim_context=dim_context, num_null_kv=1, norm_context=True)
+            ff = connect(FeedForward(dim=dim, dropout=ff_dropout))
+            self.layers.append(nn.ModuleList([own, cross, ff]))  # type: ignore[list-item]
+        self.norm = LayerNorm(dim)
 
     def forward(
         self,
@@ -341,11 +339,11 @@ class Transformer(nn.Module):
         Raises:
             ValueError: a condition is missing or of another width.
         """
-        attends_to_context = self.layers[0][1] is not None or self.cond_as_self_attn_prefix
+        attends_to_context = self.cross_attend or self.cond_as_self_attn_prefix
         if attends_to_context and context is None:
             fail("context", None, "a condition: this transformer is conditioned")
         if context is not None and context.shape[-1] != self.dim_context:
-            fail("context", f"a condition of width {context.shape[-1]}", self.dim_context)
+            fail("context", f"a condition of width {context.shape[-1]}", f"{self.dim_context}")
         prefix = context if self.cond_as_self_attn_prefix else None
         starts = cache is None or cache.length == 0
         mask = self._self_attn_mask(x, self_attn_mask, prefix, context_mask, cache)
@@ -353,7 +351,8 @@ class Transformer(nn.Module):
         x = grad_shrink(x, self.grad_shrink_alpha)
         streams = x[:, :, None].expand(-1, -1, self.num_residual_streams, -1)
         first_values = first_cross_values = None
-        for index, (self_attn, cross_attn, ff) in enumerate(self.layers):
+        layers: Any = self.layers
+        for index, (self_attn, cross_attn, ff) in enumerate(layers):
             x, mixed, beta = self_attn.width(streams)
             branch = self_attn.branch
             source = x if prefix is None or not starts else torch.cat((prefix, x), dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,16 +102,6 @@ class SemanticTransformer(Stage):
         return Positions(
             causal_table(zero, offsets, zero), codes, F.pad(codes, (front, 0), value=-FAR)
         )
-
-    @overload
-    def forward(
-        self, *, ids: Tensor, return_kv_cache: Literal[False] = False, **kwargs: Any
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, *, ids: Tensor, return_kv_cache: Literal[True], **kwargs: Any
-    ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self,

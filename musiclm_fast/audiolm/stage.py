@@ -41,6 +41,7 @@ class Stage(nn.Module):
     """
 
     transformer: Transformer
+    proj_text_embed: nn.Module
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class Stage(nn.Module):
             check_ndim("text_embeds", text_embeds, 3, "(B, c, cond_dim)")
             if text_embeds.shape[-1] != self.cond_dim or text_embeds.shape[1] == 0:
                 fail("text_embeds", describe(text_embeds), f"shape (B, c, {self.cond_dim})")
-            if self._masks_text_embeds:
+            if self.drop_text_embeds:
                 mask = (text_embeds != 0).any(dim=-1)
         if text_embeds.shape[0] != batch:
             if text_embeds.shape[0] != 1:
@@ -148,13 +149,8 @@ class Stage(nn.Module):
             mask = draw_keep(batch, 1 - drop, mask.device)[:, None] & mask
         return self._project(text_embeds), mask
 
-    @property
-    def _masks_text_embeds(self) -> bool:
-        return self.drop_text_embeds
-
     def _project(self, text_embeds: Tensor) -> Tensor:
-        projection: nn.Module = self.proj_text_embed
-        projected: Tensor = projection(text_embeds)
+        projected: Tensor = self.proj_text_embed(text_embeds)
         return projected
 
     def guided_condition(
