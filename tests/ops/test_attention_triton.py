@@ -367,6 +367,7 @@ def test_self_check_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @compiled
+@pytest.mark.timeout(900)
 def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
     result = subprocess.run(
@@ -440,11 +441,13 @@ def test_compiles_ahead_of_time(arch: int) -> None:
 @compiled
 @pytest.mark.aot
 @pytest.mark.slow
-def test_every_variant_compiles_ahead_of_time() -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_variant_compiles_ahead_of_time(arch: int) -> None:
     from tests.ops import triton_resources
 
     broken = []
-    for variant, found in triton_resources.table(triton_resources.every_variant(), [80, 90, 100]):
+    for variant, found in triton_resources.table(triton_resources.every_variant(), [arch]):
         broken += [f"{variant}: {p}" for p in triton_resources.problems(variant, found)]
     assert not broken
 
