@@ -121,9 +121,7 @@ def compile_launch(
         source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True}
     )
     registers, spilled = _resource_usage(compiled.asm["cubin"])
-    return Resources(
-        kernel.__name__, arch, registers, spilled, compiled.metadata.shared, **options
-    )
+    return Resources(kernel.__name__, arch, registers, spilled, compiled.metadata.shared, **options)
 
 
 def _type_name(value: Any) -> str:

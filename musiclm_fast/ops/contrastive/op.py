@@ -162,9 +162,7 @@ dispatcher = Dispatcher(
     "contrastive",
     [
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend(
-            "triton", _triton.supports, _triton.run, _triton.available, _triton.self_check
-        ),
+        Backend("triton", _triton.supports, _triton.run, _triton.available, _triton.self_check),
         Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
     ],
 )
