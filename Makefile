@@ -42,7 +42,7 @@ $(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/dev
 	touch $@
 
 $(STAMPS)/library: CMakeLists.txt setup.py $(shell find csrc -type f) $(STAMPS)/package
-	MUSICLM_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 READY := $(STAMPS)/library
@@ -68,23 +68,29 @@ test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers
 # On the Python and the torch that are there, without a network: a machine with a GPU has its own.
 .PHONY: test-gpu
 test-gpu:  ## the tests that need a CUDA device, with the environment's own torch, offline
-	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 # ---- benchmarks and demonstration
 
+# A benchmark with a main() prints its own table; the others are pytest-benchmark suites.
+run_benchmarks = for file in benchmarks/bench_*.py; do echo "== $$file"; \
+	if grep -q '^def main' $$file; then $(1) -m benchmarks.$$(basename $$file .py); \
+	else $(1) -m pytest $$file -m "$(2)" $(PYTEST_ARGS) || [ $$? -eq 5 ]; fi; done
+
 .PHONY: bench
 bench: $(READY)  ## CPU benchmarks against the live reference
-	$(PY) -m pytest benchmarks -m "not gpu" $(PYTEST_ARGS)
+	$(call run_benchmarks,$(PY),not gpu)
 
 .PHONY: bench-gpu
 bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
-	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest benchmarks -m gpu $(PYTEST_ARGS)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest benchmarks/bench_*.py -m gpu $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it
-	$(PY) examples/demo.py
+	$(VENV)/bin/musiclm-fast demo --output demo-output
+	$(VENV)/bin/musiclm-fast similarity demo-output/trumpet.wav "a trumpet" "a french horn" "a violin" "an acoustic grand piano"
 
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)

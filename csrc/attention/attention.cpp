@@ -137,7 +137,8 @@ AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v,
   }
   if (dropout_p > 0.0) {
     STD_TORCH_CHECK(dropout_p < 1.0, "dropout_p: expected less than 1");
-    STD_TORCH_CHECK(dropout_seed.has_value() && dropout_seed->numel() == 1, "dropout_seed: missing");
+    STD_TORCH_CHECK(dropout_seed.has_value() && dropout_seed->numel() == 1,
+                    "dropout_seed: expected one int64");
     check_cpu(*dropout_seed, "dropout_seed");
     check_dtype(*dropout_seed, "dropout_seed", ScalarType::Long);
     const auto seed = static_cast<uint64_t>(*dropout_seed->const_data_ptr<int64_t>());

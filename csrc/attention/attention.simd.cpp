@@ -2,8 +2,10 @@
 //
 // Visible keys are packed first: masked ones are left out, so that the inner loops know nothing of
 // masks and lengths. Names of shapes: M queries, N packed keys, D head_dim, W lanes, G query heads
-// of one key head. A "tile" is kQueryRows x kKeyRows (or x kBackwardRows) similarities in cache.
+// of one key head. A tile is kForwardRows (or kBackwardRows) x kKeyRows similarities in cache.
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "attention/attention.h"
 #include "common/simd.h"
@@ -11,8 +13,8 @@
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
 namespace {
 
-// A register block of C += A B is kBlockRows x (kBlockVectors * W): 24 accumulators of 32 registers,
-// 12 of 16, 8 of 16 where multiply-add needs a temporary.
+// A register block of C += A B is kBlockRows x (kBlockVectors * W): 24 accumulators in 32
+// registers, 12 in 16, or 8 in 16 where multiply-add needs a temporary.
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 6, kBlockVectors = 4;
 #elif defined(__AVX2__)
@@ -21,13 +23,12 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;
 constexpr int kBlockRows = 4, kBlockVectors = 2;
 #endif
 constexpr int kPanel = kBlockVectors * kWidth;  // keys in a panel of transposed keys
-constexpr int kKeyRows = 128;                   // a multiple of kPanel and of W
-constexpr int kForwardRows = 48;
+constexpr int kKeyRows = 128;                   // keys of a tile; a multiple of kPanel and of W
+constexpr int kForwardRows = 48;                // queries of a tile
 constexpr int kBackwardRows = 96;
-constexpr int kMaxGroups = kKeyRows / kWidth;
 constexpr int kMaxWindows = 4;
-constexpr int kUnits = 32;                        // wanted backward tasks, whatever the threads
-constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads at a time
+constexpr int64_t kUnits = 16;                  // wanted backward tasks, whatever the threads
+constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads; as much for parts of sums
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
 
@@ -48,23 +49,51 @@ MUSICLM_FAST_INLINE vint iota() {
   return v;
 }
 
+MUSICLM_FAST_INLINE vint vload_int(const int32_t* p) {
+  vint v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// e^x for x <= 0 (and above it by rounding) within 1 unit in the last place; 0 below -87.3.
+MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
+  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = x * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  // x = n * ln(2) + r, with ln(2) in two parts so that n times the first is exact
+  const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // minimax: e^r = 1 + r + r^2 * q(r) on [-ln(2)/2, ln(2)/2], relative error 3e-9
+  vfloat p = vset(1.3814540579915047e-3f);
+  p = p * r + 8.36874544620514e-3f;
+  p = p * r + 4.166838899254799e-2f;
+  p = p * r + 1.666652113199234e-1f;
+  p = p * r + 4.999999403953552e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));
+  return x < -87.3f ? vzero() : scaled;
+}
+
 // ---- the table of biases ------------------------------------------------------------------------
 
-// The W keys of a group read table entries R + q - k. Their codes lie close together, so the entries
-// lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which entry is the
-// same for every query: a window is two loads and a permutation, and its gradient the inverse.
+// The W keys of a group read table entries R + q - k. Their codes lie close together, so the
+// entries lie in one window of 2W consecutive ones (rarely in a few), and which lane reads which
+// entry is the same for every query but for a shift by the query's code: a window is two registers,
+// loaded once for a run of queries, and a permutation; its gradient is the inverse permutation.
 //
 // The padded table has 2W copies of its edge entries on either side. A window that lies beyond the
 // table by any amount is then read right from the nearest place in the padded table: that is the
 // clamp, for all codes.
-struct alignas(64) Window {
-  int64_t base;   // largest key code of the window; its entry is the window's first
-  vint source;    // for each lane its entry in the window, 0 .. 2W-1
-  vint lanes;     // -1 for lanes of this window, 0 for others
-  vint low, high;  // for each entry the lane that reads it, W where none does
-};
-
+constexpr int kReach = kWidth / 2;          // codes of a run of queries differ by at most this
+constexpr int kSpan = 2 * kWidth - kReach;  // entries that a group reads from one window
 constexpr int kTablePad = 2 * kWidth;
+
+struct alignas(64) Window {
+  int64_t base;  // largest key code of the window; its entry is the window's first
+  vint source;   // for each lane its entry in the window, 0 .. kSpan-1
+  vint lanes;    // -1 for lanes of this window, 0 for others
+  int32_t readers[kReach + 2 * kWidth];  // for entries from -kReach on the lane that reads it, or W
+};
 
 // Keys of one sample that take part, in order, and how groups of W of them read the table.
 struct KeyPlan {
@@ -87,14 +116,12 @@ int cover(const int32_t* code, int lanes, Window* windows) {
       if (!done[i]) window.base = larger<int64_t>(window.base, code[i]);
     }
     window.source = window.lanes = vint{};
-    window.low = window.high = vint{} + kWidth;
+    for (int32_t& reader : window.readers) reader = kWidth;
     for (int i = 0; i < lanes; ++i) {
       const int64_t entry = window.base - code[i];
-      if (done[i] || entry >= 2 * kWidth) continue;
-      vint& half = entry < kWidth ? window.low : window.high;
-      const int place = static_cast<int>(entry % kWidth);
-      if (half[place] != kWidth) continue;  // a repeated code: the next window's
-      half[place] = i;
+      // A repeated code goes to the next window.
+      if (done[i] || entry >= kSpan || window.readers[kReach + entry] != kWidth) continue;
+      window.readers[kReach + entry] = i;
       window.source[i] = static_cast<int32_t>(entry);
       window.lanes[i] = -1;
       done[i] = true;
@@ -133,7 +160,7 @@ void make_plan(const AttentionCall& call, int64_t b, KeyPlan& plan) {
   plan.first_window[divide_up(n, kWidth)] = used;
 }
 
-// What one tile needs of the table: windows of its groups, and the head's padded table.
+// A tile's part of the key plan.
 struct TableTile {
   const int32_t* first_window;
   const Window* windows;
@@ -141,6 +168,17 @@ struct TableTile {
   int64_t radius;
   int64_t last;  // last place where a window can start in the padded table
 };
+
+// How many of `rows` queries make a run.
+MUSICLM_FAST_INLINE int run_length(const int32_t* q_codes, int rows) {
+  int n = 1;
+  while (n < rows) {
+    const int64_t shift = int64_t{q_codes[n]} - q_codes[0];
+    if (shift < 0 || shift > kReach) break;
+    ++n;
+  }
+  return n;
+}
 
 MUSICLM_FAST_INLINE int64_t window_start(const TableTile& t, int64_t q_code, const Window& window) {
   const int64_t start = q_code - window.base + t.radius + kTablePad;
@@ -152,46 +190,88 @@ MUSICLM_FAST_INLINE int64_t entry_of(const TableTile& t, int64_t q_code, int64_t
   return offset + t.radius + kTablePad;
 }
 
-MUSICLM_FAST_INLINE vfloat read_window(const float* table, const Window& window) {
-  return __builtin_shuffle(vload(table), vload(table + kWidth), window.source);
+// s = scale * s + bias for a tile of `rows` x `groups` * W similarities.
+void add_bias(const TableTile& t, const float* table, const int32_t* q_codes, int rows, int groups,
+              float scale, float* s) {
+  for (int length; rows > 0; rows -= length, q_codes += length, s += length * kKeyRows) {
+    length = run_length(q_codes, rows);
+    for (int g = 0; g < groups; ++g) {
+      const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+      float* column = s + g * kWidth;
+      if (first == end) {
+        for (int r = 0; r < length; ++r) {
+          float bias[kWidth];
+          for (int i = 0; i < kWidth; ++i) {
+            bias[i] = table[entry_of(t, q_codes[r], t.code[g * kWidth + i])];
+          }
+          float* x = column + r * kKeyRows;
+          vstore(x, vload(x) * scale + vload(bias));
+        }
+        continue;
+      }
+      const Window* window = t.windows + first;
+      const float* start = table + window_start(t, q_codes[0], *window);
+      vfloat low = vload(start), high = vload(start + kWidth);
+      vint source = window->source;
+      if (first + 1 == end) {
+        for (int r = 0; r < length; ++r) {
+          float* x = column + r * kKeyRows;
+          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          vstore(x, vload(x) * scale + bias);
+        }
+        continue;
+      }
+      for (int r = 0; r < length; ++r) {
+        float* x = column + r * kKeyRows;
+        const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+        vstore(x, vload(x) * scale + (vfloat)((vint)bias & window->lanes));
+      }
+      for (int32_t w = first + 1; w < end; ++w) {
+        ++window;
+        start = table + window_start(t, q_codes[0], *window);
+        low = vload(start);
+        high = vload(start + kWidth);
+        source = window->source;
+        for (int r = 0; r < length; ++r) {
+          float* x = column + r * kKeyRows;
+          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          vstore(x, vload(x) + (vfloat)((vint)bias & window->lanes));
+        }
+      }
+    }
+  }
 }
 
-MUSICLM_FAST_INLINE vfloat bias_of(const TableTile& t, const float* table, int64_t q_code, int g) {
-  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
-  if (first == end) {
-    vfloat bias;
-    for (int i = 0; i < kWidth; ++i) {
-      bias[i] = table[entry_of(t, q_code, t.code[g * kWidth + i])];
+// dtable[entry of each pair] += ds for a tile.
+void add_table_gradient(const TableTile& t, float* dtable, const int32_t* q_codes, int rows,
+                        int groups, const float* ds) {
+  for (int length; rows > 0; rows -= length, q_codes += length, ds += length * kKeyRows) {
+    length = run_length(q_codes, rows);
+    for (int g = 0; g < groups; ++g) {
+      const int32_t first = t.first_window[g], end = t.first_window[g + 1];
+      const float* column = ds + g * kWidth;
+      if (first == end) {
+        for (int r = 0; r < length; ++r) {
+          for (int i = 0; i < kWidth; ++i) {
+            dtable[entry_of(t, q_codes[r], t.code[g * kWidth + i])] += column[r * kKeyRows + i];
+          }
+        }
+        continue;
+      }
+      for (int32_t w = first; w < end; ++w) {
+        const Window& window = t.windows[w];
+        float* start = dtable + window_start(t, q_codes[0], window);
+        vfloat low = vload(start), high = vload(start + kWidth);
+        for (int r = 0; r < length; ++r) {
+          const vfloat x = vload(column + r * kKeyRows);
+          const int32_t* readers = window.readers + kReach - (q_codes[r] - q_codes[0]);
+          low += __builtin_shuffle(x, vzero(), vload_int(readers));
+          high += __builtin_shuffle(x, vzero(), vload_int(readers + kWidth));
+        }
+        vstore(start, low);
+        vstore(start + kWidth, high);
+      }
     }
-    return bias;
-  }
-  const Window* window = t.windows + first;
-  vfloat bias = read_window(table + window_start(t, q_code, *window), *window);
-  for (int32_t w = first + 1; w < end; ++w) {
-    ++window;
-    const vfloat other = read_window(table + window_start(t, q_code, *window), *window);
-    bias = window->lanes ? other : bias;
-  }
-  return bias;
-}
-
-// dtable[entry of each lane] += ds
-MUSICLM_FAST_INLINE void scatter(const TableTile& t, float* dtable, int64_t q_code, int g,
-                                 vfloat ds) {
-  const int32_t first = t.first_window[g], end = t.first_window[g + 1];
-  if (first == end) {
-    for (int i = 0; i < kWidth; ++i) {
-      dtable[entry_of(t, q_code, t.code[g * kWidth + i])] += ds[i];
-    }
-    return;
-  }
-  for (int32_t w = first; w < end; ++w) {
-    const Window& window = t.windows[w];
-    float* start = dtable + window_start(t, q_code, window);
-    const vfloat low = vload(start) + __builtin_shuffle(ds, vzero(), window.low);
-    const vfloat high = vload(start + kWidth) + __builtin_shuffle(ds, vzero(), window.high);
-    vstore(start, low);
-    vstore(start + kWidth, high);
   }
 }
 
@@ -321,6 +401,17 @@ void load_row(const HeadRows& x, int64_t b, int64_t h, int64_t i, int64_t d, flo
   }
 }
 
+// Rows of one head lie far apart, so the processor does not see the next one coming.
+constexpr int64_t kAhead = 8;
+
+MUSICLM_FAST_INLINE void prefetch_row(const HeadRows& x, int64_t b, int64_t h, int64_t i,
+                                      int64_t d) {
+  const int64_t size = x.half ? sizeof(bf16) : sizeof(float);
+  const char* row = static_cast<const char*>(x.data) +
+                    (b * x.batch_stride + h * x.head_stride + i * x.row_stride) * size;
+  for (int64_t c = 0; c < d * size; c += 64) __builtin_prefetch(row + c);
+}
+
 void store_row(const HeadRows& x, int64_t b, int64_t h, int64_t i, int64_t d, const float* row) {
   const int64_t at = b * x.batch_stride + h * x.head_stride + i * x.row_stride;
   if (x.half) {
@@ -340,7 +431,9 @@ float norm_of(const float* row, int64_t dp) {
 void normalise(float* row, int64_t dp, const float* scale) {
   if (scale == nullptr) return;
   const float norm = larger(norm_of(row, dp), kSmallestNorm);
-  for (int64_t c = 0; c < dp; c += kWidth) vstore(row + c, vload(row + c) / norm * vload(scale + c));
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vstore(row + c, vload(row + c) / norm * vload(scale + c));
+  }
 }
 
 // grad of l2norm(row) * scale  ->  grad of row, in place; dscale += its part
@@ -362,27 +455,49 @@ void normalise_backward(const float* row, int64_t dp, const float* scale, float*
   }
 }
 
-// W rows of length dp (stride dp) -> columns: out[d * kPanel + i] = rows[i][d] for d < D.
-void transpose_rows(const float* rows, int64_t d, int64_t dp, float* out) {
+// x[i] lane j <-> x[j] lane i, by log2(W) perfect shuffles.
+MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
   vint low, high;  // interleave two vectors' halves
   for (int i = 0; i < kWidth; ++i) {
     low[i] = i / 2 + (i % 2) * kWidth;
     high[i] = low[i] + kWidth / 2;
   }
-  for (int64_t c = 0; c < dp; c += kWidth) {
-    vfloat x[kWidth], y[kWidth];
-    for (int i = 0; i < kWidth; ++i) x[i] = vload(rows + i * dp + c);
-    // log2(W) perfect shuffles of the W * W values transpose them
-    for (int step = kWidth; step > 1; step /= 2) {
-      for (int i = 0; i < kWidth / 2; ++i) {
-        y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
-        y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
-      }
-      for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  for (int step = kWidth; step > 1; step /= 2) {
+    vfloat y[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
     }
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
+// W rows of length dp (stride dp) -> columns: out[d * kPanel + i] = rows[i][d] for d < D.
+void transpose_rows(const float* rows, int64_t d, int64_t dp, float* out) {
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vfloat x[kWidth];
+    for (int i = 0; i < kWidth; ++i) x[i] = vload(rows + i * dp + c);
+    transpose(x);
     const int64_t end = smaller<int64_t>(kWidth, d - c);
     for (int64_t i = 0; i < end; ++i) vstore(out + (c + i) * kPanel, x[i]);
   }
+}
+
+// <a, b> for each of W rows of length dp, summed in the order in which block() sums: where a row's
+// output is one value exactly, delta then equals that value's gradient exactly.
+vfloat row_products(const float* a, const float* b, int64_t dp) {
+  vfloat sum = vzero();
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vfloat x[kWidth], y[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      x[i] = vload(a + i * dp + c);
+      y[i] = vload(b + i * dp + c);
+    }
+    transpose(x);
+    transpose(y);
+    for (int i = 0; i < kWidth; ++i) sum += x[i] * y[i];
+  }
+  return sum;
 }
 
 // ---- dropout ------------------------------------------------------------------------------------
@@ -426,7 +541,7 @@ struct Arena {
 };
 
 struct Scratch {
-  float* rows;         // (W, dp)
+  float* rows;         // (2W, dp)
   float* q;            // (kForwardRows, dp)
   float* out;          // (kForwardRows, dp)
   float* s;            // (rows, kKeyRows): similarities, then weights
@@ -440,71 +555,118 @@ struct Scratch {
   int64_t* limit;      // (rows) visible packed keys
 };
 
+// What one key head and its group of query heads are packed into.
+struct HeadMemory {
+  KeyPlan plan;     // unused if the batch shares one
+  float* keys_t;    // (panels, D, kPanel) normalised keys
+  float* rows;      // (padded_keys, dp) values; in the backward normalised keys
+  float* values_t;  // (panels, D, kPanel)
+  float* q;         // (G, M, dp) normalised
+  float* grad_out;  // (G, M, dp)
+  float* delta;     // (G, M)
+  float* dq;        // (G, chunks, M, dp)
+};
+
 struct State {
   const AttentionCall* call;
   bool backward;
   int64_t group, dp, padded_keys, query_blocks, table_columns;
-  bool one_plan;   // the batch shares keys and codes
-  int64_t chunks;  // parts of the keys that are separate tasks in the backward
-  int64_t wave;    // key heads at a time
-  int64_t first;   // first key head of this wave
+  bool one_plan;    // the batch shares keys and codes
+  bool per_worker;  // a worker takes a whole key head; else all workers share the wave's heads
+  int64_t chunks;   // parts of the keys whose gradients are summed apart
+  int64_t wave;     // key heads at a time
+  int64_t first;    // first key head of this wave
   int64_t bytes;
 
-  KeyPlan* plans;
-  float* table;     // (H, table_columns), padded
-  float* q_scale;   // (dp)
-  float* k_scale;   // (dp)
-  float* keys_t;    // (wave, panels, D, kPanel) normalised keys
-  float* rows;      // (wave, padded_keys, dp) values; in the backward normalised keys
-  float* values_t;  // (wave, panels, D, kPanel)
-  float* q;         // (wave * G, M, dp) normalised
-  float* grad_out;  // (wave * G, M, dp)
-  float* delta;     // (wave * G, M)
-  float* dq;        // (wave * G, chunks, M, dp)
-  float* dtable;    // (wave, chunks, G, table_columns)
-  float* dq_scale;  // (wave * G, query_blocks, dp)
-  float* dk_scale;  // (wave, chunks, dp)
-  float* dtable_sum;    // (H, table_columns)
+  KeyPlan plan;
+  float* table;    // (H, table_columns), padded
+  float* q_scale;  // (dp)
+  float* k_scale;  // (dp)
+  HeadMemory* memory;  // per worker, or per head of the wave
+  float* dtable;       // (wave, chunks, G, table_columns)
+  float* dq_scale;     // (wave, G, query_blocks, dp)
+  float* dk_scale;     // (wave, chunks, dp)
+  float* dtable_sum;   // (H, table_columns)
   double* dq_scale_sum;  // (dp)
   double* dk_scale_sum;  // (dp)
   Scratch* scratch;
-
-  int64_t heads_now(int64_t total) const { return smaller(wave, total - first); }
-  KeyPlan& plan_of(int64_t b) const { return plans[one_plan ? 0 : b - first / call->kv_heads]; }
 };
 
-void take_heads(Arena& arena, State& s) {
-  const AttentionCall& call = *s.call;
-  const int64_t wave = s.wave, heads = wave * s.group, panels = s.padded_keys * call.head_dim;
-  s.keys_t = arena.take<float>(wave * panels);
-  s.rows = arena.take<float>(wave * s.padded_keys * s.dp);
-  if (!s.backward) return;
-  s.values_t = arena.take<float>(wave * panels);
-  s.q = arena.take<float>(heads * call.queries * s.dp);
-  s.grad_out = arena.take<float>(heads * call.queries * s.dp);
-  s.delta = arena.take<float>(heads * call.queries);
-  s.dq = arena.take<float>(heads * s.chunks * call.queries * s.dp);
-  s.dtable = arena.take<float>(heads * s.chunks * s.table_columns);
-  s.dq_scale = arena.take<float>(heads * s.query_blocks * s.dp);
-  s.dk_scale = arena.take<float>(wave * s.chunks * s.dp);
+// A key head at work.
+struct Head {
+  int64_t index;  // within the wave
+  int64_t b, kv;
+  const HeadMemory& memory;
+  const KeyPlan& plan;
+};
+
+Head head_of(const State& s, int64_t index, int worker) {
+  const int64_t head = s.first + index;
+  const HeadMemory& memory = s.memory[s.per_worker ? worker : index];
+  return {index, head / s.call->kv_heads, head % s.call->kv_heads, memory,
+          s.one_plan ? s.plan : memory.plan};
 }
 
-void take_plans(Arena& arena, State& s, int64_t count) {
-  s.plans = arena.take<KeyPlan>(count);
-  const int64_t groups = s.padded_keys / kWidth;
-  for (int64_t p = 0; p < count; ++p) {
-    KeyPlan plan{};
-    plan.index = arena.take<int32_t>(s.padded_keys);
-    plan.code = arena.take<int32_t>(s.padded_keys);
-    plan.column = arena.take<uint32_t>(s.padded_keys);
-    if (s.call->table != nullptr) {
-      plan.first_window = arena.take<int32_t>(groups + 1);
-      plan.windows = arena.take<Window>(groups * kMaxWindows);
-    }
-    if (arena.base != nullptr) s.plans[p] = plan;
+KeyPlan take_plan(Arena& arena, const State& s) {
+  KeyPlan plan{};
+  plan.index = arena.take<int32_t>(s.padded_keys);
+  plan.code = arena.take<int32_t>(s.padded_keys);
+  plan.column = arena.take<uint32_t>(s.padded_keys);
+  if (s.call->table != nullptr) {
+    const int64_t groups = s.padded_keys / kWidth;
+    plan.first_window = arena.take<int32_t>(groups + 1);
+    plan.windows = arena.take<Window>(groups * kMaxWindows);
   }
+  return plan;
 }
 
+HeadMemory take_head(Arena& arena, const State& s) {
+  const int64_t panels = s.padded_keys * s.call->head_dim;
+  const int64_t queries = s.group * s.call->queries;
+  HeadMemory memory{};
+  if (!s.one_plan) memory.plan = take_plan(arena, s);
+  memory.keys_t = arena.take<float>(panels);
+  memory.rows = arena.take<float>(s.padded_keys * s.dp);
+  if (s.backward) {
+    memory.values_t = arena.take<float>(panels);
+    memory.q = arena.take<float>(queries * s.dp);
+    memory.grad_out = arena.take<float>(queries * s.dp);
+    memory.delta = arena.take<float>(queries);
+    memory.dq = arena.take<float>(queries * s.chunks * s.dp);
+  }
+  return memory;
+}
+
+void take_parts(Arena& arena, State& s) {
+  if (!s.backward) return;
+  s.dtable = arena.take<float>(s.wave * s.chunks * s.group * s.table_columns);
+  s.dq_scale = arena.take<float>(s.wave * s.group * s.query_blocks * s.dp);
+  s.dk_scale = arena.take<float>(s.wave * s.chunks * s.dp);
+}
+
+Scratch take_scratch(Arena& arena, const State& s) {
+  const int64_t rows = s.backward ? kBackwardRows : kForwardRows;
+  Scratch scratch{};
+  scratch.rows = arena.take<float>(2 * kWidth * s.dp);
+  scratch.s = arena.take<float>(rows * kKeyRows);
+  scratch.limit = arena.take<int64_t>(rows);
+  if (s.backward) {
+    scratch.ds = arena.take<float>(rows * kKeyRows);
+    scratch.dk = arena.take<float>(kKeyRows * s.dp);
+    scratch.dv = arena.take<float>(kKeyRows * s.dp);
+  } else {
+    scratch.q = arena.take<float>(rows * s.dp);
+    scratch.out = arena.take<float>(rows * s.dp);
+    scratch.highest = arena.take<float>(rows);
+    scratch.higher = arena.take<float>(rows);
+    scratch.rescale = arena.take<float>(rows);
+    scratch.weights_sum = arena.take<float>(rows * kWidth);
+  }
+  return scratch;
+}
+
+// How the heads are laid out depends on the number of workers; what is summed in which order does
+// not, so results do not either.
 State make_state(const AttentionCall& call, bool backward, int workers, void* workspace) {
   State s{};
   s.call = &call;
@@ -516,17 +678,20 @@ State make_state(const AttentionCall& call, bool backward, int workers, void* wo
   s.table_columns = call.table == nullptr ? 0 : round_up(2 * call.radius + 1 + 2 * kTablePad, 16);
   s.one_plan = call.key_mask == nullptr && call.key_lengths == nullptr && call.k_codes_stride == 0;
   const int64_t total = call.batch * call.kv_heads;
-  s.chunks = larger<int64_t>(1, smaller(divide_up(kUnits, total), s.padded_keys / kKeyRows));
+  s.chunks = larger<int64_t>(1, smaller(kUnits / total, s.padded_keys / kKeyRows));
 
+  Arena head{nullptr}, parts{nullptr};
   s.wave = 1;
-  Arena one_head{nullptr};
-  take_heads(one_head, s);
-  if (!s.one_plan) take_plans(one_head, s, 1);
-  const int64_t waves = divide_up(total, larger<int64_t>(1, kBudget / one_head.used));
+  take_head(head, s);
+  take_parts(parts, s);
+  const bool even = total % workers == 0 || total >= 4 * workers;
+  s.per_worker = workers == 1 || (even && workers * head.used <= kBudget);
+  const int64_t each = parts.used + (s.per_worker ? 0 : head.used);
+  const int64_t waves = divide_up(total, larger<int64_t>(1, kBudget / larger<int64_t>(each, 1)));
   s.wave = divide_up(total, waves);
 
   Arena arena{static_cast<char*>(workspace)};
-  take_plans(arena, s, s.one_plan ? 1 : smaller(call.batch, divide_up(s.wave, call.kv_heads) + 1));
+  if (s.one_plan) s.plan = take_plan(arena, s);
   s.table = arena.take<float>(call.heads * s.table_columns);
   s.q_scale = arena.take<float>(s.dp);
   s.k_scale = arena.take<float>(s.dp);
@@ -535,27 +700,17 @@ State make_state(const AttentionCall& call, bool backward, int workers, void* wo
     s.dq_scale_sum = arena.take<double>(s.dp);
     s.dk_scale_sum = arena.take<double>(s.dp);
   }
-  take_heads(arena, s);
+  take_parts(arena, s);
+  const int64_t heads = s.per_worker ? workers : s.wave;
+  s.memory = arena.take<HeadMemory>(heads);
+  for (int64_t i = 0; i < heads; ++i) {
+    const HeadMemory memory = take_head(arena, s);
+    if (workspace != nullptr) s.memory[i] = memory;
+  }
   s.scratch = arena.take<Scratch>(workers);
-  for (int w = 0; w < workers; ++w) {
-    const int64_t rows = backward ? kBackwardRows : kForwardRows;
-    Scratch scratch{};
-    scratch.rows = arena.take<float>(kWidth * s.dp);
-    scratch.s = arena.take<float>(rows * kKeyRows);
-    scratch.limit = arena.take<int64_t>(rows);
-    if (backward) {
-      scratch.ds = arena.take<float>(rows * kKeyRows);
-      scratch.dk = arena.take<float>(kKeyRows * s.dp);
-      scratch.dv = arena.take<float>(kKeyRows * s.dp);
-    } else {
-      scratch.q = arena.take<float>(rows * s.dp);
-      scratch.out = arena.take<float>(rows * s.dp);
-      scratch.highest = arena.take<float>(rows);
-      scratch.higher = arena.take<float>(rows);
-      scratch.rescale = arena.take<float>(rows);
-      scratch.weights_sum = arena.take<float>(rows * kWidth);
-    }
-    if (workspace != nullptr) s.scratch[w] = scratch;
+  for (int64_t i = 0; i < workers; ++i) {
+    const Scratch scratch = take_scratch(arena, s);
+    if (workspace != nullptr) s.scratch[i] = scratch;
   }
   s.bytes = arena.used;
   return s;
@@ -596,37 +751,36 @@ const float* scale_or_null(const State& s, const float* scale) {
   return s.call->q_scale == nullptr ? nullptr : scale;
 }
 
-// Plans, padded table and scales, before or between waves.
-void prepare(const State& s, const Workers& workers, int64_t heads_now) {
+// The padded table and scales, and the plan if there is one for all.
+void prepare(State& s, const Workers& workers) {
   const AttentionCall& call = *s.call;
-  const int64_t first_batch = s.first / call.kv_heads;
-  const int64_t end_batch = divide_up(s.first + heads_now, call.kv_heads);
-  const bool start = s.first == 0;
-  const int64_t tables = start && call.table != nullptr ? call.heads : 0;
-  int64_t plans = end_batch - first_batch;
-  if (s.one_plan) plans = start ? 1 : 0;
-  if (start) pad_scales(s);
-  run(workers, plans + tables, [&](int64_t task, int) {
-    if (task < plans) {
-      make_plan(call, first_batch + task, s.plans[task]);
-    } else {
-      pad_table(s, task - plans);
-    }
-  });
+  pad_scales(s);
+  if (s.one_plan) make_plan(call, 0, s.plan);
+  if (call.table == nullptr) return;
+  run(workers, call.heads, [&](int64_t h, int) { pad_table(s, h); });
+}
+
+void plan_head(const State& s, int64_t index, int worker) {
+  if (s.one_plan) return;
+  make_plan(*s.call, (s.first + index) / s.call->kv_heads,
+            s.memory[s.per_worker ? worker : index].plan);
 }
 
 // Packs rows [begin, end) of a key head, a multiple of W except at the last: transposed into panels
 // and, if `rows` is given, as they are.
-void pack_rows(const State& s, const KeyPlan& plan, const HeadRows& x, int64_t b, int64_t h,
-               const float* scale, int64_t begin, int64_t end, float* panels, float* rows,
-               float* scratch) {
+void pack_rows(const State& s, const Head& head, const HeadRows& x, const float* scale,
+               int64_t begin, int64_t end, float* panels, float* rows, float* scratch) {
   const int64_t d = s.call->head_dim;
+  const KeyPlan& plan = head.plan;
   for (int64_t j = begin; j < end; j += kWidth) {
     float* block = rows == nullptr ? scratch : rows + j * s.dp;
     for (int64_t i = 0; i < kWidth; ++i) {
       float* row = block + i * s.dp;
+      if (j + i + kAhead < plan.count) {
+        prefetch_row(x, head.b, head.kv, plan.index[j + i + kAhead], d);
+      }
       if (j + i < plan.count) {
-        load_row(x, b, h, plan.index[j + i], d, row);
+        load_row(x, head.b, head.kv, plan.index[j + i], d, row);
         normalise(row, s.dp, scale);
       } else {
         std::memset(row, 0, static_cast<size_t>(s.dp) * sizeof(float));
@@ -638,23 +792,15 @@ void pack_rows(const State& s, const KeyPlan& plan, const HeadRows& x, int64_t b
   }
 }
 
-void pack_keys(const State& s, int64_t head, int64_t block, float* scratch) {
+void pack_keys(const State& s, const Head& head, int64_t block, float* scratch) {
   const AttentionCall& call = *s.call;
-  const int64_t b = (s.first + head) / call.kv_heads, h = (s.first + head) % call.kv_heads;
-  const KeyPlan& plan = s.plan_of(b);
+  const HeadMemory& m = head.memory;
   const int64_t begin = block * kKeyRows;
-  const int64_t end = smaller(begin + kKeyRows, round_up(plan.count, kWidth));
-  const int64_t panels = head * s.padded_keys * call.head_dim;
-  float* rows = s.rows + head * s.padded_keys * s.dp;
+  const int64_t end = smaller(begin + kKeyRows, round_up(head.plan.count, kWidth));
   const float* scale = scale_or_null(s, s.k_scale);
-  float* keys_t = s.keys_t + panels;
-  if (s.backward) {
-    pack_rows(s, plan, call.k, b, h, scale, begin, end, keys_t, rows, scratch);
-    pack_rows(s, plan, call.v, b, h, nullptr, begin, end, s.values_t + panels, nullptr, scratch);
-  } else {
-    pack_rows(s, plan, call.k, b, h, scale, begin, end, keys_t, nullptr, scratch);
-    pack_rows(s, plan, call.v, b, h, nullptr, begin, end, nullptr, rows, scratch);
-  }
+  pack_rows(s, head, call.k, scale, begin, end, m.keys_t, s.backward ? m.rows : nullptr, scratch);
+  pack_rows(s, head, call.v, nullptr, begin, end, m.values_t, s.backward ? nullptr : m.rows,
+            scratch);
 }
 
 // How many packed keys query i sees: a prefix, because they are in order.
@@ -709,22 +855,17 @@ uint32_t row_key_of(const AttentionCall& call, int64_t b, int64_t h, int64_t i) 
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// s = scale * s + bias where visible, else -inf; returns the largest.
-template <bool kBias>
-MUSICLM_FAST_INLINE float finish_similarities(const Tile& tile, float scale, const float* table,
-                                              int64_t q_code, int64_t limit, float* s) {
-  const bool all_seen = limit >= tile.key + tile.groups * kWidth;
+// Largest similarity of a row. Lanes beyond its limit become -inf.
+MUSICLM_FAST_INLINE float find_highest(const Tile& tile, int64_t limit, float* s) {
   vfloat highest = vset(-kInfinity);
-  for (int g = 0; g < tile.groups; ++g) {
-    vfloat x = vload(s + g * kWidth);
-    if constexpr (kBias) {
-      x = x * scale + bias_of(tile.table, table, q_code, g);
-    } else {
-      x = x * scale;
+  if (limit >= tile.key + tile.groups * kWidth) {
+    for (int g = 0; g < tile.groups; ++g) highest = vmax(highest, vload(s + g * kWidth));
+  } else {
+    for (int g = 0; g < tile.groups; ++g) {
+      const vfloat x = seen_lanes(tile, limit, g) ? vload(s + g * kWidth) : vset(-kInfinity);
+      vstore(s + g * kWidth, x);
+      highest = vmax(highest, x);
     }
-    if (!all_seen) x = seen_lanes(tile, limit, g) ? x : vset(-kInfinity);
-    vstore(s + g * kWidth, x);
-    highest = vmax(highest, x);
   }
   return vmaximum(highest);
 }
@@ -735,7 +876,7 @@ MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& c
                                         uint32_t row_key, float highest, float* s) {
   vfloat sum = vzero();
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat p = vexp(vload(s + g * kWidth) - highest);
+    vfloat p = exp_weight(vload(s + g * kWidth) - highest);
     sum += p;
     if constexpr (kDropout) {
       p = kept(row_key, tile.columns + g * kWidth, call.drop_below) ? p : vzero();
@@ -745,22 +886,36 @@ MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& c
   return sum;
 }
 
-void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch) {
+void scale_tile(int rows, int groups, float scale, float* s) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = s + r * kKeyRows;
+    for (int g = 0; g < groups; ++g) vstore(row + g * kWidth, vload(row + g * kWidth) * scale);
+  }
+}
+
+// s = scale * s + bias
+void finish_similarities(const AttentionCall& call, const Tile& tile, const float* table,
+                         const int32_t* q_codes, int rows, float* s) {
+  if (q_codes == nullptr) {
+    scale_tile(rows, tile.groups, call.scale, s);
+  } else {
+    add_bias(tile.table, table, q_codes, rows, tile.groups, call.scale, s);
+  }
+}
+
+void attend(const State& s, const Head& head, int64_t g, int64_t block, const Scratch& scratch) {
   const AttentionCall& call = *s.call;
-  const int64_t kv = s.first + head / s.group;
-  const int64_t b = kv / call.kv_heads;
-  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
-  const KeyPlan& plan = s.plan_of(b);
+  const KeyPlan& plan = head.plan;
+  const int64_t b = head.b, h = head.kv * s.group + g;
   const int64_t d = call.head_dim, dp = s.dp, vectors = dp / kWidth;
   const int64_t first = block * kForwardRows;
   const int rows = static_cast<int>(smaller<int64_t>(kForwardRows, call.queries - first));
-  const float* keys_t = s.keys_t + head / s.group * s.padded_keys * d;
-  const float* values = s.rows + head / s.group * s.padded_keys * dp;
   const float* table = s.table + h * s.table_columns;
   const int32_t* q_codes =
       call.table == nullptr ? nullptr : call.q_codes + b * call.q_codes_stride + first;
 
   for (int r = 0; r < rows; ++r) {
+    if (r + kAhead < rows) prefetch_row(call.q, b, h, first + r + kAhead, d);
     load_row(call.q, b, h, first + r, d, scratch.q + r * dp);
     normalise(scratch.q + r * dp, dp, scale_or_null(s, s.q_scale));
     scratch.limit[r] = visible(call, plan, first + r);
@@ -770,15 +925,11 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
   const int64_t end = scratch.limit[rows - 1];  // limits do not fall from row to row
   for (int64_t key = 0; key < end; key += kKeyRows) {
     const Tile tile = make_tile(s, plan, key);
-    multiply<false>(rows, tile.groups, d, scratch.q, dp, keys_t + key * d, kPanel, kPanel * d,
-                    scratch.s, kKeyRows, Start::zero);
+    multiply<false>(rows, tile.groups, d, scratch.q, dp, head.memory.keys_t + key * d, kPanel,
+                    kPanel * d, scratch.s, kKeyRows, Start::zero);
+    finish_similarities(call, tile, table, q_codes, rows, scratch.s);
     for (int r = 0; r < rows; ++r) {
-      float* row = scratch.s + r * kKeyRows;
-      const float highest =
-          q_codes == nullptr
-              ? finish_similarities<false>(tile, call.scale, table, 0, scratch.limit[r], row)
-              : finish_similarities<true>(tile, call.scale, table, q_codes[r], scratch.limit[r],
-                                          row);
+      const float highest = find_highest(tile, scratch.limit[r], scratch.s + r * kKeyRows);
       scratch.higher[r] = larger(scratch.highest[r], highest);
       // A row that has seen no key yet subtracts 0, so that its weights are 0 rather than NaN.
       const float shift = scratch.higher[r] == -kInfinity ? 0.0f : scratch.higher[r];
@@ -787,7 +938,7 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
       scratch.higher[r] = shift;
     }
     for (int r = 0; r < kForwardRows; r += kWidth) {
-      vstore(scratch.rescale + r, vexp(vload(scratch.rescale + r)));
+      vstore(scratch.rescale + r, exp_weight(vload(scratch.rescale + r)));
     }
     for (int r = 0; r < rows; ++r) {
       float* row = scratch.s + r * kKeyRows;
@@ -799,8 +950,9 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
       float* total = scratch.weights_sum + r * kWidth;
       vstore(total, vload(total) * scratch.rescale[r] + sum);
     }
-    multiply<false>(rows, vectors, tile.keys, scratch.s, kKeyRows, values + key * dp, dp, kPanel,
-                    scratch.out, dp, key == 0 ? Start::zero : Start::scaled, scratch.rescale);
+    multiply<false>(rows, vectors, tile.keys, scratch.s, kKeyRows, head.memory.rows + key * dp, dp,
+                    kPanel, scratch.out, dp, key == 0 ? Start::zero : Start::scaled,
+                    scratch.rescale);
   }
 
   float* lse = call.logsumexp + (b * call.heads + h) * call.queries + first;
@@ -821,41 +973,45 @@ void attend(const State& s, int64_t head, int64_t block, const Scratch& scratch)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-void pack_queries(const State& s, int64_t head, int64_t block, float* scratch) {
+void pack_queries(const State& s, const Head& head, int64_t g, int64_t block, float* scratch) {
   const AttentionCall& call = *s.call;
-  const int64_t kv = s.first + head / s.group;
-  const int64_t b = kv / call.kv_heads;
-  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
+  const HeadMemory& m = head.memory;
+  const int64_t b = head.b, h = head.kv * s.group + g, d = call.head_dim;
   const int64_t end = smaller(call.queries, (block + 1) * kBackwardRows);
-  for (int64_t i = block * kBackwardRows; i < end; ++i) {
-    float* q = s.q + (head * call.queries + i) * s.dp;
-    float* grad = s.grad_out + (head * call.queries + i) * s.dp;
-    load_row(call.q, b, h, i, call.head_dim, q);
-    normalise(q, s.dp, scale_or_null(s, s.q_scale));
-    load_row(call.grad_out, b, h, i, call.head_dim, grad);
-    load_row(call.out, b, h, i, call.head_dim, scratch);
-    vfloat product = vzero();
-    for (int64_t c = 0; c < s.dp; c += kWidth) product += vload(grad + c) * vload(scratch + c);
-    s.delta[head * call.queries + i] = vsum(product);
+  for (int64_t first = block * kBackwardRows; first < end; first += kWidth) {
+    const int rows = static_cast<int>(smaller<int64_t>(kWidth, end - first));
+    float* grads = m.grad_out + (g * call.queries + first) * s.dp;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      if (i + kAhead < end) {
+        prefetch_row(call.q, b, h, i + kAhead, d);
+        prefetch_row(call.grad_out, b, h, i + kAhead, d);
+        prefetch_row(call.out, b, h, i + kAhead, d);
+      }
+      float* q = m.q + (g * call.queries + i) * s.dp;
+      load_row(call.q, b, h, i, d, q);
+      normalise(q, s.dp, scale_or_null(s, s.q_scale));
+      load_row(call.grad_out, b, h, i, d, grads + r * s.dp);
+      load_row(call.out, b, h, i, d, scratch + r * s.dp);
+    }
+    if (rows < kWidth) {  // what follows is not ours to read
+      float* copy = scratch + kWidth * s.dp;
+      std::memcpy(copy, grads, static_cast<size_t>(rows * s.dp) * sizeof(float));
+      grads = copy;
+    }
+    vstore_partial(m.delta + g * call.queries + first, row_products(grads, scratch, s.dp), rows);
   }
 }
 
-// From raw similarities and gradients of weights in a row to (dropped) weights and gradients of
-// similarities, which also go to the table.
-template <bool kBias, bool kDropout>
-MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& call,
-                                      const float* table, float* dtable, int64_t q_code,
-                                      int64_t limit, uint32_t row_key, float logsumexp, float delta,
-                                      float* s, float* ds) {
+// A row's similarities and gradients of weights become its (dropped) weights and gradients of
+// similarities.
+template <bool kDropout>
+MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& call, int64_t limit,
+                                      uint32_t row_key, float logsumexp, float delta, float* s,
+                                      float* ds) {
   const bool all_seen = limit >= tile.key + tile.groups * kWidth;
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat x = vload(s + g * kWidth);
-    if constexpr (kBias) {
-      x = x * call.scale + bias_of(tile.table, table, q_code, g);
-    } else {
-      x = x * call.scale;
-    }
-    vfloat p = vexp(x - logsumexp);
+    vfloat p = exp_weight(vload(s + g * kWidth) - logsumexp);
     if (!all_seen) p = seen_lanes(tile, limit, g) ? p : vzero();
     vfloat dp = vload(ds + g * kWidth);
     vfloat dropped = p;
@@ -868,66 +1024,43 @@ MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& cal
     // The weight of a row's only key is constant; rounding of delta must not say otherwise.
     vstore(ds + g * kWidth, limit == 1 ? vzero() : p * (dp - delta));
   }
-  if constexpr (kBias) {
-    // Neighbouring groups' windows overlap, and a load that overlaps a store just made waits for it:
-    // every other group first, then the rest.
-    for (int g = 0; g < tile.groups; g += 2) {
-      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
-    }
-    for (int g = 1; g < tile.groups; g += 2) {
-      scatter(tile.table, dtable, q_code, g, vload(ds + g * kWidth));
-    }
-  }
 }
 
-struct QueryBlock {
-  int64_t b, h, head;  // head counts within the wave
-  int64_t first;
-  int rows;
-  const KeyPlan* plan;
-};
-
-void rows_backward(const State& s, const Tile& tile, const QueryBlock& block, float* dtable,
-                   const Scratch& scratch) {
+// Likewise for `rows` queries of a head from `first` on; dtable += its part.
+void tile_backward(const State& s, const Tile& tile, const Head& head, int64_t g, int64_t first,
+                   int rows, float* dtable, const Scratch& scratch) {
   const AttentionCall& call = *s.call;
-  const float* table = s.table + block.h * s.table_columns;
-  const float* lse = call.logsumexp + (block.b * call.heads + block.h) * call.queries + block.first;
-  const float* delta = s.delta + block.head * call.queries + block.first;
-  const int32_t* q_codes = call.table == nullptr
-                               ? nullptr
-                               : call.q_codes + block.b * call.q_codes_stride + block.first;
-  for (int r = 0; r < block.rows; ++r) {
-    const int64_t i = block.first + r;
-    const int64_t q_code = q_codes == nullptr ? 0 : q_codes[r];
-    const uint32_t row_key = call.dropout ? row_key_of(call, block.b, block.h, i) : 0;
+  const int64_t b = head.b, h = head.kv * s.group + g;
+  const float* lse = call.logsumexp + (b * call.heads + h) * call.queries + first;
+  const float* delta = head.memory.delta + g * call.queries + first;
+  const int32_t* q_codes =
+      call.table == nullptr ? nullptr : call.q_codes + b * call.q_codes_stride + first;
+  finish_similarities(call, tile, s.table + h * s.table_columns, q_codes, rows, scratch.s);
+  for (int r = 0; r < rows; ++r) {
     float* row_s = scratch.s + r * kKeyRows;
     float* row_ds = scratch.ds + r * kKeyRows;
-    const auto go = [&](auto body) {
-      body(tile, call, table, dtable, q_code, scratch.limit[r], row_key, lse[r], delta[r], row_s,
-           row_ds);
-    };
-    if (q_codes != nullptr) {
-      call.dropout ? go(row_backward<true, true>) : go(row_backward<true, false>);
+    if (call.dropout) {
+      const uint32_t row_key = row_key_of(call, b, h, first + r);
+      row_backward<true>(tile, call, scratch.limit[r], row_key, lse[r], delta[r], row_s, row_ds);
     } else {
-      call.dropout ? go(row_backward<false, true>) : go(row_backward<false, false>);
+      row_backward<false>(tile, call, scratch.limit[r], 0, lse[r], delta[r], row_s, row_ds);
     }
+  }
+  if (q_codes != nullptr) {
+    add_table_gradient(tile.table, dtable, q_codes, rows, tile.groups, scratch.ds);
   }
 }
 
 // Gradients of the keys and values of one chunk of a key head, and its parts of dq and dtable.
-void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& scratch) {
+void chunk_backward(const State& s, const Head& head, int64_t chunk, const Scratch& scratch) {
   const AttentionCall& call = *s.call;
-  const int64_t kv = s.first + head;
-  const int64_t b = kv / call.kv_heads, kv_head = kv % call.kv_heads;
-  const KeyPlan& plan = s.plan_of(b);
+  const HeadMemory& m = head.memory;
+  const KeyPlan& plan = head.plan;
   const int64_t d = call.head_dim, dp = s.dp, vectors = dp / kWidth, queries = call.queries;
   const int64_t tiles = divide_up(plan.count, kKeyRows);
   const int64_t begin = chunk * tiles / s.chunks, end = (chunk + 1) * tiles / s.chunks;
-  const float* keys_t = s.keys_t + head * s.padded_keys * d;
-  const float* keys = s.rows + head * s.padded_keys * dp;
-  const float* values_t = s.values_t + head * s.padded_keys * d;
-  float* dtables = s.dtable + (head * s.chunks + chunk) * s.group * s.table_columns;
-  float* dk_scale = s.dk_scale + (head * s.chunks + chunk) * dp;
+  float* dtables = s.dtable + (head.index * s.chunks + chunk) * s.group * s.table_columns;
+  float* dk_scale = s.dk_scale + (head.index * s.chunks + chunk) * dp;
   std::memset(dtables, 0, static_cast<size_t>(s.group * s.table_columns) * sizeof(float));
   std::memset(dk_scale, 0, static_cast<size_t>(dp) * sizeof(float));
 
@@ -935,10 +1068,9 @@ void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& 
     const Tile tile = make_tile(s, plan, t * kKeyRows);
     Start keys_start = Start::zero;
     for (int64_t g = 0; g < s.group; ++g) {
-      const int64_t q_head = head * s.group + g;
-      const float* q = s.q + q_head * queries * dp;
-      const float* grad_out = s.grad_out + q_head * queries * dp;
-      float* dq = s.dq + (q_head * s.chunks + chunk) * queries * dp;
+      const float* q = m.q + g * queries * dp;
+      const float* grad_out = m.grad_out + g * queries * dp;
+      float* dq = m.dq + (g * s.chunks + chunk) * queries * dp;
       for (int64_t first = 0; first < queries; first += kBackwardRows) {
         const int rows = static_cast<int>(smaller<int64_t>(kBackwardRows, queries - first));
         for (int r = 0; r < rows; ++r) scratch.limit[r] = visible(call, plan, first + r);
@@ -948,17 +1080,16 @@ void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& 
           }
           continue;
         }
-        multiply<false>(rows, tile.groups, d, q + first * dp, dp, keys_t + tile.key * d, kPanel,
-                        kPanel * d, scratch.s, kKeyRows, Start::zero);
-        multiply<false>(rows, tile.groups, d, grad_out + first * dp, dp, values_t + tile.key * d,
+        multiply<false>(rows, tile.groups, d, q + first * dp, dp, m.keys_t + tile.key * d,
+                        kPanel, kPanel * d, scratch.s, kKeyRows, Start::zero);
+        multiply<false>(rows, tile.groups, d, grad_out + first * dp, dp, m.values_t + tile.key * d,
                         kPanel, kPanel * d, scratch.ds, kKeyRows, Start::zero);
-        const QueryBlock block{b, kv_head * s.group + g, q_head, first, rows, &plan};
-        rows_backward(s, tile, block, dtables + g * s.table_columns, scratch);
+        tile_backward(s, tile, head, g, first, rows, dtables + g * s.table_columns, scratch);
         multiply<true>(tile.keys, vectors, rows, scratch.s, kKeyRows, grad_out + first * dp, dp,
                        kPanel, scratch.dv, dp, keys_start);
         multiply<true>(tile.keys, vectors, rows, scratch.ds, kKeyRows, q + first * dp, dp, kPanel,
                        scratch.dk, dp, keys_start);
-        multiply<false>(rows, vectors, tile.keys, scratch.ds, kKeyRows, keys + tile.key * dp, dp,
+        multiply<false>(rows, vectors, tile.keys, scratch.ds, kKeyRows, m.rows + tile.key * dp, dp,
                         kPanel, dq + first * dp, dp, t == begin ? Start::zero : Start::add);
         keys_start = Start::add;
       }
@@ -972,25 +1103,23 @@ void chunk_backward(const State& s, int64_t head, int64_t chunk, const Scratch& 
       float* dk = scratch.dk + j * dp;
       for (int64_t c = 0; c < dp; c += kWidth) vstore(dk + c, vload(dk + c) * call.scale);
       if (call.k_scale != nullptr) {
-        load_row(call.k, b, kv_head, at, d, scratch.rows);
+        load_row(call.k, head.b, head.kv, at, d, scratch.rows);
         normalise_backward(scratch.rows, dp, s.k_scale, dk, dk_scale);
       }
-      store_row(call.dk, b, kv_head, at, d, dk);
-      store_row(call.dv, b, kv_head, at, d, scratch.dv + j * dp);
+      store_row(call.dk, head.b, head.kv, at, d, dk);
+      store_row(call.dv, head.b, head.kv, at, d, scratch.dv + j * dp);
     }
   }
 }
 
 // dq of a block of queries from the chunks' parts, in order.
-void finish_queries(const State& s, int64_t head, int64_t block, float* scratch) {
+void finish_queries(const State& s, const Head& head, int64_t g, int64_t block, float* scratch) {
   const AttentionCall& call = *s.call;
-  const int64_t kv = s.first + head / s.group;
-  const int64_t b = kv / call.kv_heads;
-  const int64_t h = kv % call.kv_heads * s.group + head % s.group;
-  const int64_t tiles = divide_up(s.plan_of(b).count, kKeyRows);
+  const int64_t b = head.b, h = head.kv * s.group + g;
+  const int64_t tiles = divide_up(head.plan.count, kKeyRows);
   const int64_t dp = s.dp, end = smaller(call.queries, (block + 1) * kBackwardRows);
-  const float* parts = s.dq + head * s.chunks * call.queries * dp;
-  float* dq_scale = s.dq_scale + (head * s.query_blocks + block) * dp;
+  const float* parts = head.memory.dq + g * s.chunks * call.queries * dp;
+  float* dq_scale = s.dq_scale + ((head.index * s.group + g) * s.query_blocks + block) * dp;
   std::memset(dq_scale, 0, static_cast<size_t>(dp) * sizeof(float));
   float* dq = scratch + dp;
   for (int64_t i = block * kBackwardRows; i < end; ++i) {
@@ -1058,55 +1187,86 @@ int64_t attention_workspace(const AttentionCall& call, bool backward, int worker
 
 void attention_forward(const AttentionCall& call, void* workspace, const Workers& workers) {
   State s = make_state(call, false, workers.count, workspace);
+  prepare(s, workers);
   const int64_t total = call.batch * call.kv_heads;
   const int64_t key_blocks = s.padded_keys / kKeyRows;
   const int64_t query_blocks = divide_up(call.queries, kForwardRows);
   for (; s.first < total; s.first += s.wave) {
-    const int64_t heads_now = s.heads_now(total);
-    prepare(s, workers, heads_now);
-    run(workers, heads_now * key_blocks, [&](int64_t task, int worker) {
-      pack_keys(s, task / key_blocks, task % key_blocks, s.scratch[worker].rows);
+    const int64_t heads = smaller(s.wave, total - s.first);
+    if (s.per_worker) {
+      run(workers, heads, [&](int64_t index, int worker) {
+        plan_head(s, index, worker);
+        const Head head = head_of(s, index, worker);
+        const Scratch& scratch = s.scratch[worker];
+        for (int64_t i = 0; i < key_blocks; ++i) pack_keys(s, head, i, scratch.rows);
+        for (int64_t g = 0; g < s.group; ++g) {
+          for (int64_t i = 0; i < query_blocks; ++i) attend(s, head, g, i, scratch);
+        }
+      });
+      continue;
+    }
+    if (!s.one_plan) run(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
+    run(workers, heads * key_blocks, [&](int64_t task, int worker) {
+      pack_keys(s, head_of(s, task / key_blocks, 0), task % key_blocks, s.scratch[worker].rows);
     });
-    run(workers, heads_now * s.group * query_blocks, [&](int64_t task, int worker) {
+    run(workers, heads * s.group * query_blocks, [&](int64_t task, int worker) {
+      const int64_t q_head = task / query_blocks;
       // Causal: the last block of a head is its longest task.
-      attend(s, task / query_blocks, query_blocks - 1 - task % query_blocks, s.scratch[worker]);
+      const int64_t block = query_blocks - 1 - task % query_blocks;
+      attend(s, head_of(s, q_head / s.group, 0), q_head % s.group, block, s.scratch[worker]);
     });
   }
 }
 
 void attention_backward(const AttentionCall& call, void* workspace, const Workers& workers) {
   State s = make_state(call, true, workers.count, workspace);
+  prepare(s, workers);
   const int64_t total = call.batch * call.kv_heads;
   const int64_t key_blocks = s.padded_keys / kKeyRows;
   for (int64_t c = 0; c < s.dp; ++c) s.dq_scale_sum[c] = s.dk_scale_sum[c] = 0.0;
   for (; s.first < total; s.first += s.wave) {
-    const int64_t heads_now = s.heads_now(total), q_heads = heads_now * s.group;
-    prepare(s, workers, heads_now);
-    const int64_t key_tasks = heads_now * key_blocks;
-    run(workers, key_tasks + q_heads * s.query_blocks, [&](int64_t task, int worker) {
-      float* scratch = s.scratch[worker].rows;
-      if (task < key_tasks) {
-        pack_keys(s, task / key_blocks, task % key_blocks, scratch);
-      } else {
-        task -= key_tasks;
-        pack_queries(s, task / s.query_blocks, task % s.query_blocks, scratch);
-      }
-    });
-    run(workers, heads_now * s.chunks, [&](int64_t task, int worker) {
-      chunk_backward(s, task / s.chunks, task % s.chunks, s.scratch[worker]);
-    });
-    const int64_t query_tasks = q_heads * s.query_blocks;
-    const int64_t tables = call.table == nullptr ? 0 : call.heads;
-    run(workers, query_tasks + tables, [&](int64_t task, int worker) {
-      if (task < query_tasks) {
-        finish_queries(s, task / s.query_blocks, task % s.query_blocks, s.scratch[worker].rows);
-      } else {
-        reduce_table(s, task - query_tasks, heads_now);
-        if (s.first + heads_now == total) store_table(s, task - query_tasks);
-      }
-    });
+    const int64_t heads = smaller(s.wave, total - s.first);
+    const int64_t query_tasks = heads * s.group * s.query_blocks;
+    if (s.per_worker) {
+      run(workers, heads, [&](int64_t index, int worker) {
+        plan_head(s, index, worker);
+        const Head head = head_of(s, index, worker);
+        const Scratch& scratch = s.scratch[worker];
+        for (int64_t i = 0; i < key_blocks; ++i) pack_keys(s, head, i, scratch.rows);
+        for (int64_t i = 0; i < s.group * s.query_blocks; ++i) {
+          pack_queries(s, head, i / s.query_blocks, i % s.query_blocks, scratch.rows);
+        }
+        for (int64_t i = 0; i < s.chunks; ++i) chunk_backward(s, head, i, scratch);
+        for (int64_t i = 0; i < s.group * s.query_blocks; ++i) {
+          finish_queries(s, head, i / s.query_blocks, i % s.query_blocks, scratch.rows);
+        }
+      });
+    } else {
+      if (!s.one_plan) run(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
+      run(workers, heads * key_blocks, [&](int64_t task, int worker) {
+        pack_keys(s, head_of(s, task / key_blocks, 0), task % key_blocks, s.scratch[worker].rows);
+      });
+      const auto each_query_block = [&](auto f) {
+        run(workers, query_tasks, [&](int64_t task, int worker) {
+          const int64_t q_head = task / s.query_blocks;
+          f(s, head_of(s, q_head / s.group, 0), q_head % s.group, task % s.query_blocks,
+            s.scratch[worker].rows);
+        });
+      };
+      each_query_block(pack_queries);
+      run(workers, heads * s.chunks, [&](int64_t task, int worker) {
+        chunk_backward(s, head_of(s, task / s.chunks, 0), task % s.chunks, s.scratch[worker]);
+      });
+      each_query_block(finish_queries);
+    }
+    if (call.table != nullptr) {
+      run(workers, call.heads, [&](int64_t h, int) {
+        reduce_table(s, h, heads);
+        if (s.first + heads == total) store_table(s, h);
+      });
+    }
     add_rows(s.dq_scale, query_tasks, s.dp, s.dq_scale_sum);
-    add_rows(s.dk_scale, heads_now * s.chunks, s.dp, s.dk_scale_sum);
+    add_rows(s.dk_scale, heads * s.chunks, s.dp, s.dk_scale_sum);
   }
   if (call.q_scale == nullptr) return;
   for (int64_t c = 0; c < call.head_dim; ++c) {

@@ -36,7 +36,8 @@ typedef uint16_t vhalfword __attribute__((vector_size(kWidth * 2)));
 
 #define MUSICLM_FAST_INLINE [[gnu::always_inline]] inline
 
-MUSICLM_FAST_INLINE vfloat vset(float x) { return vfloat{} + x; }
+// Not x + 0, which is an addition: it turns -0 into 0.
+MUSICLM_FAST_INLINE vfloat vset(float x) { return x - vfloat{}; }
 MUSICLM_FAST_INLINE vfloat vzero() { return vfloat{}; }
 
 MUSICLM_FAST_INLINE vfloat vload(const float* p) {

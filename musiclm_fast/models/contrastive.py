@@ -123,10 +123,17 @@ class MultiLayerContrastiveLoss(nn.Module):
             layers, decoupled_contrastive_learning, sigmoid_contrastive_loss
         )
 
-    def forward(self, *, audio_layers: Tensor, text_layers: Tensor) -> Tensor:
+    def forward(
+        self, *, audio_layers: Tensor, text_layers: Tensor, audio_tokens: Tensor | None = None
+    ) -> Tensor:
         """Loss of ``audio_layers (layers, B, n, audio_dim)``, which are averaged over n, and
-        ``text_layers (layers, B, 1 + m, text_dim)``, whose first token is read."""
-        audio = self.audio_norm(audio_layers.mean(dim=2)) * self.audio_gamma
+        ``text_layers (layers, B, 1 + m, text_dim)``, whose first token is read. Of the n, a clip's
+        own are the first ``audio_tokens (B,)``, where given, and zeros follow."""
+        if audio_tokens is None:
+            pooled = audio_layers.mean(dim=2)
+        else:
+            pooled = audio_layers.sum(dim=2) / audio_tokens[:, None]
+        audio = self.audio_norm(pooled) * self.audio_gamma
         audio = torch.baddbmm(self.audio_latent_bias, audio, self.audio_latent_weight)
         text = self.text_norm(text_layers[:, :, 0]) * self.text_gamma
         text = torch.baddbmm(self.text_latent_bias, text, self.text_latent_weight)

@@ -24,6 +24,8 @@ def supports(q: Tensor, k: Tensor, bias_table: Tensor | None, **_: Any) -> tuple
         return False, f"it runs on CPU tensors, not {q.device.type}"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return False, f"it takes float32 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if torch._C._are_functorch_transforms_active():
+        return False, "torch.func transforms need the torch backend"
     if q.shape[-1] == 0:
         return False, "the head dimension is 0"
     sizes = (q.shape[2], k.shape[2], 0 if bias_table is None else bias_table.shape[1])

@@ -122,7 +122,7 @@ def gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dx (SPLITS, L, M, D) = ds @ y, without the factor temperature.
+    """Dx (SPLITS, L, M, D) = ds @ y, without the factor temperature.
 
     ``ds = x_weight_i e^(s - x_shift_i) + y_weight_j e^(s - y_shift_j)``, and positive_i for row i's
     positive. Where ``bounded`` (L,) the weights hold e^-shift, and one exponential serves both.
