@@ -1,7 +1,5 @@
 #include "contrastive/contrastive.h"
 
-#include <limits>
-
 #include "common/simd.h"
 
 #include <limits>

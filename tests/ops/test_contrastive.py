@@ -22,6 +22,8 @@ KINDS = ("softmax", "decoupled", "sigmoid")
 cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # TRITON_INTERPRET=1 is read when Triton is imported: test_contrastive_triton.py runs this file anew.
+# In the interpreter every program takes milliseconds, so it gets fewer and smaller cases.
+TEMPERATURES = [39.0, math.exp(7)] if INTERPRETED else [1e-3, 39.0, 41.0, 100.0, math.exp(7)]
 KERNELS = ["triton"] if INTERPRETED else [pytest.param("cpp", marks=cpp)]
 
 
@@ -77,8 +79,8 @@ def check_against_oracle(
         pytest.param(2, 3, 2, id="two-narrow"),
         pytest.param(17, 128, None, id="odd"),
         pytest.param(65, 100, 3, id="padded-layers"),
-        pytest.param(256, 128, None, id="256"),
-        pytest.param(600, 20, 2, id="many-tiles"),
+        pytest.param(100 if INTERPRETED else 256, 128, None, id="256"),
+        pytest.param(150 if INTERPRETED else 600, 20, 2, id="many-tiles"),
         pytest.param(70, 200, None, id="wide"),
     ],
 )
@@ -106,7 +108,7 @@ def test_half_precision(dtype: torch.dtype, kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1e-3, 39.0, 41.0, 100.0, math.exp(7)])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("latents", ["random", "identical", "same side", "opposite", "zero"])
 def test_extremes(latents: str, temperature: float, kind: str, backend: str) -> None:
     """Finite and right, with gradients, where exp without a shift or a clamp would fail."""
@@ -209,7 +211,7 @@ def test_bits_do_not_depend_on_threads(kind: str) -> None:
 
 
 # Blocks: m rows by n columns, row i's positive at column i + offset.
-BLOCKS = [(5, 5, 0), (3, 70, 66), (70, 3, -20), (1, 1, 0), (9, 4, 4), (130, 300, 100), (6, 8, -6)]
+BLOCKS = [(5, 5, 0), (3, 70, 66), (70, 3, -20), (1, 1, 0), (9, 4, 4), (130, 200, 60), (6, 8, -6)]
 
 
 def block_inputs(m: int, n: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +240,7 @@ def kernels_of(backend: str) -> Any:
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("m", "n", "offset", "temperature"),
-    [(*block, 10.0) for block in BLOCKS] + [(130, 300, 100, 200.0), (140, 90, -10, 200.0)],
+    [(*block, 10.0) for block in BLOCKS] + [(130, 200, 60, 200.0), (140, 90, -10, 200.0)],
 )
 def test_rectangular_blocks(m: int, n: int, offset: int, temperature: float, backend: str) -> None:
     kernels = kernels_of(backend)
@@ -307,6 +309,7 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(INTERPRETED, reason="nothing here depends on the kernels' inside")
 def test_compiles_without_graph_breaks(kind: str, backend: str) -> None:
     inputs = testing.contrastive_inputs(20, 16, 2)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -29,7 +28,6 @@ PROGRAMS = 264
 PARTIAL_BYTES = 32 << 20
 # Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
 BOUNDED = 40.0
-_LOG2E = math.log2(math.e)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -47,28 +45,50 @@ class Config:
 
 # (logsumexp, gradient, sigmoid) by the largest padded depth; tests/ops/test_contrastive_triton.py
 # compiles each and holds it to no spills up to depth 128 and to the shared memory of its device.
-_HALF = {
-    64: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+Table = dict[int, tuple[Config, Config, Config]]
+_HALF: Table = {
     128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
     256: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
 }
-_FLOAT32 = {
-    64: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+# Products before Hopper keep both operands in registers, so tiles of 128 columns would spill.
+_HALF_AMPERE: Table = {
+    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    256: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+}
+_FLOAT32: Table = {
+    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
+_FLOAT32_AMPERE: Table = {
+    **_FLOAT32,
+    128: (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+}
+
+
+def configs(
+    capability: tuple[int, int], block_d: int, dtype: torch.dtype
+) -> tuple[Config, Config, Config]:
+    """Tiles of the three kernels: a choice by table, nothing is measured at run time."""
+    if dtype == torch.float32:
+        table = _FLOAT32 if capability >= (9, 0) else _FLOAT32_AMPERE
+    else:
+        table = _HALF if capability >= (9, 0) else _HALF_AMPERE
+    return next(chosen for limit, chosen in table.items() if block_d <= limit)
+
 
 Launch = Callable[..., None]
-_recorder: ContextVar[Launch | None] = ContextVar("recorder", default=None)
+_recorder: ContextVar[tuple[Launch, tuple[int, int]] | None] = ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
-def recorded_launches(record: Launch) -> Iterator[None]:
+def recorded_launches(record: Launch, capability: tuple[int, int]) -> Iterator[None]:
     """Hand every launch to ``record(kernel, arguments, num_warps, num_stages)``, run none.
 
-    Then meta tensors will do: the tests compile what a call would launch.
+    Then meta tensors will do: the tests compile what a call would launch on a device of that
+    compute capability.
     """
-    token = _recorder.set(record)
+    token = _recorder.set((record, capability))
     try:
         yield
     finally:
@@ -90,8 +110,9 @@ class _Side:
         self.layers, self.rows, self.depth = x.shape
         self.columns = y.shape[1]
         self.block_d = max(16, 1 << (self.depth - 1).bit_length())
-        table = _FLOAT32 if x.dtype == torch.float32 else _HALF
-        self.config = next(c for limit, c in table.items() if self.block_d <= limit)[part]
+        recorder = _recorder.get()
+        capability = _capability(x.device) if recorder is None else recorder[1]
+        self.config = configs(capability, self.block_d, x.dtype)[part]
         self.blocks = self.layers * -(-self.rows // self.config.block_m)
 
     def splits(self, row_bytes: int) -> int:
@@ -116,9 +137,9 @@ class _Side:
             BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n,
         )  # fmt: skip
         options = dict(num_warps=self.config.num_warps, num_stages=self.config.num_stages)
-        record = _recorder.get()
-        if record is not None:
-            record(_kernel(name), arguments, **options)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder[0](_kernel(name), arguments, **options)
         elif self.blocks:
             _kernel(name)[(self.blocks * splits,)](**arguments, **options)
 
@@ -132,27 +153,19 @@ def logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``musiclm_fast::contrastive_logsumexp_triton``; see ``block_logsumexp``."""
 
-    def of_rows(x: Tensor, y: Tensor, offset: int) -> Tensor:
+    def of_rows(x: Tensor, y: Tensor, offset: int, wanted: bool) -> tuple[Tensor, Tensor]:
         side = _Side(x, y, temperature, offset, 0)
-        splits = side.splits(4)
-        lse2 = side.empty(splits, side.layers, side.rows)
-        side.launch("logsumexp_kernel", splits, lse2=lse2)
-        merged = lse2[0] if splits == 1 else torch.logsumexp(lse2 / _LOG2E, dim=0) * _LOG2E
-        return merged / _LOG2E
+        splits = side.splits(8)
+        lse = side.empty(splits, side.layers, side.rows)
+        positive = torch.empty_like(lse) if wanted else None
+        side.launch("logsumexp_kernel", splits, lse=lse, positive=positive)
+        merged = lse[0] if splits == 1 else torch.logsumexp(lse, dim=0)
+        return merged, merged if positive is None else positive.sum(dim=0)
 
     with _device_guard(audio):
-        row, column = of_rows(audio, text, offset), of_rows(text, audio, -offset)
-    return row, column, _positives(audio, text, temperature, offset)
-
-
-def _positives(audio: Tensor, text: Tensor, temperature: Tensor, offset: int) -> Tensor:
-    layers, rows, _ = audio.shape
-    begin, end = max(0, -offset), max(min(rows, text.shape[1] - offset), 0)
-    out = audio.new_zeros(layers, rows, dtype=torch.float32)
-    if begin < end:
-        products = audio[:, begin:end].float() * text[:, begin + offset : end + offset].float()
-        out[:, begin:end] = products.sum(dim=-1) * temperature[:, None]
-    return out
+        row, positive = of_rows(audio, text, offset, True)
+        column, _ = of_rows(text, audio, -offset, False)
+    return row, column, positive
 
 
 def logsumexp_backward(
@@ -173,7 +186,7 @@ def logsumexp_backward(
         lse = lse.masked_fill(empty, 0.0)
         folded = torch.where(bounded[:, None], torch.exp(-lse), 1.0)
         weights[number] = (weights[number] * folded).masked_fill(empty, 0.0)
-        shifts.append(lse * _LOG2E)
+        shifts.append(lse)
     # The positive's gradient by column: 0 where the column has none, and then never read.
     of_column = torch.zeros_like(weights[1])
     begin, end = max(0, -offset), max(min(audio.shape[1], text.shape[1] - offset), 0)
@@ -188,7 +201,7 @@ def logsumexp_backward(
         dx = side.empty(splits, *x.shape)
         side.launch(
             "gradient_kernel", splits, bounded=bounded.to(torch.int32), x_weight=weights[mine],
-            x_shift2=shifts[mine], y_weight=weights[other], y_shift2=shifts[other],
+            x_shift=shifts[mine], y_weight=weights[other], y_shift=shifts[other],
             positive=positive, dx=dx,
         )  # fmt: skip
         return dx[0] if splits == 1 else dx.sum(dim=0)
@@ -243,9 +256,12 @@ def _largest_norm(latents: Tensor) -> Tensor:
     return torch.linalg.vector_norm(latents, dim=-1, dtype=torch.float32).amax(dim=-1)
 
 
-@torch._dynamo.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch._dynamo (seconds).
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def available() -> tuple[bool, str]:

@@ -4,9 +4,11 @@
 ``x`` (L, M, D) are the rows of a program, ``y`` (L, N, D) the columns that it runs through; row i's
 positive is column i + offset. Each kernel is launched twice, the second time with audio and text
 swapped and the offset negated: every result then belongs to one program, so that nothing is added
-atomically and results are deterministic. Similarities are kept in base 2, ``s2 = s * log2(e)``, so
-that every exponential is one instruction. A launch may cut the columns into splits, whose partial
+atomically and results are deterministic. A launch may cut the columns into splits, whose partial
 results (SPLITS, L, M, ...) the caller adds up.
+
+Shifts are subtracted before similarities are multiplied by log2(e) for the exponential instruction:
+of two numbers near 1,000 the difference is then exact, which costs one more multiplication.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)
 
 
@@ -48,37 +49,49 @@ def _load(base, first, count, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 @triton.jit
 def logsumexp_kernel(
-    x, y, temperature, lse2, stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
+    x, y, temperature, lse, positive,
+    stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """lse2 (SPLITS, L, M): base-2 log-sum-exp of each row over its split, without the positive."""
+    """lse (SPLITS, L, M): log-sum-exp of each row over its split, without the positive.
+
+    positive (SPLITS, L, M), or None: the positive's similarity, 0 where the split has none; from the
+    same product as the others, so that roundings of similarities that are alike cancel.
+    """
     first, begin, end, layer, place = _place(rows, columns, SPLITS, BLOCK_M, BLOCK_N)
-    factor = tl.load(temperature + layer) * LOG2E
+    factor = tl.load(temperature + layer)
     x_tile = _load(x + layer * stride_xl, first, rows, stride_xm, D, BLOCK_M, BLOCK_D)
     lanes = tl.arange(0, BLOCK_N)
     own = first + tl.arange(0, BLOCK_M) + offset  # column of each row's positive
     highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    mine = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         y_tile = _load(y + layer * stride_yl, start, columns, stride_yn, D, BLOCK_N, BLOCK_D)
-        s2 = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
+        s = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
         column = (start + lanes)[None, :]
         hidden = column == own[:, None]
+        if positive is not None:
+            if (start < first + offset + BLOCK_M) & (start + BLOCK_N > first + offset):
+                mine += tl.sum(tl.where(hidden & (column < columns), s, 0.0), axis=1)
         if not EVEN:
             hidden = hidden | (column >= columns)
-        s2 = tl.where(hidden, float("-inf"), s2)
-        higher = tl.maximum(highest, tl.max(s2, axis=1))
-        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(s2 - higher[:, None]), axis=1)
+        s = tl.where(hidden, float("-inf"), s)
+        higher = tl.maximum(highest, tl.max(s, axis=1))
+        e = tl.exp2((s - higher[:, None]) * LOG2E)
+        total = total * tl.exp2((highest - higher) * LOG2E) + tl.sum(e, axis=1)
         highest = higher
     row = first + tl.arange(0, BLOCK_M)
-    tl.store(lse2 + place * rows + row, highest + tl.log2(total), mask=row < rows)
+    tl.store(lse + place * rows + row, highest + tl.log(total), mask=row < rows)
+    if positive is not None:
+        tl.store(positive + place * rows + row, mine, mask=row < rows)
 
 
 @triton.jit
 def _gradient_tiles(
-    acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift2, positive,
-    y_weight, y_shift2, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift, positive,
+    y_weight, y_shift, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
     BOUNDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK_N)
@@ -87,14 +100,15 @@ def _gradient_tiles(
         column = start + lanes
         in_range = column < columns
         other = tl.load(y_weight + column, mask=in_range, other=0.0)
-        s2 = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
+        dots = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
         if BOUNDED:
-            ds = tl.exp2(s2) * (weight[:, None] + other[None, :])
+            ds = tl.exp2(dots * (factor * LOG2E)) * (weight[:, None] + other[None, :])
         else:
-            other_shift2 = tl.load(y_shift2 + column, mask=in_range, other=0.0)
-            ds = weight[:, None] * tl.exp2(s2 - shift2[:, None])
-            ds += other[None, :] * tl.exp2(s2 - other_shift2[None, :])
-            if not EVEN:  # s2 = 0 there, which may lie far above the row's shift
+            s = dots * factor
+            other_shift = tl.load(y_shift + column, mask=in_range, other=0.0)
+            ds = weight[:, None] * tl.exp2((s - shift[:, None]) * LOG2E)
+            ds += other[None, :] * tl.exp2((s - other_shift[None, :]) * LOG2E)
+            if not EVEN:  # s = 0 there, which may lie far above the row's shift
                 ds = tl.where(in_range[None, :], ds, 0.0)
         ds = tl.where(column[None, :] == own[:, None], positive[:, None], ds)
         acc = tl.dot(ds.to(y_tile.dtype), y_tile, acc, input_precision=PRECISION)
@@ -103,7 +117,7 @@ def _gradient_tiles(
 
 @triton.jit
 def gradient_kernel(
-    x, y, temperature, bounded, x_weight, x_shift2, y_weight, y_shift2, positive, dx,
+    x, y, temperature, bounded, x_weight, x_shift, y_weight, y_shift, positive, dx,
     stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -114,27 +128,27 @@ def gradient_kernel(
     positive. Where ``bounded`` (L,) the weights hold e^-shift, and one exponential serves both.
     """
     first, begin, end, layer, place = _place(rows, columns, SPLITS, BLOCK_M, BLOCK_N)
-    factor = tl.load(temperature + layer) * LOG2E
+    factor = tl.load(temperature + layer)
     x_tile = _load(x + layer * stride_xl, first, rows, stride_xm, D, BLOCK_M, BLOCK_D)
     row = first + tl.arange(0, BLOCK_M)
     valid = row < rows
     own = row + offset
     weight = tl.load(x_weight + layer * rows + row, mask=valid, other=0.0)
-    shift2 = tl.load(x_shift2 + layer * rows + row, mask=valid, other=0.0)
+    shift = tl.load(x_shift + layer * rows + row, mask=valid, other=0.0)
     grad = tl.load(positive + layer * rows + row, mask=valid, other=0.0)
     y_base = y + layer * stride_yl
     y_weight += layer * columns
-    y_shift2 += layer * columns
+    y_shift += layer * columns
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if tl.load(bounded + layer) != 0:
         acc = _gradient_tiles(
-            acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift2, grad,
-            y_weight, y_shift2, D, BLOCK_D, EVEN, True, PRECISION, BLOCK_N,
+            acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift, grad,
+            y_weight, y_shift, D, BLOCK_D, EVEN, True, PRECISION, BLOCK_N,
         )  # fmt: skip
     else:
         acc = _gradient_tiles(
-            acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift2, grad,
-            y_weight, y_shift2, D, BLOCK_D, EVEN, False, PRECISION, BLOCK_N,
+            acc, x_tile, y_base, stride_yn, begin, end, columns, factor, own, weight, shift, grad,
+            y_weight, y_shift, D, BLOCK_D, EVEN, False, PRECISION, BLOCK_N,
         )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     where = dx + (place * rows + row)[:, None] * D + dims[None, :]
