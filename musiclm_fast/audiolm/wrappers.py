@@ -13,7 +13,6 @@ from musiclm_fast._checks import check_positive_int, describe, fail
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
-from musiclm_fast.audiolm.resample import resample
 from musiclm_fast.audiolm.sampling import (
     Sampling,
     align_right,
@@ -23,6 +22,7 @@ from musiclm_fast.audiolm.sampling import (
 )
 from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.audiolm.stage import Stage, twice
+from musiclm_fast.models.resample import resample
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
