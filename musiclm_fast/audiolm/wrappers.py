@@ -86,6 +86,7 @@ class _Wrapper(nn.Module):
     def _semantic_ids(self, wave: Tensor, input_sample_hz: int | None) -> Tensor:
         if self.wav2vec is None:
             fail("wav2vec", None, "a semantic tokenizer, to read a wave")
+        self.wav2vec.eval()
         with torch.no_grad():
             ids = self.wav2vec(
                 resample(wave, input_sample_hz, getattr(self.wav2vec, "target_sample_hz", None)),
