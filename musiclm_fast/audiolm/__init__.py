@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AudioLM": "audio_lm",
     "CoarseTransformer": "coarse",
     "CoarseTransformerWrapper": "wrappers",
     "FineTransformer": "fine",
@@ -19,6 +20,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AudioLM",
     "CoarseTransformer",
     "CoarseTransformerWrapper",
     "FineTransformer",
