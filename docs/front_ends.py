@@ -31,6 +31,7 @@ def clip() -> Tensor:
 
 
 def main() -> None:
+    """Draw and save the picture."""
     wav = clip()
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9})
     figure, axes = plt.subplots(4, 3, figsize=(9, 9), layout="constrained")
