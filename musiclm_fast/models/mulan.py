@@ -286,7 +286,8 @@ class MuLaN(nn.Module):
         *,
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        return_loss_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Contrastive loss of B pairs, or what one of the flags asks for.
 
         Args:
@@ -299,6 +300,7 @@ class MuLaN(nn.Module):
             return_pairwise_similarities: return all cosines ``(B clips, B texts)``.
             lengths: ``(B,)`` integer samples of each clip of a padded batch.
             input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
+            return_loss_latents: return what :meth:`loss_of_latents` takes.
 
         Raises:
             ValueError, TypeError: see the towers; batches of different sizes; both or none of
@@ -331,12 +333,37 @@ class MuLaN(nn.Module):
             return (audio * text).sum(dim=-1)
         if return_pairwise_similarities:
             return audio @ text.t()
+        latents: tuple[Tensor, ...] = (audio, text)
+        if self.multi_layer_contrastive_learning is not None:
+            assert audio_layers is not None and text_layers is not None
+            latents += self.multi_layer_contrastive_learning.latents(
+                audio_layers[self.audio_layers_indices],
+                text_layers[self.text_layers_indices],
+                audio_tokens,
+            )
+        if not return_loss_latents:
+            return self.loss_of_latents(*latents)
+        # DistributedDataParallel expects every parameter to have a part in what forward returns;
+        # the loss's own come to theirs in loss_of_latents.
+        losses = (self.contrast, getattr(self.multi_layer_contrastive_learning, "contrast", None))
+        own = [p.sum() for m in losses if m is not None for p in m.parameters()]
+        return audio + 0.0 * torch.stack(own).sum().to(audio.dtype), *latents[1:]
+
+    def loss_of_latents(
+        self,
+        audio: Tensor,
+        text: Tensor,
+        layer_audio: Tensor | None = None,
+        layer_text: Tensor | None = None,
+    ) -> Tensor:
+        """Contrastive loss of unit vectors ``(B, dim_latent)``.
+
+        Args:
+            audio, text: the towers' latents.
+            layer_audio, layer_text: ``(layers, B, dim_latent)`` latents of intermediate layers,
+                where MuLaN has the hierarchical loss.
+        """
         loss: Tensor = self.contrast(audio, text)
-        if self.multi_layer_contrastive_learning is None:
-            return loss
-        assert audio_layers is not None and text_layers is not None
-        return loss + self.multi_layer_contrastive_learning(
-            audio_layers=audio_layers[self.audio_layers_indices],
-            text_layers=text_layers[self.text_layers_indices],
-            audio_tokens=audio_tokens,
-        )
+        if self.multi_layer_contrastive_learning is not None:
+            loss = loss + self.multi_layer_contrastive_learning.contrast(layer_audio, layer_text)
+        return loss

@@ -21,7 +21,7 @@ from musiclm_fast.ops.contrastive import reference
 KINDS = ("softmax", "decoupled", "sigmoid")
 cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# TRITON_INTERPRET=1 is read when Triton is imported: test_contrastive_triton.py runs this file anew.
+# TRITON_INTERPRET=1 is read at import: test_contrastive_triton.py runs this file anew with it.
 # In the interpreter every program takes milliseconds, so it gets fewer and smaller cases.
 TEMPERATURES = [39.0, math.exp(7)] if INTERPRETED else [1e-3, 39.0, 41.0, 100.0, math.exp(7)]
 KERNELS = ["triton"] if INTERPRETED else [pytest.param("cpp", marks=cpp)]

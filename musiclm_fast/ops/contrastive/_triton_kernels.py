@@ -54,10 +54,10 @@ def logsumexp_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """lse (SPLITS, L, M): log-sum-exp of each row over its split, without the positive.
+    """Log-sum-exp of each row over its split, without the positive: lse (SPLITS, L, M).
 
-    positive (SPLITS, L, M), or None: the positive's similarity, 0 where the split has none; from the
-    same product as the others, so that roundings of similarities that are alike cancel.
+    positive (SPLITS, L, M), or None: the positive's similarity, 0 where the split has none; from
+    the same product as the others, so that roundings of similarities that are alike cancel.
     """
     first, begin, end, layer, place = _place(rows, columns, SPLITS, BLOCK_M, BLOCK_N)
     factor = tl.load(temperature + layer)
@@ -72,7 +72,7 @@ def logsumexp_kernel(
         s = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
         column = (start + lanes)[None, :]
         hidden = column == own[:, None]
-        if positive is not None:
+        if positive is not None:  # noqa: SIM102  the first is decided when compiling
             if (start < first + offset + BLOCK_M) & (start + BLOCK_N > first + offset):
                 mine += tl.sum(tl.where(hidden & (column < columns), s, 0.0), axis=1)
         if not EVEN:
@@ -191,8 +191,8 @@ def sigmoid_kernel(
         twice = 2.0 + t
         r = 1.0 / (once * twice)
         if LOSS:
-            # log1p(t) = 2 atanh(z), z = t / (2 + t): keeps the digits of a small t. Chebyshev fit of
-            # atanh(z) / z in z^2 on [0, 1/9], relative error 4e-9.
+            # log1p(t) = 2 atanh(z), z = t / (2 + t): keeps the digits of a small t. Chebyshev fit
+            # of atanh(z) / z in z^2 on [0, 1/9], relative error 4e-9.
             z = t * once * r
             square = z * z
             p = 0.14087329 * square + 0.13980709

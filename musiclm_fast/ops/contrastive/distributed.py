@@ -42,7 +42,6 @@ from musiclm_fast.ops.contrastive.op import (
 STRATEGIES = ("all_gather", "ring", "local")
 
 
-@torch.compiler.disable
 def distributed_contrastive_loss(
     audio: Tensor,
     text: Tensor,
@@ -60,6 +59,7 @@ def distributed_contrastive_loss(
 
     Where no process group of more than one rank exists this is
     :func:`musiclm_fast.ops.contrastive_loss`. Whether one exists is looked up in every call.
+    Under ``torch.compile`` the communication runs outside the graph.
 
     Every rank gets the global loss. Gradients are scaled for data parallelism, which averages
     over ranks (DDP, FSDP, accelerate): the mean over ranks of an encoder's gradients is the
@@ -95,6 +95,18 @@ def distributed_contrastive_loss(
         return contrastive_loss(
             audio, text, temperature, bias, kind=kind, check_values=check_values, backend=backend
         )
+    return _across_ranks(
+        audio, text, temperature, bias, kind, strategy, group, batch_sizes, check_values, backend
+    )
+
+
+@torch.compiler.disable
+def _across_ranks(
+    audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str,
+    strategy: str, group: dist.ProcessGroup | None, batch_sizes: Sequence[int] | None,
+    check_values: bool | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    world = dist.get_world_size(group)
     audio, text = check_latents(audio, text)
     if audio.shape != text.shape:
         fail("text", f"{text.shape[1]} rows", f"as many as audio has ({audio.shape[1]})")
