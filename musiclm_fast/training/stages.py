@@ -341,7 +341,14 @@ class _StageTrainer(nn.Module):
         start = int(self.steps.item()) * self.grad_accum_every * processes
         order = EpochBatches(len(self.ds), self.batch_size, self.seed, start)  # type: ignore[arg-type]
         own = _EveryNth(order, processes, self.accelerator.process_index)
-        return iter(DataLoader(self.ds, batch_sampler=own, collate_fn=self._collate))
+        return iter(self._data(self.ds, batch_sampler=own))
+
+    def _data(self, rows: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        # A loader draws a seed for its workers: from a generator of its own, so that a resumed
+        # run, which makes a new loader, goes on with the random numbers of the one that stopped.
+        return DataLoader(
+            rows, collate_fn=self._collate, generator=torch.Generator().manual_seed(0), **options
+        )
 
     def train_step(self) -> Log:
         """One optimizer step.
@@ -381,9 +388,7 @@ class _StageTrainer(nn.Module):
         if rows == 0:
             return float("nan")
         self.wrapper.eval()
-        loader = DataLoader(
-            self.valid_ds, batch_size=min(self.batch_size, rows), collate_fn=self._collate
-        )
+        loader = self._data(self.valid_ds, batch_size=min(self.batch_size, rows))
         losses = []
         for batch, _ in zip(loader, range(batches), strict=False):
             losses.append(self.wrapper(**self._inputs(batch), return_loss=True).item())
