@@ -20,6 +20,7 @@ from musiclm_fast.audiolm.wrappers import (
     SemanticTransformerWrapper,
     inference,
 )
+from musiclm_fast.models.sound import read_sound
 
 STAGES = ("semantic", "coarse", "fine")
 
@@ -210,7 +211,8 @@ class AudioLM(nn.Module):
         if wave is not None and path is not None:
             fail("prime_wave_path", "given", "None beside prime_wave")
         if path is not None:
-            wave, hz = read_sound(path)
+            hz = self.sample_hz or 44_100
+            wave = read_sound(path, hz).wav[None]
         if wave is None:
             return None, None
         check_ndim("prime_wave", wave, 2, "(B, samples)")
@@ -303,22 +305,3 @@ def _samples_per_token(part: Any) -> int:
     if not known:
         fail("seconds", "given", f"a {type(part).__name__} that says its downsample_factor")
     return known[0]
-
-
-def read_sound(path: str | Path) -> tuple[Tensor, int]:
-    """A sound file as ``(1, samples)`` float32, channels mixed down, and its rate in Hz.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read.
-    """
-    import soundfile
-
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"path: no sound file at {path}")
-    try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"path: {path} is not a readable sound file: {error}") from error
-    return torch.from_numpy(samples).mean(dim=1)[None], int(rate)

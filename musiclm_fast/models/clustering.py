@@ -20,11 +20,28 @@ def nearest(points: Tensor, centres: Tensor, chunk: int = 16_384) -> tuple[Tenso
     return torch.cat(indices), torch.cat(distances)
 
 
+def _spread(points: Tensor, clusters: int, generator: torch.Generator | None) -> Tensor:
+    # k-means++: each centre is a point, drawn by its squared distance to those before
+    centres = points.new_empty(clusters, points.shape[1])
+    chosen = torch.randint(points.shape[0], (), generator=generator).to(points.device)
+    distance = points.new_full((points.shape[0],), torch.inf)
+    draws = torch.rand(clusters, generator=generator).to(points)
+    for index in range(clusters):
+        centres[index] = points[chosen]
+        distance = torch.minimum(distance, (points - centres[index]).square().sum(dim=1))
+        total = distance.cumsum(0)
+        # where every point is a centre already the first one is taken again
+        chosen = torch.searchsorted(total, draws[index] * total[-1]).clamp_max(len(points) - 1)
+    return centres
+
+
 @torch.no_grad()
 def kmeans(
     points: Tensor, clusters: int, iterations: int = 25, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means from a random sample, empty clusters moved to the worst-served points.
+    """Lloyd's k-means from k-means++ centres, empty clusters moved to the worst-served points.
+
+    https://doi.org/10.1145/1283383.1283494
 
     Args:
         points: ``(N, dim)`` floating. With fewer points than clusters some centres coincide.
@@ -38,9 +55,7 @@ def kmeans(
     check_ndim("points", points, 2, "(N, dim)")
     check_positive_int("clusters", clusters)
     count = points.shape[0]
-    order = torch.randperm(count, generator=generator)
-    order = order.repeat(-(-clusters // count))[:clusters].to(points.device)
-    centres = points[order].clone()
+    centres = _spread(points, clusters, generator)
     before = None
     for _ in range(iterations):
         index, distance = nearest(points, centres)

@@ -130,6 +130,14 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         if not self.fitted:
             fail("quantizer", "one that is not fitted", "fit() or a checkpoint first")
         self._frozen = True
+        self.rq.eval()
+        return self
+
+    def train(self, mode: bool = True) -> MuLaNEmbedQuantizer:
+        """Training mode, but for frozen codebooks."""
+        super().train(mode)
+        if self._frozen:
+            self.rq.eval()
         return self
 
     def fingerprint(self) -> str:
@@ -275,8 +283,6 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
                 latents = self.mulan.get_text_latents(texts)
             else:
                 latents = self.mulan.get_text_latents(raw_texts=list(raw_texts or ()))
-            if self._frozen:
-                self.rq.eval()
         _, indices, _ = self.rq(latents)  # (B, q)
         table = self.cond_embeddings[namespace]  # (q, codebook, dim)
         quantizer = torch.arange(self.num_codebooks, device=indices.device)
