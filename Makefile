@@ -17,6 +17,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PYTEST_ARGS ?=
+# One process a core and one thread each: two threads each would fight.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 .PHONY: help
 help:  ## list the targets
@@ -57,12 +59,12 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 
 .PHONY: test
 test: $(READY)  ## the tests, under 15 minutes on two cores
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # pytest ends with 5 where nothing is selected: no slow test is not a failure.
 .PHONY: test-full
 test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, other versions
-	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	for script in tests/full/*.sh; do echo "== $$script"; PYTHON=$(abspath $(PY)) bash $$script; done
 
 # On the Python and the torch that are there, without a network: a machine with a GPU has its own.

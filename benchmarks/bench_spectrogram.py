@@ -142,17 +142,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n-fft", type=int, nargs="*", choices=FRONT_ENDS, default=[*FRONT_ENDS])
+    parser.add_argument("--variants", nargs="*", default=["power", "power gradient", "log-mel"])
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     load_torchaudio()
     print(harness.environment())
-    for n_fft in FRONT_ENDS:
-        for variant in ("power", "power gradient", "log-mel"):
+    for n_fft in arguments.n_fft:
+        for variant in arguments.variants:
             if variant == "log-mel" and n_fft == 128:
                 continue
             row = compare(n_fft, arguments.clips, arguments.rounds, variant)
             print(n_fft, variant, {key: round(value, 2) for key, value in row.items()}, flush=True)
-    for n_fft in FRONT_ENDS:
+    for n_fft in arguments.n_fft:
         for run in ("memory", "memory-torchaudio"):
             used = harness.in_fresh_process("benchmarks.bench_spectrogram", run, str(n_fft))
             print(n_fft, run, f"{used['extra'] / used['output']:.2f} of the output", flush=True)

@@ -34,11 +34,17 @@ class Cache:
         self.context: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.length = 0
         self._added = 0
+        self._context_bias: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
         return self.keys_values.shape[3]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.keys_values.shape[2]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values ``(B, m, dim_head)``; return all of them."""
@@ -61,6 +67,16 @@ class Cache:
         self.context = [
             (k[rows], v[rows], None if mask is None else mask[rows]) for k, v, mask in self.context
         ]
+        self._context_bias = None
+
+    def context_bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The context's mask, which all layers share, as a bias ``(B, 1, c)`` of 0 and -inf."""
+        if mask is None:
+            return None
+        if self._context_bias is None:
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self._context_bias = zeros.masked_fill_(~mask, float("-inf"))[:, None]
+        return self._context_bias
 
     @classmethod
     def from_stacked(cls, stacked: Tensor, capacity: int) -> Cache:

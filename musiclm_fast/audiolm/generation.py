@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.audiolm.layers import Positions
 from musiclm_fast.audiolm.sampling import Sampling, draw
 from musiclm_fast.audiolm.stage import Stage, guide, twice
+from musiclm_fast.audiolm.step import Stepper
 
 
 @dataclass
@@ -92,15 +94,19 @@ def generate_tokens(
         x = x[both]
         mask, context, context_mask = _rows(both, mask, context, context_mask)
     cache = stage.new_cache(x.shape[0], length + steps - 1, context)
-    end = length
+    hidden = stage.transformer(
+        x, context=context, context_mask=context_mask, cache=cache,
+        self_attn_mask=None if prompt.mask is None else mask[:, :length],  # type: ignore[index]
+        attn_bias=None if prompt.positions is None else prompt.positions.part(0, length),
+    )[:, -1]  # fmt: skip
+    stepper = Stepper(stage.transformer)
+    ids = rows
+    prefix_mask = context_mask if stage.transformer.cond_as_self_attn_prefix else None
     for step in tqdm(range(steps), desc=description, disable=not progress, leave=False):
-        start = end - x.shape[1]
-        hidden = stage.transformer(
-            x, context=context, context_mask=context_mask, cache=cache,
-            self_attn_mask=None if mask is None else mask[:, :end],
-            attn_bias=None if prompt.positions is None else prompt.positions.part(start, end),
-        )  # fmt: skip
-        guided = guide(logits(hidden[:, -1], step), sampling.cond_scale, halves)
+        if step > 0:
+            bias = _row_bias(prompt.positions, length + step - 1, mask, prefix_mask, cache, stage)
+            hidden = stepper(twice(embed(ids, step - 1), halves), bias, cache)
+        guided = guide(logits(hidden, step), sampling.cond_scale, halves)
         ban = banned(step)
         if ban is not None:
             guided[:, ban] = float("-inf")
@@ -126,11 +132,29 @@ def generate_tokens(
                 return written[:, : step + 1]
             both = _both(kept, rows.numel(), halves)
             cache.keep_rows(both)
-            mask, context, context_mask = _rows(both, mask, context, context_mask)
+            mask, prefix_mask = _rows(both, mask, prefix_mask)
             rows, ids = rows[kept], ids[kept]
-        x = twice(embed(ids, step), halves)[:, None]
-        end += 1
     return written
+
+
+def _row_bias(
+    positions: Positions | None, index: int, mask: Tensor | None, prefix_mask: Tensor | None,
+    cache: Cache, stage: Stage,
+) -> Tensor | None:  # fmt: skip
+    # (B or 1, heads or 1, keys) of the token at index, made once for all layers
+    row = None if positions is None else positions.row(index)[None]
+    if mask is None and prefix_mask is None:
+        return row
+    nulls = stage.transformer.num_null_kv
+    hidden = torch.zeros(
+        cache.batch, nulls + cache.length + 1, dtype=torch.bool, device=cache.keys_values.device
+    )
+    if prefix_mask is not None:
+        hidden[:, nulls : nulls + prefix_mask.shape[1]] = ~prefix_mask
+    if mask is not None:
+        hidden[:, -index - 1 :] = ~mask[:, : index + 1]
+    blank = torch.zeros((), dtype=cache.keys_values.dtype, device=hidden.device)
+    return (blank if row is None else row).masked_fill(hidden[:, None], float("-inf"))
 
 
 def _both(rows: Tensor, batch: int, halves: bool) -> Tensor:

@@ -19,6 +19,7 @@ from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.models.layers import GEGLU, OffsetBias
 from musiclm_fast.ops import attention
+from musiclm_fast.ops.attention.reference import offset_bias
 
 
 def grad_shrink(x: Tensor, alpha: float = 0.1) -> Tensor:
@@ -156,7 +157,10 @@ class Residual(nn.Module):
         super().__init__()
         self.branch = branch
 
-    def width(self, streams: Tensor) -> tuple[Tensor, Tensor, None]:
+    def constants(self) -> None:
+        """Nothing to prepare."""
+
+    def width(self, streams: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         """The branch's input, the residual and nothing."""
         return streams[..., 0, :], streams, None
 
@@ -202,20 +206,35 @@ class HyperConnection(nn.Module):
         self.dynamic_beta_fn = nn.Parameter(torch.zeros(dim))
         self.dynamic_beta_scale = nn.Parameter(torch.ones(()) * 1e-2)
 
-    def width(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The branch's input ``(B, n, dim)``, the mixed streams and beta ``(B, n, streams)``.
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a forward pass needs of the parameters: weights, scales and offsets of the mix.
+
+        Returns:
+            ``(dim, streams + 2)`` with the norm's gain, ``(streams + 2,)``,
+            ``(streams, streams + 2)``.
+        """
+        gain = (self.norm.gamma + 1) * self.norm.gamma.shape[0] ** 0.5
+        weights = torch.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn[:, None]), dim=1)
+        streams = self.static_beta.shape[0]
+        scales = torch.cat(
+            (self.dynamic_alpha_scale.expand(streams + 1), self.dynamic_beta_scale[None])
+        )
+        offsets = torch.cat((self.static_alpha, self.static_beta[:, None]), dim=1)
+        return weights * gain[:, None], scales, offsets
+
+    def width(
+        self, streams: Tensor, constants: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The branch's input ``(..., dim)``, the mixed streams and beta ``(..., streams)``.
 
         Args:
-            streams: ``(B, n, streams, dim)``.
+            streams: ``(..., streams, dim)``.
+            constants: of :meth:`constants`.
         """
-        dim = streams.shape[-1]
-        to_mix = torch.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn[:, None]), dim=1)
-        to_mix = to_mix * ((self.norm.gamma + 1) * dim**0.5)[:, None]
+        weights, scales, offsets = constants
         length = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_min(1e-12)
-        mix = torch.tanh(streams @ to_mix / length)  # (B, n, streams, 1 + streams + 1)
-        alpha = mix[..., :-1] * self.dynamic_alpha_scale + self.static_alpha
-        beta = mix[..., -1] * self.dynamic_beta_scale + self.static_beta
-        alpha = alpha.transpose(-1, -2)
+        mix = torch.addcmul(offsets, torch.tanh(streams @ weights / length), scales)
+        alpha, beta = mix[..., :-1].transpose(-1, -2), mix[..., -1]
         # Two products: the branch may keep its input without keeping the mixed streams alive.
         branch_input = (alpha[..., :1, :] @ streams).squeeze(-2)
         return branch_input, alpha[..., 1:, :] @ streams, beta
@@ -353,7 +372,7 @@ class Transformer(nn.Module):
         first_values = first_cross_values = None
         layers: Any = self.layers
         for index, (self_attn, cross_attn, ff) in enumerate(layers):
-            x, mixed, beta = self_attn.width(streams)
+            x, mixed, beta = self_attn.width(streams, self_attn.constants())
             branch = self_attn.branch
             source = x if prefix is None or not starts else torch.cat((prefix, x), dim=1)
             k, v, values = branch.keys_values(source, first_values)
@@ -365,7 +384,7 @@ class Transformer(nn.Module):
             streams = self_attn.depth(branch.attend(x, k, v, mask, attn_bias), mixed, beta)
 
             if cross_attn is not None:
-                x, mixed, beta = cross_attn.width(streams)
+                x, mixed, beta = cross_attn.width(streams, cross_attn.constants())
                 branch = cross_attn.branch
                 if cache is not None and index < len(cache.context):
                     k, v, cross_mask = cache.context[index]
@@ -378,7 +397,7 @@ class Transformer(nn.Module):
                         cache.context.append((k, v, cross_mask))
                 streams = cross_attn.depth(branch.attend(x, k, v, cross_mask, None), mixed, beta)
 
-            x, mixed, beta = ff.width(streams)
+            x, mixed, beta = ff.width(streams, ff.constants())
             streams = ff.depth(ff.branch(x), mixed, beta)
         if cache is not None:
             cache.advance()
@@ -426,6 +445,11 @@ class Positions:
         """The bias of the queries from ``start`` to ``end`` and the keys before ``end``."""
         front = self.k_codes.shape[0] - self.q_codes.shape[0]
         return OffsetBias(self.table, self.q_codes[start:end], self.k_codes[: front + end])
+
+    def row(self, index: int) -> Tensor:
+        """The bias of one query and all keys up to itself, ``(heads, front + index + 1)``."""
+        part = self.part(index, index + 1)
+        return offset_bias(self.table, part.q_codes, part.k_codes)[0, :, 0]
 
 
 def causal_table(left: Tensor, offsets: Tensor, right: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Stage(nn.Module):
         self.t5_name = t5_name
         self.cond_drop_prob = cond_drop_prob
         self.drop_text_embeds = drop_text_embeds
+        self.conditioner_fingerprint: str | None = None  # of the quantizer it was trained with
         self.cond_dim = encoded_dim(t5_name) if cond_dim is None else cond_dim
         self._dim = dim
 
@@ -84,15 +85,21 @@ class Stage(nn.Module):
         """Embed texts with the stage's T5."""
         return t5_encode_text(text, name=self.t5_name, output_device=output_device)
 
-    def load(self, path: str | Path) -> dict[str, Any]:
+    def load(self, path: str | Path, audio_conditioner: Any = None) -> dict[str, Any]:
         """Load a checkpoint of a trainer, of this package or of audiolm-pytorch.
+
+        Args:
+            path: the file.
+            audio_conditioner: the quantizer that the stage was trained with; it is given the
+                conditioning embeddings that were trained with the stage.
 
         Returns:
             All that the file holds.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no such checkpoint, or another architecture's.
+            ValueError: it is no such checkpoint, or another architecture's; the conditioner is
+                not the one that the stage was trained with.
         """
         path = Path(path)
         if not path.exists():
@@ -106,6 +113,16 @@ class Stage(nn.Module):
             self.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"path: {path} holds another architecture: {error}") from error
+        trained: dict[str, Any] = package.get("conditioning") or {}
+        self.conditioner_fingerprint = trained.get("fingerprint")
+        if audio_conditioner is not None and trained:
+            own = audio_conditioner.fingerprint()
+            if own != trained["fingerprint"]:
+                fail("audio_conditioner", f"MuLaN and codebooks {own}",
+                     f"{trained['fingerprint']}, with which {path} was trained")  # fmt: skip
+            with torch.no_grad():
+                table = audio_conditioner.cond_embeddings[trained["namespace"]]
+                table.copy_(trained["embeds"])
         checked: dict[str, Any] = package
         return checked
 

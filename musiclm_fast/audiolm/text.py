@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
+from musiclm_fast.audiolm.hugging_face import transformers_class
 
 DEFAULT_T5_NAME = "google/t5-v1_1-base"
 MAX_TOKENS = 256
@@ -28,16 +29,13 @@ def encoded_dim(name: str) -> int:
     short = name.removeprefix("google/").removeprefix("google-t5/")
     if short in _WIDTHS:
         return _WIDTHS[short]
-    from transformers import T5Config
-
-    return int(T5Config.from_pretrained(name).d_model)
+    return int(transformers_class("T5Config").from_pretrained(name).d_model)
 
 
 @cache
 def _model_and_tokenizer(name: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    return T5EncoderModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    model = transformers_class("T5EncoderModel").from_pretrained(name).eval()
+    return model, transformers_class("AutoTokenizer").from_pretrained(name)
 
 
 @torch.no_grad()

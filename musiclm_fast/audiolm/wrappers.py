@@ -13,7 +13,6 @@ from musiclm_fast._checks import check_positive_int, describe, fail
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
-from musiclm_fast.audiolm.resample import resample
 from musiclm_fast.audiolm.sampling import (
     Sampling,
     align_right,
@@ -23,6 +22,7 @@ from musiclm_fast.audiolm.sampling import (
 )
 from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.audiolm.stage import Stage, twice
+from musiclm_fast.models.resample import resample
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -86,6 +86,7 @@ class _Wrapper(nn.Module):
     def _semantic_ids(self, wave: Tensor, input_sample_hz: int | None) -> Tensor:
         if self.wav2vec is None:
             fail("wav2vec", None, "a semantic tokenizer, to read a wave")
+        self.wav2vec.eval()
         with torch.no_grad():
             ids = self.wav2vec(
                 resample(wave, input_sample_hz, getattr(self.wav2vec, "target_sample_hz", None)),

@@ -527,8 +527,8 @@ def run_demo(
         f"wrote to {folder}/: {MODEL_FILE}, {RESULTS_FILE}, spectrograms.png, loss.png, "
         f"similarity.png, {', '.join(path.name for path in examples)}"
     )
-    checkpoint = folder / MODEL_FILE
-    say(f'try: musiclm-fast similarity {examples[0]} "a piano" "a drum" --checkpoint {checkpoint}')
+    names = " ".join(f'"{path.stem.replace("-", " ")}"' for path in reversed(examples))
+    say(f"try: musiclm-fast similarity {examples[-1]} {names} --checkpoint {folder / MODEL_FILE}")
     return results
 
 

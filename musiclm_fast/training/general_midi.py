@@ -240,22 +240,23 @@ def _parse_table() -> tuple[Instrument, ...]:
 
 INSTRUMENTS: tuple[Instrument, ...] = _parse_table()
 
-# Captions of the training notes; {name} is the name or a synonym, {register} how high it sounds.
+# Captions of the training notes; {name} is the name or a synonym, {a} its article,
+# {register} how high it sounds.
 TRAIN_TEMPLATES: tuple[str, ...] = (
     "{name}",
-    "a {name}",
-    "the sound of a {name}",
-    "a recording of a {name}",
-    "a {register} note on a {name}",
+    "{a} {name}",
+    "the sound of {a} {name}",
+    "a recording of {a} {name}",
+    "a {register} note on {a} {name}",
     "{name}, {register} register",
-    "a single note played by a {name}",
+    "a single note played by {a} {name}",
     "someone plays the {name}",
 )
 
 # Prompts of the evaluation: no training caption has these forms.
 PROMPT_TEMPLATES: tuple[str, ...] = (
-    "this is a {name}",
-    "music played with a {name}",
+    "this is {a} {name}",
+    "music played with {a} {name}",
     "one hears the {name}",
 )
 
@@ -267,12 +268,17 @@ def zero_shot_prompts(
 
     Args:
         instruments: the labels.
-        templates: forms with a ``{name}`` field.
+        templates: forms with a ``{name}`` field, and ``{a}`` for its article.
 
     Returns:
         ``prompts[i][j]``: template j filled with the name of instrument i.
     """
-    return [[form.format(name=item.name) for form in templates] for item in instruments]
+    return [[_fill(form, item.name) for form in templates] for item in instruments]
+
+
+def _fill(template: str, name: str, register: str = "") -> str:
+    """A caption from its template."""
+    return template.format(a="an" if name[0] in "aeiou" else "a", name=name, register=register)
 
 
 def _register(pitch: int) -> str:
@@ -548,7 +554,7 @@ class CaptionedNotes(Dataset):
         notes: the rendered notes.
         instruments: what captions call each program.
         indices: which of the notes; None for all. No other note is ever heard.
-        templates: forms of the captions, with fields ``{name}`` and ``{register}``.
+        templates: forms of the captions, with fields ``{a}``, ``{name}`` and ``{register}``.
         gain_db: largest change of level either way, in dB; 0 changes nothing.
         max_delay: largest silence before a note, in seconds; 0 for none.
         phrases: share of clips with two notes.
@@ -617,4 +623,4 @@ class CaptionedNotes(Dataset):
         # The name itself is drawn more often than any synonym.
         name = item.name if self._uniform(0, 1) < 0.5 else names[self._below(len(names))]
         form = self.templates[self._below(len(self.templates))]
-        return form.format(name=name, register=_register(int(self.notes.pitch[note])))
+        return _fill(form, name, _register(int(self.notes.pitch[note])))

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 SATURATED = {"n1", "extreme_logits"}
 SLOW_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     f"n{n}-{'per_sample' if own else 'shared'}": (
-        dict(queries=n, heads=1, batch=2 if own else 1, codes_per_sample=own, radius=400), {},
+        dict(queries=n, heads=1, batch=1, codes_per_sample=own, lengths=own, radius=400), {},
     )
     for n in (372, 744)
     for own in (False, True)
@@ -146,6 +146,7 @@ def test_outputs_and_gradients(case: str) -> None:
 
 @interpreted
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", SLOW_CASES)
 def test_outputs_and_gradients_of_long_inputs(case: str) -> None:
     shapes, options = SLOW_CASES[case]
@@ -366,7 +367,35 @@ def test_self_check_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert problem.startswith("q (")
 
 
+@interpreted
+@pytest.mark.slow
+def test_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_attention_gpu as bench
+
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "HEIGHT", 4)
+    rows = bench.measure(24, 24, 1, "cpu", torch.float32, rounds=1, repeats=1)
+    assert [r["name"] for r in rows] == [
+        "ours, shared", "ours, per sample", "ours, QK norm", "flash", "SDPA + bias",
+    ]  # fmt: skip
+    table = bench.as_markdown(rows)
+    assert table.count("| 24 |") == len(rows)
+
+
+@interpreted
+@pytest.mark.slow
+def test_benchmark_refuses_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_attention_gpu as bench
+
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "HEIGHT", 4)
+    monkeypatch.setattr(bench, "ours", lambda a: attention(**a, backend="triton") * 1.001)
+    with pytest.raises(AssertionError, match="error"):
+        bench.measure(24, 24, 1, "cpu", torch.float32, rounds=1, repeats=1)
+
+
 @compiled
+@pytest.mark.timeout(1800)
 def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
     result = subprocess.run(
@@ -440,11 +469,13 @@ def test_compiles_ahead_of_time(arch: int) -> None:
 @compiled
 @pytest.mark.aot
 @pytest.mark.slow
-def test_every_variant_compiles_ahead_of_time() -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_variant_compiles_ahead_of_time(arch: int) -> None:
     from tests.ops import triton_resources
 
     broken = []
-    for variant, found in triton_resources.table(triton_resources.every_variant(), [80, 90, 100]):
+    for variant, found in triton_resources.table(triton_resources.every_variant(), [arch]):
         broken += [f"{variant}: {p}" for p in triton_resources.problems(variant, found)]
     assert not broken
 

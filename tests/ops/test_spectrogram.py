@@ -438,9 +438,22 @@ def test_cuda_says_why_it_is_not_used() -> None:
     ok, reason = _cuda.available()
     if not ok:
         assert "library" in reason
-    ok, reason = _cuda.supports(noise(1, 1000), 128)
+    ok, reason = _cuda.supports(noise(1, 1000), 128, torch.ones(24))
     assert not ok
     assert "cpu" in reason
+
+
+@needs_library
+def test_self_check_passes_a_right_kernel_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert _cuda.self_check(cpu) is None  # the same op, with its CPU kernel
+    right = _cuda._autograd.run
+
+    def later(**arguments: Any) -> Tensor:
+        return right(**{**arguments, "wav": arguments["wav"].roll(1)})
+
+    monkeypatch.setattr(_cuda._autograd, "run", later)
+    assert "values, 24 of 128: error" in str(_cuda.self_check(cpu))
 
 
 # bad input

@@ -101,7 +101,9 @@ def condition(model: Any, options: dict[str, Any], batch: int = 2) -> dict[str, 
     return dict(text_embeds=embeds)
 
 
-def run(model: Any, inputs: dict[str, Any], seed: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
+def run(
+    model: Any, inputs: dict[str, Any], seed: int = 1
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs, and the gradients of their sum with fixed random weights."""
     model.zero_grad()
     torch.manual_seed(seed)

@@ -72,7 +72,7 @@ def logsumexp_kernel(
         s = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
         column = (start + lanes)[None, :]
         hidden = column == own[:, None]
-        if positive is not None:  # noqa: SIM102  the first is decided when compiling
+        if positive is not None:
             if (start < first + offset + BLOCK_M) & (start + BLOCK_N > first + offset):
                 mine += tl.sum(tl.where(hidden & (column < columns), s, 0.0), axis=1)
         if not EVEN:
