@@ -17,6 +17,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 PYTEST_ARGS ?=
+# One process a core and one thread each: two threads each would fight.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 .PHONY: help
 help:  ## list the targets
@@ -42,7 +44,7 @@ $(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/dev
 	touch $@
 
 $(STAMPS)/library: CMakeLists.txt setup.py $(shell find csrc -type f) $(STAMPS)/package
-	MUSICLM_FAST_BUILD=1 $(PY) setup.py --quiet build_ext --inplace
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 READY := $(STAMPS)/library
@@ -57,34 +59,40 @@ lint: $(STAMPS)/dev  ## ruff and mypy
 
 .PHONY: test
 test: $(READY)  ## the tests, under 15 minutes on two cores
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # pytest ends with 5 where nothing is selected: no slow test is not a failure.
 .PHONY: test-full
 test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, other versions
-	$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	for script in tests/full/*.sh; do echo "== $$script"; PYTHON=$(abspath $(PY)) bash $$script; done
 
 # On the Python and the torch that are there, without a network: a machine with a GPU has its own.
 .PHONY: test-gpu
 test-gpu:  ## the tests that need a CUDA device, with the environment's own torch, offline
-	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 # ---- benchmarks and demonstration
 
+# A benchmark with a main() prints its own table; the others are pytest-benchmark suites.
+run_benchmarks = for file in benchmarks/bench_*.py; do echo "== $$file"; \
+	if grep -q '^def main' $$file; then $(1) -m benchmarks.$$(basename $$file .py); \
+	else $(1) -m pytest $$file -m "$(2)" $(PYTEST_ARGS) || [ $$? -eq 5 ]; fi; done
+
 .PHONY: bench
 bench: $(READY)  ## CPU benchmarks against the live reference
-	$(PY) -m pytest benchmarks -m "not gpu" $(PYTEST_ARGS)
+	$(call run_benchmarks,$(PY),not gpu)
 
 .PHONY: bench-gpu
 bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
-	MUSICLM_FAST_BUILD=auto $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest benchmarks -m gpu $(PYTEST_ARGS)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest benchmarks/bench_*.py -m gpu $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it
-	$(PY) examples/demo.py
+	$(VENV)/bin/musiclm-fast demo --output demo-output
+	$(VENV)/bin/musiclm-fast similarity demo-output/trumpet.wav "a trumpet" "a french horn" "a violin" "an acoustic grand piano"
 
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)

@@ -137,6 +137,35 @@ def attention_inputs(
     return arguments
 
 
+def contrastive_inputs(
+    batch: int,
+    depth: int,
+    layers: int | None = None,
+    *,
+    temperature: float = 10.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random arguments for :func:`musiclm_fast.ops.contrastive_loss`; all require gradients.
+
+    Unit latents whose positives are alike; the parameters differ by layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, depth) if layers is None else (layers, batch, depth)
+    audio = torch.randn(shape, generator=generator)
+    text = audio + torch.randn(shape, generator=generator)
+    latents = {"audio": audio, "text": text}
+    arguments = {
+        name: (x / x.norm(dim=-1, keepdim=True)).to(device=device, dtype=dtype)
+        for name, x in latents.items()
+    }
+    count = layers or 1
+    arguments["temperature"] = temperature * torch.linspace(1.0, 0.5, count, device=device)
+    arguments["bias"] = torch.linspace(-3.0, 1.0, count, device=device)
+    return {name: x.requires_grad_() for name, x in arguments.items()}
+
+
 def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with every floating tensor in float64, as new leaves."""
     return {

@@ -52,7 +52,9 @@ bool folds(int64_t n_fft, int64_t taps) { return taps <= kMaxFoldedTaps && n_fft
 
 void add_folded(Plan& plan) {
   Transform& t = plan.transform;
-  t.terms = (t.taps / 2 + 2) / 2 * 2;
+  for (const int terms : kFoldedTerms) {
+    if (t.terms == 0 && terms > t.taps / 2) t.terms = terms;
+  }
   t.rows = t.n_fft % 2 == 0 ? t.n_fft / 4 + 1 : t.bins;
   t.table = static_cast<int>(plan.numbers.size());
   for (int row = 0; row < t.rows; ++row) {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define MUSICLM_FAST_HD __host__ __device__ __forceinline__
@@ -23,6 +24,8 @@
 namespace musiclm_fast::spectrogram {
 
 inline constexpr int kMaxFoldedTaps = 63;
+// Lengths of the folded sums: few, so that a GPU keeps a frame's terms in registers.
+inline constexpr int kFoldedTerms[] = {2, 8, 14, 20, 32};
 inline constexpr int kMaxFoldedFft = 1 << 13;
 inline constexpr int kMaxFft = 1 << 20;
 inline constexpr int kMaxRadix = 31;
@@ -109,7 +112,7 @@ struct Transform {
   int stages;
   Stage stage[kMaxStages];
   int split;  // packed: offset of length / 2 + 1 complex numbers (cos, sin)(2 pi k / n_fft)
-  int terms;  // folded: taps / 2 + 1, rounded up to even
+  int terms;  // folded: taps / 2 + 1, rounded up to one of kFoldedTerms
   int rows;   // folded: rows of its table, each `terms` cosines, then `terms` sines
   int table;  // folded: its offset
   const float* numbers;
@@ -236,65 +239,67 @@ MUSICLM_FAST_HD void odd_dft(V* re, V* im, int radix, const float* roots) {
   im[0] = all_im;
 }
 
-// Butterflies first, first + step, ... of one stage. They touch disjoint entries.
-template <int R, class V>
-MUSICLM_FAST_HD void run_stage(V* re, V* im, int length, const Stage& stage, const float* numbers,
-                               int first, int step) {
+// Butterflies first, first + step, ... of one stage. They touch disjoint entries. An Array is
+// anything indexed: a pointer, or a GPU's shared memory with gaps against bank conflicts.
+template <int R, class Array>
+MUSICLM_FAST_HD void run_stage(Array re, Array im, int length, const Stage& stage,
+                               const float* numbers, int first, int step) {
+  using V = std::remove_cvref_t<decltype(re[0])>;
   const int span = stage.span;
   const float* twiddles = numbers + stage.twiddles;
   for (int i = first; i < length / R; i += step) {
     const int block = stage.shift >= 0 ? i >> stage.shift : i / span;
-    const int j = i - block * span;
-    V* at_re = re + block * span * R + j;
-    V* at_im = im + block * span * R + j;
+    const int j = i - block * span, at = block * span * R + j;
     V a[R], b[R];
     for (int k = 0; k < R; ++k) {
-      a[k] = at_re[k * span];
-      b[k] = at_im[k * span];
+      a[k] = re[at + k * span];
+      b[k] = im[at + k * span];
     }
     small_dft<R>(a, b);
-    at_re[0] = a[0];
-    at_im[0] = b[0];
+    re[at] = a[0];
+    im[at] = b[0];
     for (int q = 1; q < R; ++q) {
       if (span > 1) {
         const float* w = twiddles + 2 * ((q - 1) * span + j);
         const float c = w[0], s = w[1];
-        at_re[q * span] = a[q] * c - b[q] * s;
-        at_im[q * span] = a[q] * s + b[q] * c;
+        re[at + q * span] = a[q] * c - b[q] * s;
+        im[at + q * span] = a[q] * s + b[q] * c;
       } else {
-        at_re[q] = a[q];
-        at_im[q] = b[q];
+        re[at + q] = a[q];
+        im[at + q] = b[q];
       }
     }
   }
 }
 
-template <class V>
-MUSICLM_FAST_HD void run_odd_stage(V* re, V* im, int length, const Stage& stage,
+template <class Array>
+MUSICLM_FAST_HD void run_odd_stage(Array re, Array im, int length, const Stage& stage,
                                    const float* numbers, int first, int step) {
+  using V = std::remove_cvref_t<decltype(re[0])>;
   const int span = stage.span, radix = stage.radix;
   for (int i = first; i < length / radix; i += step) {
-    const int block = i / span, j = i - block * span;
-    V* at_re = re + block * span * radix + j;
-    V* at_im = im + block * span * radix + j;
+    const int block = i / span, j = i - block * span, at = block * span * radix + j;
     V a[kMaxRadix], b[kMaxRadix];
     for (int k = 0; k < radix; ++k) {
-      a[k] = at_re[k * span];
-      b[k] = at_im[k * span];
+      a[k] = re[at + k * span];
+      b[k] = im[at + k * span];
     }
     odd_dft(a, b, radix, numbers + stage.roots);
-    for (int q = 0; q < radix; ++q) {
+    re[at] = a[0];
+    im[at] = b[0];
+    for (int q = 1; q < radix; ++q) {
       const float* w = numbers + stage.twiddles + 2 * ((q - 1) * span + j);
-      const float c = q == 0 ? 1.0f : w[0], s = q == 0 ? 0.0f : w[1];
-      at_re[q * span] = a[q] * c - b[q] * s;
-      at_im[q * span] = a[q] * s + b[q] * c;
+      const float c = w[0], s = w[1];
+      re[at + q * span] = a[q] * c - b[q] * s;
+      im[at + q * span] = a[q] * s + b[q] * c;
     }
   }
 }
 
 // One thread's share of a stage: butterflies first, first + step, ...
-template <class V>
-MUSICLM_FAST_HD void fft_stage(V* re, V* im, const Transform& t, int index, int first, int step) {
+template <class Array>
+MUSICLM_FAST_HD void fft_stage(Array re, Array im, const Transform& t, int index, int first,
+                               int step) {
   const Stage& stage = t.stage[index];
   switch (stage.radix) {
     case 2: return run_stage<2>(re, im, t.length, stage, t.numbers, first, step);

@@ -76,7 +76,7 @@ MUSICLM_FAST_INLINE vfloat vlog(vfloat x) {
   p = p * m + 3.3333331174e-1f;
   // e ln(2), with ln(2) in two parts so that e times the first is exact
   vfloat result = p * m * z - e * 2.12194440e-4f - z * 0.5f + m + e * 0.693359375f;
-  const float infinity = std::numeric_limits<float>::infinity();
+  const float infinity = __builtin_inff();
   result = x < vset(infinity) ? result : x;  // infinity, NaN
   result = x > vzero() ? result : x == vzero() ? vset(-infinity) : x - x + __builtin_nanf("");
   return result;
@@ -288,7 +288,7 @@ class Kernel {
     }
   }
 
-  // Spectra of a group: emit(bin, re, im) for every live bin and perhaps others.
+  // Spectra of a group: emit(bin, re, im) once for every live bin and perhaps others.
   template <class Emit>
   MUSICLM_FAST_INLINE void spectra(const Group& g, Emit emit) const {
     if (t.folded) {
@@ -327,8 +327,9 @@ class Kernel {
       }
       for (int i = 0; i < count; ++i) {
         const BinPair<vfloat> pair = spectrogram::folded_pair(sums[i]);
-        if (half >= 0) emit(half - row - i, pair.high.re, pair.high.im);
         emit(row + i, pair.low.re, pair.low.im);
+        const int mate = half - row - i;
+        if (half >= 0 && mate != row + i) emit(mate, pair.high.re, pair.high.im);
       }
     }
   }
@@ -365,7 +366,7 @@ class Kernel {
           spectrogram::split_pair<vfloat>({s.re[at_k], s.im[at_k]}, {s.re[at_m], s.im[at_m]},
                                           turns[2 * k], turns[2 * k + 1]);
       emit(k, pair.low.re, pair.low.im);
-      emit(m, pair.high.re, pair.high.im);
+      if (m != k) emit(m, pair.high.re, pair.high.im);
     }
   }
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from musiclm_fast._checks import (
+    check_dtype,
     check_finite,
     check_floating,
     check_ndim,
     check_probability,
+    check_shape,
     describe,
     fail,
 )
@@ -21,13 +26,17 @@ from musiclm_fast.models.front_end import (
     PhaseAdvance,
     Spectrogram,
     draw_masks,
+    draw_stretch,
     resolve_front_end,
 )
 from musiclm_fast.models.layers import LayerNorm, OffsetBias, Transformer
+from musiclm_fast.models.sound import as_batch, similar_lengths
 from musiclm_fast.ops import grid_codes, grid_offsets
+from musiclm_fast.ops.spectrogram.op import check_finite_clips
 from musiclm_fast.ops.spectrogram.reference import span_mask
 
 _REFERENCE = FrontEnd()
+_SPREAD = 0.85  # clips run together whose lengths differ by less: padding costs 8% on average
 
 
 def posemb_sincos_2d(
@@ -149,38 +158,83 @@ class AudioSpectrogramTransformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Sequence[Tensor],
         force_no_patch_dropout: bool = False,
         return_all_layers: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Embed clips.
 
+        A clip's embedding does not depend on the others' lengths: reflection at its ends, cropping
+        to patches, masks per sample and patch dropout use its own. Where the lengths are known on
+        the CPU, clips of similar lengths run together and next to nothing is spent on padding;
+        lengths on a GPU are not read on the host, and the padded batch runs as one.
+
         Args:
-            x: waveforms ``(B, samples)``, or spectrograms ``(B, time, frequency)`` where the tower
-                accepts those (``(B, frequency, time)`` without ``accept_spec_time_first``).
+            x: waveforms ``(B, samples)`` or a list of clips ``(samples,)``, or spectrograms
+                ``(B, time, frequency)`` where the tower accepts those (``(B, frequency, time)``
+                without ``accept_spec_time_first``).
             force_no_patch_dropout: keep all patches in training too.
             return_all_layers: also return the outputs of all blocks but the last.
+            lengths: ``(B,)`` integer samples (frames of a spectrogram) of each clip; None where
+                all fill the batch.
+            input_sample_hz: rate of the waveforms in Hz, if it is not the front end's.
 
         Returns:
             ``(B, dim)``; with ``return_all_layers`` also ``(depth - 1, B, patches, dim)``, whose
-            patches are in row-major order of the grid (the dropped ones left out).
+            patches are in row-major order of the grid (the dropped ones left out). Where lengths
+            differ, a clip's own patches come first and zeros follow, and a third result
+            ``(B,)`` int32 says how many they are.
 
         Raises:
             ValueError, TypeError: wrong shape or dtype, an empty batch, NaN or infinite samples
-                (checked on CPU tensors), a clip shorter than one patch.
+                (checked on CPU tensors), a clip shorter than one patch, a rate to change where
+                the front end has none.
+            ImportError: soxr, which changes the rate, is not installed.
         """
-        spec = self._spectrogram(x)
-        batch, bands, frames = spec.shape
-        height, width = bands // self.patch_size[0], frames // self.patch_size[1]
-        kept = self._draw_kept(batch, height * width, spec.device, force_no_patch_dropout)
-        tokens, codes = self._embed_patches(spec, height, width, kept)
-        bias = OffsetBias(self._bias_table(height, width), codes, codes)
-        tokens, layers = self.transformer(tokens, bias=bias, return_all_layers=return_all_layers)
-        out = self.norm(tokens.mean(dim=1))
-        return (out, layers) if return_all_layers else out
+        if isinstance(x, Tensor):
+            self._check_input(x)
+        if not self.accept_spec:
+            to_hz = self.front_end.sample_hz
+            x, lengths = as_batch(x, lengths, from_hz=input_sample_hz, to_hz=to_hz)
+        elif input_sample_hz is not None:
+            fail("input_sample_hz", input_sample_hz, "None: the input is a spectrogram")
+        elif not isinstance(x, Tensor):
+            fail("x", "a list", "a spectrogram batch: lists are for waveforms")
+        self._check_input(x)
+        own_frames = self._own_frames(x, lengths)
+        stretch, masks = self._draw_augmentation(x, own_frames)
+        drops = self.training and not force_no_patch_dropout
 
-    def _spectrogram(self, x: Tensor) -> Tensor:
-        # (B, samples) or a spectrogram -> (B, F, T), masked in training, cropped to whole patches
+        def run(rows: Tensor | None, size: int) -> Embedded:
+            def part(t: Tensor | None) -> Tensor | None:
+                return t if rows is None or t is None or t.shape[0] == 1 else t[rows.to(t.device)]
+
+            spec = self._spectrogram(
+                self._cut(cast(Tensor, part(x)), size), (part(masks[0]), part(masks[1])),
+                part(lengths), part(own_frames), part(stretch),
+            )  # fmt: skip
+            return self._embed(spec, part(own_frames), drops, return_all_layers)
+
+        longest = self._samples(x)
+        groups = self._groups(lengths, own_frames)
+        if len(groups) <= 1:
+            result = run(None, longest)
+        else:
+            assert lengths is not None
+            sizes = lengths.tolist()
+            parts = [run(torch.tensor(g), max(sizes[clip] for clip in g)) for g in groups]
+            result = _reunited(parts, groups)
+        if not return_all_layers:
+            return result.out
+        assert result.layers is not None
+        if result.tokens is None:
+            return result.out, result.layers
+        return result.out, result.layers, result.tokens
+
+    def _check_input(self, x: Tensor) -> None:
         if self.accept_spec:
             order = "time, frequency" if self.accept_spec_time_first else "frequency, time"
             check_ndim("x", x, 3, f"(B, {order})")
@@ -189,46 +243,158 @@ class AudioSpectrogramTransformer(nn.Module):
         check_floating("x", x)
         if x.shape[0] == 0:
             fail("x", "an empty batch", "at least one clip")
-        check_finite("x", x)
-        weight_dtype = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight).dtype
-        if x.dtype != torch.float64 or weight_dtype != torch.float64:
-            x = x.float()
 
-        if self.accept_spec:
-            spec = x.transpose(1, 2) if self.accept_spec_time_first else x
-            bands, frames = spec.shape[1:]
-        else:
-            bands, frames = self.front_end.bands, self.spec.frames(x.shape[1])
-        crop = self.patch_size
-        if bands < crop[0] or frames < crop[1]:
+    def _time_axis(self) -> int:
+        return 1 if not self.accept_spec or self.accept_spec_time_first else 2
+
+    def _samples(self, x: Tensor) -> int:
+        return x.shape[self._time_axis()]
+
+    def _cut(self, x: Tensor, size: int) -> Tensor:
+        return x.narrow(self._time_axis(), 0, size)
+
+    def _frames(self, samples: int) -> int:
+        return samples if self.accept_spec else self.spec.frames(samples)
+
+    def _own_frames(self, x: Tensor, lengths: Tensor | None) -> Tensor | None:
+        # frames of each clip, (B,) int64 where the lengths lie; None where all fill the batch
+        samples = self._samples(x)
+        frames = self._frames(samples)
+        bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
+        tall, wide = self.patch_size
+        if bands < tall or frames < wide:
             fail(
                 "x",
                 f"{describe(x)}, a spectrogram of {bands} bands and {frames} frames",
-                f"at least one patch of {crop[0]} bands and {crop[1]} frames",
+                f"at least one patch of {tall} bands and {wide} frames",
             )
-        masks: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.training:
-            masks = draw_masks(self.front_end, bands, frames, x.shape[0], x.device)
-        if self.accept_spec:
-            if masks[0] is not None:
-                spec = spec.masked_fill(span_mask(masks[0], bands).any(1)[:, :, None], 0.0)
-            if masks[1] is not None:
-                spec = spec.masked_fill(span_mask(masks[1], frames).any(1)[:, None, :], 0.0)
-            spec = spec[:, : bands // crop[0] * crop[0], : frames // crop[1] * crop[1]]
-        else:
-            spec = self.spec(x, masks, crop)
+        if lengths is None or self.accept_spec:
+            check_finite("x", x)
+        if lengths is None:
+            return None
+        check_shape("lengths", lengths, (x.shape[0],), "(B,)")
+        check_dtype("lengths", lengths, (torch.int64, torch.int32))
+        own = lengths.long() if self.accept_spec else self.spec.own_frames(lengths.long())
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            for clip, (length, own_frames) in enumerate(
+                zip(lengths.tolist(), own.tolist(), strict=True)
+            ):
+                if length > samples:
+                    fail("lengths", f"{length} of clip {clip}", f"at most the {samples} of x")
+                if own_frames < wide:
+                    found = f"{length} of clip {clip}, {own_frames} frames"
+                    fail("lengths", found, f"at least one patch of {wide} frames")
+            if not self.accept_spec:
+                check_finite_clips("x", x, lengths)
+        return own
+
+    def _draw_augmentation(
+        self, x: Tensor, own_frames: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+        # speeds (B,), and spans of masked bands and frames
+        if not self.training:
+            return None, (None, None)
+        frames = self._frames(self._samples(x))
+        bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
+        own = None if own_frames is None else own_frames.to(x.device)
+        masks = draw_masks(self.front_end, bands, frames, x.shape[0], x.device, own)
+        stretch = None
+        if not self.accept_spec:
+            stretch = draw_stretch(self.front_end, x.shape[0], x.device)
+        return stretch, masks
+
+    def _groups(self, lengths: Tensor | None, own_frames: Tensor | None) -> list[list[int]]:
+        # clips that run together; none where they all do
+        if lengths is None or own_frames is None or lengths.device.type != "cpu":
+            return []
+        if torch.compiler.is_compiling():
+            return []
+        columns = (own_frames // self.patch_size[1]).tolist()
+        return similar_lengths(columns, _SPREAD)
+
+    def _spectrogram(
+        self,
+        x: Tensor,
+        masks: tuple[Tensor | None, Tensor | None] = (None, None),
+        lengths: Tensor | None = None,
+        own_frames: Tensor | None = None,
+        stretch: Tensor | None = None,
+    ) -> Tensor:
+        # (B, samples) or a spectrogram -> (B, F, T), masked, cropped to whole patches
+        weight_dtype = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight).dtype
+        if x.dtype != torch.float64 or weight_dtype != torch.float64:
+            x = x.float()
+        crop = self.patch_size
+        if not self.accept_spec:
+            own = None if lengths is None else lengths.to(x.device)
+            spec = self.spec(x, masks, crop, own, stretch, check_finite=False)
+            return spec.to(weight_dtype)
+        spec = x.transpose(1, 2) if self.accept_spec_time_first else x
+        bands, frames = spec.shape[1:]
+        if masks[0] is not None:
+            spec = spec.masked_fill(span_mask(masks[0], bands).any(1)[:, :, None], 0.0)
+        if masks[1] is not None:
+            spec = spec.masked_fill(span_mask(masks[1], frames).any(1)[:, None, :], 0.0)
+        if own_frames is not None:
+            inside = torch.arange(frames, device=x.device) < own_frames.to(x.device)[:, None]
+            spec = spec.masked_fill(~inside[:, None, :], 0.0)
+        spec = spec[:, : bands // crop[0] * crop[0], : frames // crop[1] * crop[1]]
         return spec.to(weight_dtype)
 
+    def _embed(
+        self, spec: Tensor, own_frames: Tensor | None, drops: bool, return_all_layers: bool
+    ) -> Embedded:
+        # spec (B, F, T), of which own_frames (B,) frames are a clip's own
+        batch, bands, frames = spec.shape
+        height, width = bands // self.patch_size[0], frames // self.patch_size[1]
+        kept, tokens_of = self._draw_kept(batch, height, width, own_frames, spec.device, drops)
+        tokens, codes = self._embed_patches(spec, height, width, kept)
+        bias = OffsetBias(self._bias_table(height, width), codes, codes)
+        tokens, layers = self.transformer(
+            tokens, bias=bias, lengths=tokens_of, return_all_layers=return_all_layers
+        )
+        if tokens_of is None:
+            return Embedded(self.norm(tokens.mean(dim=1)), layers, None)
+        beyond = torch.arange(tokens.shape[1], device=spec.device) >= tokens_of[:, None]  # (B, n)
+        total = tokens.masked_fill(beyond[:, :, None], 0.0).sum(dim=1)
+        if layers is not None:
+            layers = layers.masked_fill(beyond[None, :, :, None], 0.0)
+        return Embedded(self.norm(total / tokens_of[:, None]), layers, tokens_of)
+
     def _draw_kept(
-        self, batch: int, patches: int, device: torch.device, force_no_patch_dropout: bool
-    ) -> Tensor | None:
-        # (B, kept) int64, each row in rising order: neighbours in the grid stay neighbours, and
-        # neither attention nor the mean sees the order.
-        if not self.training or self.patch_dropout_prob == 0.0 or force_no_patch_dropout:
-            return None
-        keep = max(1, int(patches * (1 - self.patch_dropout_prob)))
-        drawn = torch.randn(batch, patches, device=device).topk(keep, dim=-1).indices
-        return drawn.sort(dim=-1).values
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        own_frames: Tensor | None,
+        device: torch.device,
+        drops: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # Patches that take part, (B, kept) int64 of the grid's row-major order, and how many of
+        # each row they are, (B,) int32; None for all. Each row rises: neighbours in the grid stay
+        # neighbours, and neither attention nor the mean sees the order.
+        patches = height * width
+        share = 1 - self.patch_dropout_prob if drops else 1.0
+        keep = max(1, int(patches * share))
+        scores = None
+        if share < 1.0:
+            scores = torch.randn(batch, patches, device=device)
+        if own_frames is None:
+            if scores is None:
+                return None, None
+            return scores.topk(keep, dim=-1).indices.sort(dim=-1).values, None
+        columns = (own_frames.to(device) // self.patch_size[1]).clamp(1, width)  # (B,)
+        place = torch.arange(patches, device=device)
+        own = place % width < columns[:, None]  # (B, patches)
+        count = (columns * height * share).long().clamp(min=1)
+        if scores is not None:
+            drawn = scores.masked_fill(~own, -torch.inf).topk(keep, dim=-1).indices
+            ranked = torch.arange(keep, device=device) < count[:, None]
+            chosen = torch.where(ranked, drawn, patches)
+        else:
+            chosen = torch.where(own, place, patches)
+        # what is not a clip's own goes to the end and shows the last patch, which is never read
+        return chosen.sort(dim=-1).values.clamp(max=patches - 1), count.int()
 
     def _embed_patches(
         self, spec: Tensor, height: int, width: int, kept: Tensor | None
@@ -251,3 +417,27 @@ class AudioSpectrogramTransformer(nn.Module):
         offsets = grid_offsets(height, width, weight.device)
         table: Tensor = self.dynamic_pos_bias_mlp(offsets.to(weight.dtype))
         return table.t().contiguous()
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the tower makes of clips: ``out (B, dim)``, ``layers (depth - 1, B, n, dim)`` if asked
+    for, and ``tokens (B,)``, how many of the n are a clip's own, where that differs."""
+
+    out: Tensor
+    layers: Tensor | None
+    tokens: Tensor | None
+
+
+def _reunited(parts: list[Embedded], groups: list[list[int]]) -> Embedded:
+    # groups of clips back in the batch's order, layers padded with zeros
+    order = torch.tensor([clip for group in groups for clip in group])
+    back = order.argsort().to(parts[0].out.device)
+    out = torch.cat([part.out for part in parts])[back]
+    tokens = torch.cat([cast(Tensor, part.tokens) for part in parts])[back]
+    if parts[0].layers is None:
+        return Embedded(out, None, tokens)
+    every = [cast(Tensor, part.layers) for part in parts]
+    longest = max(layers.shape[2] for layers in every)
+    every = [F.pad(layers, (0, 0, 0, longest - layers.shape[2])) for layers in every]
+    return Embedded(out, torch.cat(every, dim=1)[:, back], tokens)

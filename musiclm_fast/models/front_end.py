@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
 from musiclm_fast.ops import mel_filters, spectrogram
+from musiclm_fast.ops.spectrogram.reference import num_frames
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class FrontEnd:
             (float below 1); 0 for none.
         masks_per_sample: draw masks per clip on the clip's device, else one for the whole batch
             from the CPU generator, as the reference does.
+        time_stretch: largest relative change of speed in training: a clip, or with batch-wide masks
+            the batch, plays ``1 - time_stretch`` to ``1 + time_stretch`` times as fast. The
+            reference means to stretch and never does.
     """
 
     sample_hz: int | None = None
@@ -48,6 +52,7 @@ class FrontEnd:
     freq_mask: int | float = 80
     time_mask: int | float = 80
     masks_per_sample: bool = False
+    time_stretch: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive_int("n_fft", self.n_fft)
@@ -67,6 +72,8 @@ class FrontEnd:
             value = getattr(self, name)
             if value < 0 or (isinstance(value, float) and value >= 1):
                 fail(name, value, "an integer of at least 0 or a fraction below 1")
+        if not 0 <= self.time_stretch < 1:
+            fail("time_stretch", self.time_stretch, "at least 0 and below 1")
 
     @property
     def bands(self) -> int:
@@ -124,9 +131,19 @@ class Spectrogram(nn.Module):
     def frames(self, samples: int) -> int:
         """Frames of a clip of ``samples`` samples."""
         c = self.config
-        hop = c.win_length // 2 if c.hop_length is None else c.hop_length
-        padded = samples + 2 * c.pad + (c.n_fft // 2 * 2 if c.center else 0)
-        return max(0, (padded - c.n_fft) // hop + 1)
+        return num_frames(samples, c.n_fft, self.hop_length, c.pad, c.center)
+
+    def own_frames(self, lengths: Tensor) -> Tensor:
+        """Frames of each clip of ``lengths`` samples."""
+        c = self.config
+        padded = lengths + 2 * c.pad + (c.n_fft // 2 * 2 if c.center else 0)
+        return ((padded - c.n_fft) // self.hop_length + 1).clamp(min=0)
+
+    @property
+    def hop_length(self) -> int:
+        """Samples from one frame to the next."""
+        c = self.config
+        return c.win_length // 2 if c.hop_length is None else c.hop_length
 
     def forward(
         self,
@@ -134,6 +151,8 @@ class Spectrogram(nn.Module):
         masks: tuple[Tensor | None, Tensor | None] = (None, None),
         crop: tuple[int, int] = (1, 1),
         lengths: Tensor | None = None,
+        stretch_rate: Tensor | None = None,
+        check_finite: bool | None = None,
     ) -> Tensor:
         """Spectrogram ``(B, F, T)`` of ``wav (B, samples)``, masked and cropped."""
         c = self.config
@@ -141,7 +160,8 @@ class Spectrogram(nn.Module):
             wav, n_fft=c.n_fft, win_length=c.win_length, hop_length=c.hop_length,
             window=self.window, pad=c.pad, center=c.center, pad_mode=c.pad_mode, power=c.power,
             mel=self.mel, log_offset=c.log_offset, mean=c.mean, std=c.std, freq_mask=masks[0],
-            time_mask=masks[1], crop=crop, lengths=lengths,
+            time_mask=masks[1], crop=crop, lengths=lengths, stretch_rate=stretch_rate,
+            check_finite=check_finite,
         )  # fmt: skip
 
 
@@ -158,14 +178,16 @@ class PhaseAdvance(nn.Module):
         self.register_buffer("phase_advance", phase)
 
 
-def draw_span(widest: int | float, size: int, batch: int | None, device: torch.device) -> Tensor:
+def draw_span(
+    widest: int | float, size: int | Tensor, batch: int | None, device: torch.device
+) -> Tensor:
     """Draw mask spans along an axis, as SpecAugment does.
 
     ``width = rand * widest``, ``start = rand * (size - width)``, both rounded towards zero.
 
     Args:
         widest: in entries, or a fraction of ``size`` (float below 1).
-        size: entries of the axis.
+        size: entries of the axis; or ``(batch,)`` of each sample's.
         batch: one span per sample, drawn on ``device``; None is one span for all, drawn by the
             CPU generator in torchaudio's order.
         device: of the result.
@@ -181,15 +203,31 @@ def draw_span(widest: int | float, size: int, batch: int | None, device: torch.d
 
 
 def draw_masks(
-    config: FrontEnd, bands: int, frames: int, batch: int, device: torch.device
+    config: FrontEnd,
+    bands: int,
+    frames: int,
+    batch: int,
+    device: torch.device,
+    own_frames: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Frequency and time spans for a batch, in the reference's order of draws; None for none."""
+    """Frequency and time spans for a batch, in the reference's order of draws; None for none.
+
+    Masks per sample are sized to and placed within ``own_frames (batch,)``, where given.
+    """
     rows = batch if config.masks_per_sample else None
-    freq, time = (
-        draw_span(widest, size, rows, device) if widest > 0 else None
-        for widest, size in ((config.freq_mask, bands), (config.time_mask, frames))
-    )
+    within = frames if own_frames is None or rows is None else own_frames
+    freq = draw_span(config.freq_mask, bands, rows, device) if config.freq_mask > 0 else None
+    time = draw_span(config.time_mask, within, rows, device) if config.time_mask > 0 else None
     return freq, time
+
+
+def draw_stretch(config: FrontEnd, batch: int, device: torch.device) -> Tensor | None:
+    """Speeds ``(batch,)`` for a time stretch; None for none."""
+    if config.time_stretch == 0.0:
+        return None
+    rows, draw_on = (batch, device) if config.masks_per_sample else (1, torch.device("cpu"))
+    drawn = torch.rand(rows, device=draw_on).to(device).expand(batch)
+    return 1.0 + config.time_stretch * (2.0 * drawn - 1.0)
 
 
 def with_masks(config: FrontEnd, freq_mask: int | float, time_mask: int | float) -> FrontEnd:

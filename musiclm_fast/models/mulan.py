@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_fast._checks import check_tensor, describe, fail
+from musiclm_fast._checks import (
+    check_floating,
+    check_ndim,
+    check_positive,
+    check_positive_int,
+    check_tensor,
+    describe,
+    fail,
+)
 from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.contrastive import (
@@ -15,6 +26,7 @@ from musiclm_fast.models.contrastive import (
     interspersed_indices,
     make_contrastive_loss,
 )
+from musiclm_fast.models.sound import read_sound, resample
 from musiclm_fast.models.text import TextTransformer
 
 
@@ -80,30 +92,156 @@ class MuLaN(nn.Module):
         )  # fmt: skip
 
     @overload
-    def get_audio_latents(self, wavs: Tensor) -> Tensor: ...
+    def get_audio_latents(
+        self,
+        wavs: Tensor | Sequence[Tensor],
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
+    ) -> Tensor: ...
 
     @overload
     def get_audio_latents(
-        self, wavs: Tensor, return_all_layers: Literal[True]
+        self,
+        wavs: Tensor | Sequence[Tensor],
+        return_all_layers: Literal[True],
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def get_audio_latents(
-        self, wavs: Tensor, return_all_layers: bool = False
+        self,
+        wavs: Tensor | Sequence[Tensor],
+        return_all_layers: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Embed clips.
 
         Args:
-            wavs: ``(B, samples)``, or spectrograms where the audio tower accepts those.
+            wavs: ``(B, samples)``, a list of B clips ``(samples,)``, or spectrograms where the
+                audio tower accepts those.
             return_all_layers: also return the tower's intermediate layers.
+            lengths: ``(B,)`` integer samples of each clip of a padded batch; the embedding of a
+                clip is that of the clip alone.
+            input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
 
         Returns:
             Unit vectors ``(B, dim_latent)``; with ``return_all_layers`` also
-            ``(depth - 1, B, patches, audio dim)``.
+            ``(depth - 1, B, patches, audio dim)``, zeros beyond a clip's own patches.
         """
-        if not return_all_layers:
-            return F.normalize(self.audio_to_latents(self.audio(wavs)), dim=-1)
-        embeds, layers = self.audio(wavs, return_all_layers=True)
-        return F.normalize(self.audio_to_latents(embeds), dim=-1), layers
+        latents, layers, _ = self._audio_latents(wavs, return_all_layers, lengths, input_sample_hz)
+        if layers is None:
+            return latents
+        return latents, layers
+
+    def _audio_latents(
+        self,
+        wavs: Tensor | Sequence[Tensor],
+        return_all_layers: bool,
+        lengths: Tensor | None,
+        input_sample_hz: int | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # latents, layers if asked for, and each clip's patches where they differ
+        result = self.audio(
+            wavs, return_all_layers=return_all_layers, lengths=lengths,
+            input_sample_hz=input_sample_hz,
+        )  # fmt: skip
+        embeds, *rest = result if return_all_layers else (result,)
+        layers, tokens = (*rest, None, None)[:2]
+        return F.normalize(self.audio_to_latents(embeds), dim=-1), layers, tokens
+
+    @torch.no_grad()
+    def embed_audio(
+        self,
+        sound: str | os.PathLike[str] | Tensor,
+        *,
+        input_sample_hz: int | None = None,
+        window_seconds: float = 10.0,
+        stride_seconds: float = 1.0,
+        mix_down: bool = False,
+        batch_size: int = 16,
+    ) -> Tensor:
+        """Embed a sound of any length: the average over windows of it, as MusicLM does.
+
+        ``normalize(mean_w latent(window w))``; windows start every ``stride_seconds``, and a last
+        one ends where the sound ends. A sound shorter than a window is embedded whole. The model
+        is in evaluation mode meanwhile, so the result is the same every time.
+
+        Args:
+            sound: a file (wav, flac, ogg, mp3), or ``(samples,)`` floating, or
+                ``(channels, samples)`` with mix_down.
+            input_sample_hz: rate of a tensor in Hz, if it is not the audio tower's.
+            window_seconds, stride_seconds: length of a window, and from one to the next.
+            mix_down: average several channels; without it they are an error.
+            batch_size: windows that run at once.
+
+        Returns:
+            A unit vector ``(dim_latent,)``.
+
+        Raises:
+            ValueError, TypeError: several channels without mix_down, an empty sound, NaN or
+                infinity, a front end that does not know its rate.
+            FileNotFoundError: there is no such file.
+            ImportError: soundfile or soxr is not installed, where they are needed.
+
+        Source: https://arxiv.org/abs/2301.11325 (MusicLM, section 4.1).
+        """
+        rate = self.audio.front_end.sample_hz
+        if rate is None:
+            fail("sound", "a front end without sample_hz", "one that knows its rate")
+        check_positive("window_seconds", window_seconds)
+        check_positive("stride_seconds", stride_seconds)
+        check_positive_int("batch_size", batch_size)
+        wav = self._mono(sound, rate, input_sample_hz, mix_down)
+        window = min(round(window_seconds * rate), len(wav))
+        stride = max(1, round(stride_seconds * rate))
+        last = len(wav) - window
+        starts = [*range(0, last, stride), last]
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            total = wav.new_zeros(self.dim_latent, dtype=torch.float64)
+            for begin in range(0, len(starts), batch_size):
+                some = starts[begin : begin + batch_size]
+                clips = torch.stack([wav[start : start + window] for start in some])
+                total += self.get_audio_latents(clips).double().sum(dim=0)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return F.normalize(total, dim=0).to(self.audio_to_latents.weight.dtype)
+
+    def _mono(
+        self,
+        sound: str | os.PathLike[str] | Tensor,
+        rate: int,
+        input_sample_hz: int | None,
+        mix_down: bool,
+    ) -> Tensor:
+        # (samples,) at the tower's rate, on the model's device
+        device = self.audio_to_latents.weight.device
+        allowed = "mono, or mix_down=True"
+        if not isinstance(sound, Tensor):
+            if input_sample_hz is not None:
+                fail("input_sample_hz", input_sample_hz, "None: a file knows its rate")
+            read = read_sound(sound, rate)
+            if read.file_channels > 1 and not mix_down:
+                fail("sound", f"{read.file_channels} channels in {os.fspath(sound)!r}", allowed)
+            return read.wav.to(device)
+        check_ndim("sound", sound, (1, 2), "(samples,) or (channels, samples)")
+        check_floating("sound", sound)
+        if sound.ndim == 2:
+            if not mix_down:
+                fail("sound", describe(sound), allowed)
+            sound = sound.mean(dim=0)
+        if not len(sound):
+            fail("sound", describe(sound), "at least one sample")
+        changed = resample(
+            sound.detach(), rate if input_sample_hz is None else input_sample_hz, rate
+        )
+        return changed.to(device)
 
     @overload
     def get_text_latents(
@@ -139,43 +277,54 @@ class MuLaN(nn.Module):
 
     def forward(
         self,
-        wavs: Tensor,
+        wavs: Tensor | Sequence[Tensor],
         texts: Tensor | None = None,
         raw_texts: list[str] | None = None,
         return_latents: bool = False,
         return_similarities: bool = False,
         return_pairwise_similarities: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
+        return_loss_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Contrastive loss of B pairs, or what one of the flags asks for.
 
         Args:
-            wavs: ``(B, samples)``, or spectrograms where the audio tower accepts those.
+            wavs: ``(B, samples)``, a list of B clips ``(samples,)``, or spectrograms where the
+                audio tower accepts those.
             texts: ``(B, n)`` token ids.
             raw_texts: B strings, in place of token ids.
             return_latents: return both sets of unit vectors ``(B, dim_latent)``.
             return_similarities: return the cosine of each pair ``(B,)``.
             return_pairwise_similarities: return all cosines ``(B clips, B texts)``.
+            lengths: ``(B,)`` integer samples of each clip of a padded batch.
+            input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
+            return_loss_latents: return what :meth:`loss_of_latents` takes.
 
         Raises:
             ValueError, TypeError: see the towers; batches of different sizes; both or none of
                 texts and raw_texts.
         """
-        check_tensor("wavs", wavs)
+        if not isinstance(wavs, (list, tuple)):
+            check_tensor("wavs", wavs)
         if (texts is None) == (raw_texts is None):
             both = "both" if texts is not None else "neither"
             fail("texts, raw_texts", both, "exactly one of them")
         count = len(raw_texts) if raw_texts is not None else texts.shape[0]  # type: ignore[union-attr]
-        if not return_pairwise_similarities and count != wavs.shape[0]:
-            fail("wavs", describe(wavs), f"as many clips as there are texts ({count})")
+        if not return_pairwise_similarities and count != len(wavs):
+            found = describe(wavs) if isinstance(wavs, Tensor) else f"{len(wavs)} clips"
+            fail("wavs", found, f"as many clips as there are texts ({count})")
         wants_layers = self.multi_layer_contrastive_learning is not None and not (
             return_latents or return_similarities or return_pairwise_similarities
         )
-        audio_layers = text_layers = None
+        audio, audio_layers, audio_tokens = self._audio_latents(
+            wavs, wants_layers, lengths, input_sample_hz
+        )
+        text_layers = None
         if wants_layers:
-            audio, audio_layers = self.get_audio_latents(wavs, True)
             text, text_layers = self.get_text_latents(texts, raw_texts, True)
         else:
-            audio = self.get_audio_latents(wavs)
             text = self.get_text_latents(texts, raw_texts)
 
         if return_latents:
@@ -184,11 +333,37 @@ class MuLaN(nn.Module):
             return (audio * text).sum(dim=-1)
         if return_pairwise_similarities:
             return audio @ text.t()
+        latents: tuple[Tensor, ...] = (audio, text)
+        if self.multi_layer_contrastive_learning is not None:
+            assert audio_layers is not None and text_layers is not None
+            latents += self.multi_layer_contrastive_learning.latents(
+                audio_layers[self.audio_layers_indices],
+                text_layers[self.text_layers_indices],
+                audio_tokens,
+            )
+        if not return_loss_latents:
+            return self.loss_of_latents(*latents)
+        # DistributedDataParallel expects every parameter to have a part in what forward returns;
+        # the loss's own come to theirs in loss_of_latents.
+        losses = (self.contrast, getattr(self.multi_layer_contrastive_learning, "contrast", None))
+        own = [p.sum() for m in losses if m is not None for p in m.parameters()]
+        return audio + 0.0 * torch.stack(own).sum().to(audio.dtype), *latents[1:]
+
+    def loss_of_latents(
+        self,
+        audio: Tensor,
+        text: Tensor,
+        layer_audio: Tensor | None = None,
+        layer_text: Tensor | None = None,
+    ) -> Tensor:
+        """Contrastive loss of unit vectors ``(B, dim_latent)``.
+
+        Args:
+            audio, text: the towers' latents.
+            layer_audio, layer_text: ``(layers, B, dim_latent)`` latents of intermediate layers,
+                where MuLaN has the hierarchical loss.
+        """
         loss: Tensor = self.contrast(audio, text)
-        if self.multi_layer_contrastive_learning is None:
-            return loss
-        assert audio_layers is not None and text_layers is not None
-        return loss + self.multi_layer_contrastive_learning(
-            audio_layers=audio_layers[self.audio_layers_indices],
-            text_layers=text_layers[self.text_layers_indices],
-        )
+        if self.multi_layer_contrastive_learning is not None:
+            loss = loss + self.multi_layer_contrastive_learning.contrast(layer_audio, layer_text)
+        return loss

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_positive_int, describe, fail
+from musiclm_fast.audiolm.audio_lm import AudioLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
+from musiclm_fast.models.resample import resample
 from musiclm_fast.tokenizer import tokenizer
+
+
+class Sample(NamedTuple):
+    """A generated wave ``(1, samples)``, None if empty, and its similarity to the text."""
+
+    wave: Tensor | None
+    score: float
 
 
 class MusicLM(nn.Module):
@@ -41,40 +50,174 @@ class MusicLM(nn.Module):
     def device(self) -> torch.device:
         return next(self.mulan_embed_quantizer.parameters()).device
 
+    @overload
+    def forward(
+        self, text: str, num_samples: int = 1, *, return_all: Literal[True], **kwargs: Any
+    ) -> list[Sample]: ...
+
+    @overload
+    def forward(self, text: str, num_samples: int = 1, **kwargs: Any) -> Any: ...
+
     @torch.no_grad()
-    def forward(self, text: str, num_samples: int = 1, **audio_lm_kwargs: Any) -> Any:
+    def forward(
+        self,
+        text: str,
+        num_samples: int = 1,
+        *,
+        return_all: bool = False,
+        single_namespace: bool = False,
+        **audio_lm_kwargs: Any,
+    ) -> Any:
         """Generate music.
 
         Args:
             text: what the music should be.
-            num_samples: how many samples to draw; the best one under MuLaN is returned.
-            **audio_lm_kwargs: passed on to the AudioLM.
+            num_samples: how many samples to draw, all in one batch; the best one is returned.
+            return_all: return every sample with its score, the best one first.
+            single_namespace: send the default namespace's embedding to every stage and draw the
+                samples one by one, as musiclm-pytorch does. Stages that were trained on their own
+                namespaces then see the wrong one.
+            **audio_lm_kwargs: passed on to the AudioLM: ``seconds``, ``sampling``, ``seed`` for
+                this package's, ``max_length`` for any.
 
         Returns:
-            What the AudioLM returns for one sample: ``(1, samples)``, or a list of one waveform.
+            ``(1, samples)`` at the codec's rate, or what a list of one waveform holds; with
+            ``return_all`` a list of :class:`Sample`.
 
         Raises:
-            ValueError, TypeError: an empty text, no samples.
+            ValueError, TypeError: an empty text or one that is too long, no samples, a quantizer
+                that is not fitted, stages that were trained with another MuLaN.
         """
         if not isinstance(text, str):
             fail("text", describe(text), "a string", TypeError)
         if not text.strip():
             fail("text", repr(text), "a text that says something")
         check_positive_int("num_samples", num_samples)
+        stages = stages_of(self.audio_lm)
+        if stages:
+            self._check_stages(stages)
         self.eval()
+        texts = self._texts(text)
+        if not stages or single_namespace:
+            text_embeds = self.mulan_embed_quantizer(**texts)
+            samples = [
+                self.audio_lm(text_embeds=text_embeds, **audio_lm_kwargs)
+                for _ in range(num_samples)
+            ]
+            if num_samples == 1 and not return_all:
+                return samples[0]
+            waves: list[Tensor | None] = [_as_batch(music) for music in samples]
+        else:
+            samples = None
+            waves = self._generate(stages, texts, num_samples, audio_lm_kwargs)
+        if num_samples == 1 and not return_all:
+            return waves[0]
+        scores = self._scores(waves, texts)
+        if return_all:
+            order = scores.argsort(descending=True, stable=True).tolist()
+            return [Sample(waves[i], float(scores[i])) for i in order]
+        best = int(scores.argmax())
+        return waves[best] if samples is None else samples[best]
+
+    def _texts(self, text: str) -> dict[str, Any]:
+        # The argument by which the joint embedding takes the text
         mulan = self.mulan_embed_quantizer.mulan
-        texts = tokenizer.tokenize([text], context_length=mulan.text.max_seq_len).to(self.device)
-        text_embeds = self.mulan_embed_quantizer(texts=texts)
-        samples = [
-            self.audio_lm(text_embeds=text_embeds, **audio_lm_kwargs) for _ in range(num_samples)
-        ]
-        if num_samples == 1:
-            return samples[0]
-        text_latent = mulan.get_text_latents(texts)
-        scores = torch.stack(
-            [(mulan.get_audio_latents(_as_batch(music)) * text_latent).sum() for music in samples]
-        )
-        return samples[int(scores.argmax())]
+        length = getattr(getattr(mulan, "text", None), "max_seq_len", None)
+        if length is None:
+            return {"raw_texts": [text]}
+        return {"texts": tokenizer.tokenize([text], context_length=length).to(self.device)}
+
+    def _check_stages(self, stages: dict[str, Any]) -> None:
+        quantizer = self.mulan_embed_quantizer
+        if not quantizer.fitted:
+            fail("mulan_embed_quantizer", "one that is not fitted", "fit() or its checkpoint first")
+        own = None
+        for name, stage in stages.items():
+            if not stage.transformer.has_condition:
+                continue
+            width = quantizer.conditioning_dims[quantizer.namespaces.index(self._namespace(name))]
+            wanted = getattr(stage.transformer, "cond_dim", width)
+            if wanted != width:
+                fail("audio_lm", f"a {name} stage for a condition of {wanted}",
+                     f"the quantizer's width {width}")  # fmt: skip
+            trained_with = getattr(stage.transformer, "conditioner_fingerprint", None)
+            own = own or (quantizer.fingerprint() if trained_with else None)
+            if trained_with not in (None, own):
+                fail("audio_lm", f"a {name} stage trained with MuLaN and codebooks {trained_with}",
+                     f"one trained with these, {own}")  # fmt: skip
+
+    def _namespace(self, stage: str) -> str:
+        quantizer = self.mulan_embed_quantizer
+        default: str = quantizer._default_namespace
+        return stage if stage in quantizer.namespaces else default
+
+    def _generate(
+        self, stages: dict[str, Any], texts: dict[str, Any], count: int, kwargs: dict[str, Any]
+    ) -> list[Tensor | None]:
+        # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
+        embeds = {
+            name: self.mulan_embed_quantizer(**texts, namespace=self._namespace(name)).expand(
+                count, -1, -1
+            )
+            for name, stage in stages.items()
+            if stage.transformer.has_condition
+        }
+        if isinstance(self.audio_lm, AudioLM):
+            given: Any = {"text_embeds": embeds} if embeds else {}
+            music = self.audio_lm(batch_size=count, **given, **kwargs)
+        else:
+            music = _run_stages(stages, embeds, count, **kwargs)
+        return [None if wave is None else wave.reshape(1, -1) for wave in music]
+
+    def _scores(self, waves: list[Tensor | None], texts: dict[str, Any]) -> Tensor:
+        # Cosine of each sample and the text; an empty sample comes last.
+        quantizer = self.mulan_embed_quantizer
+        latent = quantizer.mulan.get_text_latents(**texts)
+        codec = getattr(stages_of(self.audio_lm).get("fine"), "codec", None)
+        rate = getattr(codec, "target_sample_hz", None)
+        scores = []
+        for wave in waves:
+            if wave is None or wave.numel() == 0:
+                scores.append(latent.new_tensor(-torch.inf))
+                continue
+            if quantizer.sample_hz is not None:
+                wave = resample(wave, rate, quantizer.sample_hz)
+            scores.append((quantizer.mulan.get_audio_latents(wave) * latent).sum())
+        return torch.stack(scores)
+
+
+def stages_of(audio_lm: nn.Module) -> dict[str, Any]:
+    """The wrappers of an AudioLM's stages by name, empty for anything else."""
+    names = ("semantic", "coarse", "fine")
+    stages = {name: getattr(audio_lm, name, None) for name in names}
+    whole = all(hasattr(stage, "transformer") for stage in stages.values())
+    return stages if whole else {}
+
+
+def _run_stages(
+    stages: dict[str, Any],
+    embeds: dict[str, Tensor],
+    count: int,
+    *,
+    max_length: int = 2048,
+    return_coarse_generated_wave: bool = False,
+    mask_out_generated_fine_tokens: bool = False,
+    **prime: Any,
+) -> Any:
+    # audiolm-pytorch's AudioLM takes one embedding for all stages; its stages take their own.
+    semantic = stages["semantic"].generate(
+        text_embeds=embeds.get("semantic"), batch_size=count, max_length=max_length, **prime
+    )
+    coarse = stages["coarse"].generate(
+        text_embeds=embeds.get("coarse"), semantic_token_ids=semantic,
+        reconstruct_wave=return_coarse_generated_wave, **prime,
+    )  # fmt: skip
+    if return_coarse_generated_wave:
+        return coarse
+    return stages["fine"].generate(
+        text_embeds=embeds.get("fine"), coarse_token_ids=coarse, reconstruct_wave=True,
+        mask_out_generated_fine_tokens=mask_out_generated_fine_tokens, **prime,
+    )  # fmt: skip
 
 
 def _as_batch(music: Tensor | list[Tensor]) -> Tensor:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
 from vector_quantize_pytorch import ResidualVQ
 
-from musiclm_fast._checks import check_choice, fail
+from musiclm_fast._checks import (
+    check_choice,
+    check_positive,
+    check_positive_int,
+    check_shape,
+    fail,
+)
+from musiclm_fast.models.clustering import kmeans
 from musiclm_fast.models.conditioner import AudioConditionerBase
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.resample import resample
 
 
 class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-type]
@@ -19,12 +32,16 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
     Source: MusicLM, https://arxiv.org/abs/2301.11325.
 
     Args:
-        mulan: a trained MuLaN.
+        mulan: a trained MuLaN, or any module with ``dim_latent``, ``get_audio_latents(wavs)`` and
+            ``get_text_latents(texts=None, raw_texts=None)`` that give unit vectors.
         conditioning_dims: width of the conditioning of each namespace.
-        rq_num_quantizers: number of residual codebooks.
+        rq_num_quantizers: number of residual codebooks. MusicLM's are 12 x 1024: :meth:`paper`.
         rq_ema_decay: decay of the codebooks' moving averages.
         codebook_size: entries of a codebook.
         namespaces: one name per stage that is conditioned.
+        window_seconds: longer clips are embedded in windows of this length, and the mean counts;
+            None embeds a clip as a whole. MusicLM's are 10 s. It needs a MuLaN that knows its rate.
+        window_stride_seconds: from one window to the next.
     """
 
     def __init__(
@@ -35,6 +52,9 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         rq_ema_decay: float = 0.9,
         codebook_size: int = 1024,
         namespaces: Sequence[str] = ("semantic", "coarse", "fine"),
+        *,
+        window_seconds: float | None = None,
+        window_stride_seconds: float = 1.0,
     ) -> None:
         super().__init__()
         if not namespaces:
@@ -69,6 +89,156 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             embeddings = nn.Parameter(torch.randn(rq_num_quantizers, codebook_size, width))
             self.cond_embeddings[namespace] = nn.init.normal_(embeddings, std=0.02)
         self.set_default_namespace(self.namespaces[0])
+        self._frozen = False
+        self.window_seconds = window_seconds
+        self.window_stride_seconds = window_stride_seconds
+        if window_seconds is not None:
+            check_positive("window_seconds", window_seconds)
+            check_positive("window_stride_seconds", window_stride_seconds)
+            if self.sample_hz is None:
+                fail("window_seconds", window_seconds, "None: the MuLaN does not know its rate")
+
+    @classmethod
+    def paper(
+        cls, mulan: MuLaN, conditioning_dims: Sequence[int], **kwargs: Any
+    ) -> MuLaNEmbedQuantizer:
+        """MusicLM's quantizer: 12 codebooks of 1024, windows of 10 s every second."""
+        sizes = dict(rq_num_quantizers=12, codebook_size=1024, window_seconds=10.0)
+        return cls(mulan, conditioning_dims, **{**sizes, **kwargs})
+
+    @property
+    def sample_hz(self) -> int | None:
+        """Rate in Hz of the clips it hears, None where the MuLaN does not know."""
+        front_end = getattr(getattr(self.mulan, "audio", None), "front_end", None)
+        rate = getattr(self.mulan, "sample_hz", getattr(front_end, "sample_hz", None))
+        return None if rate is None else int(rate)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the codebooks hold anything: by :meth:`fit`, training or a checkpoint."""
+        return all(bool(layer._codebook.initted) for layer in self.rq.layers)
+
+    def freeze(self) -> MuLaNEmbedQuantizer:
+        """Keep the codebooks as they are, in training too.
+
+        Otherwise they move with the batches that a stage is trained on, and stages that are
+        trained one after the other see different codes.
+
+        Raises:
+            ValueError: there is nothing to keep yet.
+        """
+        if not self.fitted:
+            fail("quantizer", "one that is not fitted", "fit() or a checkpoint first")
+        self._frozen = True
+        self.rq.eval()
+        return self
+
+    def train(self, mode: bool = True) -> MuLaNEmbedQuantizer:
+        """Training mode, but for frozen codebooks."""
+        super().train(mode)
+        if self._frozen:
+            self.rq.eval()
+        return self
+
+    def fingerprint(self) -> str:
+        """A short hash of MuLaN and codebooks: stages are of use with the same ones alone."""
+        digest = hashlib.sha256()
+        for part in (self.mulan, self.rq):
+            for name, value in sorted(part.state_dict().items()):
+                if name.endswith(("cluster_size", "embed_avg", "initted")):
+                    continue  # of training, not of the codes
+                digest.update(name.encode())
+                flat = value.detach().cpu().contiguous().view(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def fit(
+        self,
+        data: Tensor | Iterable[Any],
+        *,
+        batch_size: int = 16,
+        iterations: int = 25,
+        max_latents: int = 65_536,
+        input_sample_hz: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> MuLaNEmbedQuantizer:
+        """Fit the codebooks by k-means, one after the other on what the ones before leave, and
+        freeze them.
+
+        Args:
+            data: latents ``(N, dim_latent)``; or clips, as rows ``(samples,)`` or tuples that
+                start with one, of any lengths, for example a data set.
+            batch_size: clips of equal length that are embedded at once.
+            iterations: of k-means at most.
+            max_latents: how many to look at.
+            input_sample_hz: rate of the clips; None is MuLaN's.
+            seed: of the first centres.
+            progress: show a bar.
+
+        Returns:
+            The quantizer itself.
+
+        Raises:
+            ValueError: no data, or latents that are not finite.
+        """
+        if isinstance(data, Tensor):
+            check_shape("data", data, (None, self.dim), "(N, dim_latent)")
+            latents = data.detach().float()[:max_latents]
+        else:
+            latents = self._latents_of(data, batch_size, max_latents, input_sample_hz, progress)
+        if latents.shape[0] == 0:
+            fail("data", "no rows", "at least one clip or latent")
+        if not bool(torch.isfinite(latents).all()):
+            fail("data", "latents with NaN or infinity", "finite ones")
+        generator = torch.Generator().manual_seed(seed)
+        rest = latents.to(next(self.rq.buffers()).device)
+        for layer in self.rq.layers:
+            centres, counts = kmeans(rest, self.codebook_size, iterations, generator)
+            book = layer._codebook
+            book.embed.data.copy_(centres[None])
+            book.embed_avg.data.copy_((centres * counts[:, None])[None])
+            book.cluster_size.data.copy_(counts[None])
+            book.initted.data.fill_(True)
+            rest = rest - centres[torch.cdist(rest, centres).argmin(dim=1)]
+        return self.freeze()
+
+    def _latents_of(
+        self, data: Iterable[Any], batch_size: int, limit: int, hz: int | None, progress: bool
+    ) -> Tensor:
+        check_positive_int("batch_size", batch_size)
+        device = next(self.rq.buffers()).device
+        found: list[Tensor] = []
+        batch: list[Tensor] = []
+
+        def embed() -> None:
+            waves = resample(torch.stack(batch), hz, self.sample_hz)
+            found.append(self._audio_latents(waves.to(device)))
+            batch.clear()
+
+        size = getattr(data, "__len__", lambda: limit)()
+        rows = itertools.islice((data[i] for i in range(size)) if hasattr(data, "__getitem__")
+                                else iter(data), limit)  # fmt: skip
+        for row in tqdm(rows, desc="embedding clips", total=min(size, limit), disable=not progress):
+            clip = row[0] if isinstance(row, (tuple, list)) else row
+            if batch and (batch[0].shape != clip.shape or len(batch) == batch_size):
+                embed()
+            batch.append(clip)
+        if batch:
+            embed()
+        return torch.cat(found) if found else torch.empty(0, self.dim)
+
+    def _audio_latents(self, wavs: Tensor) -> Tensor:
+        # (B, samples) -> (B, dim_latent); long clips are embedded window by window
+        self.mulan.eval()
+        rate, window = self.sample_hz, self.window_seconds
+        if window is None or rate is None or wavs.shape[1] <= int(window * rate):
+            latents: Tensor = self.mulan.get_audio_latents(wavs)
+            return latents
+        windows = wavs.unfold(1, int(window * rate), int(self.window_stride_seconds * rate))
+        means = [self.mulan.get_audio_latents(clip).mean(dim=0) for clip in windows]
+        return F.normalize(torch.stack(means), dim=-1)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The conditioning embeddings alone: MuLaN is frozen and the codebooks have no gradient."""
@@ -84,6 +254,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         wavs: Tensor | None = None,
         texts: Tensor | None = None,
         namespace: str | None = None,
+        raw_texts: Sequence[str] | None = None,
     ) -> Tensor:
         """Conditioning embeddings of clips or of texts.
 
@@ -91,6 +262,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             wavs: ``(B, samples)`` at MuLaN's rate.
             texts: ``(B, n)`` token ids, in place of clips.
             namespace: whose embeddings; None is the default namespace.
+            raw_texts: B strings, in place of token ids.
 
         Returns:
             ``(B, quantizers, conditioning dim)``.
@@ -98,17 +270,19 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         Raises:
             ValueError: both or none of wavs and texts; an unknown namespace.
         """
-        if (wavs is None) == (texts is None):
-            fail("wavs, texts", "both" if wavs is not None else "neither", "exactly one of them")
+        given = sum(value is not None for value in (wavs, texts, raw_texts))
+        if given != 1:
+            fail("wavs, texts, raw_texts", f"{given} of them", "exactly one of them")
         namespace = self._default_namespace if namespace is None else namespace
         check_choice("namespace", namespace, self.namespaces)
         with torch.no_grad():
             self.mulan.eval()
-            latents = (
-                self.mulan.get_audio_latents(wavs)
-                if wavs is not None
-                else self.mulan.get_text_latents(texts)
-            )
+            if wavs is not None:
+                latents = self._audio_latents(wavs)
+            elif texts is not None:
+                latents = self.mulan.get_text_latents(texts)
+            else:
+                latents = self.mulan.get_text_latents(raw_texts=list(raw_texts or ()))
         _, indices, _ = self.rq(latents)  # (B, q)
         table = self.cond_embeddings[namespace]  # (q, codebook, dim)
         quantizer = torch.arange(self.num_codebooks, device=indices.device)

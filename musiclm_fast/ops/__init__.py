@@ -8,7 +8,7 @@ contrastive_loss  softmax, decoupled and sigmoid losses between two sets of late
 
 from musiclm_fast._dispatch import BackendError, read_environment, use_backend
 from musiclm_fast.ops.attention import attention, grid_codes, grid_offsets
-from musiclm_fast.ops.contrastive import contrastive_loss
+from musiclm_fast.ops.contrastive import contrastive_loss, distributed_contrastive_loss
 from musiclm_fast.ops.spectrogram import mel_filters, spectrogram
 
 read_environment()
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "attention",
     "contrastive_loss",
+    "distributed_contrastive_loss",
     "grid_codes",
     "grid_offsets",
     "mel_filters",

@@ -53,6 +53,7 @@ from musiclm_fast.training.metrics import (
     zero_shot_accuracy,
 )
 
+EXAMPLE_PROGRAMS = (0, 24, 56)  # grand piano, nylon string guitar, trumpet
 MODEL_FILE, STATE_FILE, RESULTS_FILE = "mulan.pt", "training.pt", "results.json"
 
 
@@ -230,10 +231,13 @@ class _Batches:
 
     def __init__(self, data: Notes, config: DemoConfig) -> None:
         self.config = config
+        train = data.parts["train"]
         self.generator = torch.Generator()
-        self.clips = CaptionedNotes(data.notes, data.instruments, generator=self.generator)
-        labels = data.label[data.parts["train"]].numpy()
-        by_label = [data.parts["train"][labels == i] for i in range(len(data.instruments))]
+        self.clips = CaptionedNotes(
+            data.notes, data.instruments, indices=train, generator=self.generator
+        )
+        labels = data.label[train].numpy()
+        by_label = [np.flatnonzero(labels == i) for i in range(len(data.instruments))]
         # A soundfont may leave an instrument silent at all training pitches.
         self.by_label = [clips for clips in by_label if len(clips)]
 
@@ -523,23 +527,25 @@ def run_demo(
         f"wrote to {folder}/: {MODEL_FILE}, {RESULTS_FILE}, spectrograms.png, loss.png, "
         f"similarity.png, {', '.join(path.name for path in examples)}"
     )
+    names = " ".join(f'"{path.stem.replace("-", " ")}"' for path in reversed(examples))
+    say(f"try: musiclm-fast similarity {examples[-1]} {names} --checkpoint {folder / MODEL_FILE}")
     return results
 
 
-def write_examples(data: Notes, folder: Path, count: int = 3) -> list[Path]:
-    """Write held-out notes of a few instruments as wav files, to try ``similarity`` on."""
+def write_examples(data: Notes, folder: Path) -> list[Path]:
+    """Write a held-out note of each of a few instruments as wav files, to try ``similarity`` on."""
     import soundfile
 
     clips = data.parts["held-out pitches"]
     written = []
-    for index in range(count):
-        label = (2 * index + 1) * len(data.instruments) // (2 * count)
+    for wanted in EXAMPLE_PROGRAMS:
+        label = min(
+            range(len(data.instruments)),
+            key=lambda index: abs(data.instruments[index].program - wanted),
+        )
+        path = folder / f"{data.instruments[label].name.replace(' ', '-')}.wav"
         own = clips[data.label[clips].numpy() == label]
-        if not len(own):
-            continue
-        clip = int(own[len(own) // 2])
-        name = data.instruments[label].name.replace(" ", "-")
-        path = folder / f"{name}-{int(data.notes.pitch[clip])}.wav"
-        soundfile.write(path, data.notes.pcm[clip], data.notes.sample_rate)
-        written.append(path)
+        if len(own) and path not in written:
+            soundfile.write(path, data.notes.pcm[own[len(own) // 2]], data.notes.sample_rate)
+            written.append(path)
     return written

@@ -146,7 +146,9 @@ def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
     )
     below.set_ylim(0, 100)
     below.set_ylabel("zero-shot top-1, %")
-    below.set_title(f"at pitches held out of training (in the end {final:.1%} of all)", loc="left")
+    below.set_title(
+        f"at pitches held out of training; in the end {final:.1%} of all notes there", loc="left"
+    )
     below.set_xlabel("step")
     figure.savefig(run.folder / "loss.png")
     plt.close(figure)

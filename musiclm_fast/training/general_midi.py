@@ -240,22 +240,23 @@ def _parse_table() -> tuple[Instrument, ...]:
 
 INSTRUMENTS: tuple[Instrument, ...] = _parse_table()
 
-# Captions of the training notes; {name} is the name or a synonym, {register} how high it sounds.
+# Captions of the training notes; {name} is the name or a synonym, {a} its article,
+# {register} how high it sounds.
 TRAIN_TEMPLATES: tuple[str, ...] = (
     "{name}",
-    "a {name}",
-    "the sound of a {name}",
-    "a recording of a {name}",
-    "a {register} note on a {name}",
+    "{a} {name}",
+    "the sound of {a} {name}",
+    "a recording of {a} {name}",
+    "a {register} note on {a} {name}",
     "{name}, {register} register",
-    "a single note played by a {name}",
+    "a single note played by {a} {name}",
     "someone plays the {name}",
 )
 
 # Prompts of the evaluation: no training caption has these forms.
 PROMPT_TEMPLATES: tuple[str, ...] = (
-    "this is a {name}",
-    "music played with a {name}",
+    "this is {a} {name}",
+    "music played with {a} {name}",
     "one hears the {name}",
 )
 
@@ -267,12 +268,17 @@ def zero_shot_prompts(
 
     Args:
         instruments: the labels.
-        templates: forms with a ``{name}`` field.
+        templates: forms with a ``{name}`` field, and ``{a}`` for its article.
 
     Returns:
         ``prompts[i][j]``: template j filled with the name of instrument i.
     """
-    return [[form.format(name=item.name) for form in templates] for item in instruments]
+    return [[_fill(form, item.name) for form in templates] for item in instruments]
+
+
+def _fill(template: str, name: str, register: str = "") -> str:
+    """A caption from its template."""
+    return template.format(a="an" if name[0] in "aeiou" else "a", name=name, register=register)
 
 
 def _register(pitch: int) -> str:
@@ -539,16 +545,20 @@ def _write_cache(path: Path, notes: NoteSet) -> None:
 class CaptionedNotes(Dataset):
     """Notes with a caption drawn anew each time, for contrastive training.
 
-    Each clip gets a random gain and a random start, so that neither loudness nor the silence
-    before a note tells instruments apart; each caption a random template and synonym.
+    Each clip gets a random gain, and either a random silence before the note or a neighbour: the
+    end of a first note and the beginning of a second one of the same instrument, as in a melody.
+    So neither loudness nor where a note begins tells instruments apart. Each caption gets a random
+    template and synonym.
 
     Args:
         notes: the rendered notes.
         instruments: what captions call each program.
-        templates: forms of the captions, with fields ``{name}`` and ``{register}``.
+        indices: which of the notes; None for all. No other note is ever heard.
+        templates: forms of the captions, with fields ``{a}``, ``{name}`` and ``{register}``.
         gain_db: largest change of level either way, in dB; 0 changes nothing.
-        max_delay: largest silence before the note, in seconds; 0 for none.
-        generator: draws gain, delay and caption; None is torch's global one.
+        max_delay: largest silence before a note, in seconds; 0 for none.
+        phrases: share of clips with two notes.
+        generator: draws all of this; None is torch's global one.
     """
 
     def __init__(
@@ -556,39 +566,61 @@ class CaptionedNotes(Dataset):
         notes: NoteSet,
         instruments: Sequence[Instrument] = INSTRUMENTS,
         *,
+        indices: Sequence[int] | np.ndarray | None = None,
         templates: Sequence[str] = TRAIN_TEMPLATES,
         gain_db: float = 12.0,
         max_delay: float = 0.1,
+        phrases: float = 0.5,
         generator: torch.Generator | None = None,
     ) -> None:
         self.notes, self.templates, self.generator = notes, tuple(templates), generator
+        self.indices = np.arange(len(notes)) if indices is None else np.asarray(indices)
         self.by_program = {item.program: item for item in instruments}
         self.gain_db, self.max_delay = gain_db, round(max_delay * notes.sample_rate)
-        unnamed = sorted(set(notes.program.tolist()) - set(self.by_program))
+        self.phrases, self.fade = phrases, round(0.02 * notes.sample_rate)
+        program = notes.program[self.indices]
+        self.relatives = {int(p): self.indices[program == p] for p in np.unique(program)}
+        unnamed = sorted(set(self.relatives) - set(self.by_program))
         if unnamed:
             fail("instruments", f"none for programs {unnamed}", "one for each program of notes")
 
     def __len__(self) -> int:
-        return len(self.notes)
+        return len(self.indices)
 
     def _uniform(self, low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=self.generator).item()
 
-    def _pick(self, choices: Sequence[str]) -> str:
-        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        wav = self.notes.audio(index)  # (samples,)
-        delay = int(self._uniform(0, self.max_delay + 1)) if self.max_delay else 0
+        note = int(self.indices[index])
+        wav = self.notes.audio(note)  # (samples,)
+        if self._uniform(0, 1) < self.phrases:
+            relatives = self.relatives[int(self.notes.program[note])]
+            wav = self._phrase(wav, self.notes.audio(int(relatives[self._below(len(relatives))])))
+        elif self.max_delay:
+            delay = self._below(self.max_delay + 1)
+            wav = torch.cat([wav.new_zeros(delay), wav[: len(wav) - delay]])
         gain = 10 ** (self._uniform(-self.gain_db, self.gain_db) / 20)
-        if delay:
-            wav = torch.cat([wav.new_zeros(delay), wav[:-delay]])
         return wav * gain, self.caption(index)
+
+    def _phrase(self, first: Tensor, second: Tensor) -> Tensor:
+        """A part of one note that fades out, then the beginning of another."""
+        size = len(first)
+        start = self._below(size // 4 + 1)
+        length = self._below(size // 2 + 1) + size // 4
+        part = first[start : start + length].clone()
+        fade = min(self.fade, length)
+        part[length - fade :] *= torch.linspace(1, 0, fade)
+        return torch.cat([part, second[: size - length]])
 
     def caption(self, index: int) -> str:
         """A caption of clip ``index``."""
-        item = self.by_program[int(self.notes.program[index])]
-        # The name itself is drawn as often as all synonyms together.
-        name = item.name if self._uniform(0, 1) < 0.5 else self._pick((item.name, *item.synonyms))
-        register = _register(int(self.notes.pitch[index]))
-        return self._pick(self.templates).format(name=name, register=register)
+        note = int(self.indices[index])
+        item = self.by_program[int(self.notes.program[note])]
+        names = (item.name, *item.synonyms)
+        # The name itself is drawn more often than any synonym.
+        name = item.name if self._uniform(0, 1) < 0.5 else names[self._below(len(names))]
+        form = self.templates[self._below(len(self.templates))]
+        return _fill(form, name, _register(int(self.notes.pitch[note])))

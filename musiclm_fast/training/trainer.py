@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from musiclm_fast._checks import check_positive_int, describe, fail
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.training.checkpoint import save_atomically
 
 Log = dict[str, float]
 
@@ -236,9 +236,7 @@ class MuLaNTrainer(nn.Module):
             "steps": int(self.steps.item()),
             "rng": torch.get_rng_state(),
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(package, partial)
-        os.replace(partial, path)
+        save_atomically(path, package)
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint of :meth:`save`, or from one of the reference (which lacks the

@@ -89,12 +89,18 @@ def test_offset_table_equals_the_mlp_of_every_pair(height, width):
 
 def test_patch_dropout_keeps_a_sorted_random_part(wavs):
     tower = audio_tower(patch_dropout_prob=0.5).train()
-    kept = tower._draw_kept(4, 20, torch.device("cpu"), False)
+    kept, tokens = tower._draw_kept(4, 4, 5, None, torch.device("cpu"), True)
+    assert tokens is None
     assert kept.shape == (4, 10)
     assert (kept.diff(dim=1) > 0).all()
     assert not torch.equal(kept[0], kept[1])
-    assert tower._draw_kept(4, 20, torch.device("cpu"), True) is None
-    assert tower.eval()._draw_kept(4, 20, torch.device("cpu"), False) is None
+    own = torch.tensor([80, 33, 16, 79])  # frames: 5, 2, 1 and 4 of the grid's columns
+    kept, tokens = tower._draw_kept(4, 4, 5, own, torch.device("cpu"), True)
+    assert tokens.tolist() == [10, 4, 2, 8]
+    for row, count, columns in zip(kept, tokens, (5, 2, 1, 4), strict=True):
+        assert (row[:count].diff() > 0).all()
+        assert (row[:count] % 5 < columns).all()
+    assert tower._draw_kept(4, 4, 5, None, torch.device("cpu"), False) == (None, None)
 
 
 def test_order_of_kept_patches_does_not_change_the_embedding(wavs):

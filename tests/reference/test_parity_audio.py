@@ -93,6 +93,25 @@ def test_training_draws_the_same_masks_and_patches(seed: int):
     compare(pair, outputs, dict(x=noise(4, 1500)), train=True, seed=seed)
 
 
+@pytest.mark.parametrize("widest", [(5, 7), (20, 20), (40, 60)], ids=str)
+def test_masks_of_many_seeds(widest: tuple[int, int]):
+    # nothing flows back to a masked entry, so the gradient of the input shows the masks
+    config = dict(dim=8, patch_size=2, accept_spec=True, patch_dropout_prob=0.0)
+    config |= dict(spec_aug_freq_mask=widest[0], spec_aug_time_mask=widest[1])
+    pair = live.pair(lambda package: build(package, **config))
+    masks: list[list[Tensor]] = []
+    for model in (pair.ours, pair.reference):
+        masks.append([])
+        for seed in range(80):
+            spectrogram = noise(1, 16, 16).requires_grad_()
+            torch.manual_seed(seed)
+            model(spectrogram).square().sum().backward()
+            masks[-1].append(spectrogram.grad == 0)
+    assert torch.equal(*(torch.stack(found) for found in masks))
+    assert any(found.any() for found in masks[0])
+    assert not all(found.all() for found in masks[0])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_training_without_patch_dropout_on_request(seed: int):
     pair = live.pair(build)

@@ -90,7 +90,7 @@ def test_captions_name_the_instrument():
 def test_captioned_notes_vary_level_and_start_only():
     notes = silence([0], [60], samples=1600)
     notes.pcm[0, 0] = 16384  # a click at the start, half of full scale
-    data = CaptionedNotes(notes, gain_db=6.0, max_delay=0.05)
+    data = CaptionedNotes(notes, gain_db=6.0, max_delay=0.05, phrases=0.0)
     for _ in range(40):
         wav, _ = data[0]
         assert wav.shape == (1600,)
@@ -98,6 +98,26 @@ def test_captioned_notes_vary_level_and_start_only():
         (at,) = wav.nonzero().flatten().tolist()
         assert at <= 0.05 * 16000
         assert 0.25 <= wav[at] <= 1.0
+
+
+def test_phrases_join_two_notes_of_one_instrument_in_the_chosen_part():
+    notes = silence([3, 5], [40, 50, 60, 70], samples=1600)
+    notes.pcm += 1000 * np.arange(1, 9, dtype=np.int16)[:, None]  # note i is i + 1, all along
+    chosen = [0, 2, 5, 6]  # programs 3, 3, 5, 5
+    data = CaptionedNotes(notes, indices=chosen, gain_db=0.0, phrases=1.0)
+    assert len(data) == 4
+    seen = set()
+    for _ in range(30):
+        for index, note in enumerate(chosen):
+            wav = (data[index][0] * 32.767).round().int()
+            assert wav.shape == (1600,)
+            assert wav[0] == note + 1
+            second = int(wav[-1]) - 1
+            assert second in chosen
+            assert notes.program[second] == notes.program[note]
+            assert set(wav[1200:].tolist()) == {second + 1}
+            seen.add((note, second))
+    assert len(seen) == 8
 
 
 def test_captioned_notes_need_a_name_for_each_program():

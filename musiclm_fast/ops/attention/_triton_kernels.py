@@ -99,7 +99,7 @@ def normalize_kernel(
     x, scale, y, stride_xb, stride_xh, stride_xn, heads, length,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = l2norm(x) * scale; x (B, H, N, D) strided, y (B, H, N, D) contiguous, x's dtype."""
+    """Y = l2norm(x) * scale; x (B, H, N, D) strided, y (B, H, N, D) contiguous, x's dtype."""
     blocks = tl.cdiv(length, BLOCK)
     pid = tl.program_id(0)
     bh = (pid // blocks).to(tl.int64)
@@ -189,7 +189,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
+    """Out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
 
     k is already normalised where ``q_scale`` is given; q is normalised here, in registers.
     ``table2`` (H, 2R + 1) is float32 and holds the bias in base 2.
@@ -207,9 +207,7 @@ def forward_kernel(
 
     q_base = q + b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
     lanes = tl.arange(0, BLOCK_M)
-    q_tile = tl.load(
-        q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0
-    )
+    q_tile = tl.load(q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0)
     if q_scale is not None:
         weight = tl.load(q_scale + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         q_tile = _normalize(q_tile.to(tl.float32), weight).to(q_tile.dtype)
@@ -270,7 +268,7 @@ def forward_kernel(
         (acc * factor[:, None]).to(out.dtype.element_ty),
         mask=tile_ok,
     )
-    lse2 = tl.where(seen, row_max + tl.log2(row_sum), float("-inf"))
+    lse2 = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))
     tl.store(logsumexp2 + bh * queries + rows, lse2, mask=rows_ok)
 
 
@@ -279,7 +277,7 @@ def delta_kernel(
     grad_out, out, delta, stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
     heads, queries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, M) = sum over D of grad_out * out."""
+    """Delta (B, H, M) = sum over D of grad_out * out."""
     blocks = tl.cdiv(queries, BLOCK)
     pid = tl.program_id(0)
     bh = (pid // blocks).to(tl.int64)
@@ -343,13 +341,14 @@ def _backward_tiles(
         grad_v = tl.dot(dropped.to(g_tile.dtype), g_tile, grad_v, input_precision=PRECISION)
         delta = tl.load(delta_row + rows, mask=rows_ok, other=0.0)
         ds = (p * (grad_p - delta[None, :])).to(q_tile.dtype)  # (BN, BM)
-        # The workspace is padded to whole tiles: no mask.
-        tl.store(ds_base + stride_ds + (start - row_begin) + lanes[None, :], ds)
+        # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
+        ds_start = tl.multiple_of(start - row_begin, BLOCK_M)
+        tl.store(ds_base + ds_start + (stride_ds + lanes[None, :]), ds)
         grad_k = tl.dot(ds, q_tile, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["threshold", "sample0", "kv_head0", "row_begin", "row_end"])
+@triton.jit(do_not_specialize=["threshold", "sample0", "kv_head0", "row_end"])
 def backward_kv_kernel(
     grad_out, q, k, v, raw_k, k_scale, logsumexp2, delta, table2, q_codes, k_codes, key_mask,
     key_lengths, seed, ds, carry, grad_k, grad_v, grad_k_scale,
@@ -437,7 +436,7 @@ def backward_kv_kernel(
             dv = tl.load(carry_v_at)
 
     stride_ds = columns64 * ds_rows
-    for g in range(0, GROUP):
+    for g in range(GROUP):
         h = hk * GROUP + g
         bh = b * heads + h
         ds_base = ds + (unit64 * GROUP + g) * padded_keys * ds_rows
@@ -486,7 +485,7 @@ def backward_kv_kernel(
         tl.store(grad_v + grad_at, dv.to(grad_v.dtype.element_ty), mask=tile_ok)
 
 
-@triton.jit(do_not_specialize=["sample0", "kv_head0", "row_begin", "row_end"])
+@triton.jit(do_not_specialize=["sample0", "kv_head0", "row_end"])
 def backward_q_kernel(
     ds, k, raw_q, q_scale, key_lengths, grad_q, grad_q_scale,
     stride_kb, stride_kh, stride_kn, stride_rb, stride_rh, stride_rm,
@@ -606,7 +605,7 @@ def index_kernel(
         tl.store(following + b * queries + position, result, mask=ok)
 
 
-@triton.jit(do_not_specialize=["sample0", "head0", "row_begin", "row_end"])
+@triton.jit(do_not_specialize=["sample0", "head0", "row_end"])
 def table_gradient_kernel(
     ds, q_codes, k_codes, key_mask, key_lengths, first, following, partial,
     stride_qcb, stride_kcb, stride_maskb, stride_firstb, stride_followingb,
@@ -675,7 +674,7 @@ def table_gradient_kernel(
     tl.store(at, tl.load(at, mask=mask, other=0.0) + total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["sample0", "head0", "row_begin", "row_end"])
+@triton.jit(do_not_specialize=["sample0", "head0", "row_end"])
 def table_edges_kernel(
     ds, q_codes, k_codes, key_mask, key_lengths, partial, stride_qcb, stride_kcb, stride_maskb,
     heads, queries, keys, radius, sample0, head0, band_heads, row_begin, row_end, ds_rows, ds_keys,
@@ -696,13 +695,10 @@ def table_edges_kernel(
     if key_lengths is not None:
         columns_ok &= columns < tl.load(key_lengths + b)
     if key_mask is not None:
-        columns_ok &= (
-            tl.load(key_mask + b * stride_maskb + columns, mask=columns_ok, other=0) != 0
-        )
+        columns_ok &= tl.load(key_mask + b * stride_maskb + columns, mask=columns_ok, other=0) != 0
     key_codes = tl.load(k_codes + b * stride_kcb + columns, mask=columns < keys, other=0)
-    key_codes = key_codes.to(tl.int64)
-    key_low = tl.min(tl.where(columns_ok, key_codes, 2147483647), axis=0)
-    key_high = tl.max(tl.where(columns_ok, key_codes, -2147483648), axis=0)
+    key_low = tl.min(tl.where(columns_ok, key_codes, 2147483647), axis=0).to(tl.int64)
+    key_high = tl.max(tl.where(columns_ok, key_codes, -2147483648), axis=0).to(tl.int64)
     causal_shift = keys - queries
     lanes = tl.arange(0, BLOCK_M)
     ds_base = ds + local.to(tl.int64) * ds_keys * ds_rows + columns.to(tl.int64)[:, None] * ds_rows
@@ -711,16 +707,16 @@ def table_edges_kernel(
     for start in range(row_begin, row_end, BLOCK_M):
         rows = start + lanes
         rows_ok = rows < row_end
-        codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0).to(tl.int64)
-        code_low = tl.min(tl.where(rows_ok, codes, 2147483647), axis=0)
-        code_high = tl.max(tl.where(rows_ok, codes, -2147483648), axis=0)
+        codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
+        code_low = tl.min(tl.where(rows_ok, codes, 2147483647), axis=0).to(tl.int64)
+        code_high = tl.max(tl.where(rows_ok, codes, -2147483648), axis=0).to(tl.int64)
         if (code_high - key_low >= radius) | (code_low - key_high <= -radius):
             ok = columns_ok[:, None] & rows_ok[None, :]
             if CAUSAL:
                 ok &= columns[:, None] <= rows[None, :] + causal_shift
             tile = tl.load(ds_base + (rows - row_begin)[None, :], mask=ok, other=0.0)
             tile = tile.to(tl.float32)
-            offset = codes[None, :] - key_codes[:, None]
+            offset = codes.to(tl.int64)[None, :] - key_codes.to(tl.int64)[:, None]
             below = offset <= -radius  # with R = 0 every offset is clamped once, to the one entry
             low += tl.sum(tl.where(below, tile, 0.0), axis=1)
             high += tl.sum(tl.where((offset >= radius) & (below == 0), tile, 0.0), axis=1)

@@ -115,9 +115,12 @@ def _fake_sigmoid(
     audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, offset: int,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shapes = [audio.shape, text.shape, audio.shape[:1], audio.shape[:1]]
-    kept = [_statistic(audio, *(shape if gradients else (0,))) for shape in shapes]
-    return _statistic(audio), *kept
+    layers = audio.shape[:1]
+    d_audio, d_text, d_temperature, d_bias = (
+        _statistic(audio, *(shape if gradients else (0,)))
+        for shape in (audio.shape, text.shape, layers, layers)
+    )
+    return _statistic(audio), d_audio, d_text, d_temperature, d_bias
 
 
 def _save_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -14,7 +14,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops.contrastive import _cpp
+from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
 from musiclm_fast.ops.contrastive.reference import (
     block_logsumexp,
@@ -75,7 +75,7 @@ def contrastive_loss(
     (decoupled), https://arxiv.org/abs/2303.15343 (sigmoid).
     """
     audio, text = check_latents(audio, text)
-    layers, batch, _ = audio.shape
+    batch = audio.shape[1]
     check_shape("text", text, tuple(audio.shape), "of audio")
     check_parameters(audio, temperature, bias, kind)
     if batch == 0:
@@ -88,7 +88,7 @@ def contrastive_loss(
 
 
 def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype, from those or ``(m, d)``, ``(n, d)``.
+    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype; without L they get L = 1.
 
     Raises:
         ValueError, TypeError: they are not of one device, floating, and alike in L and d.
@@ -147,13 +147,22 @@ def block_kernels(backend: str) -> Kernels:
     """A backend's kernels for rectangular blocks, from which the distributed losses are made."""
     if backend == "cpp":
         return _cpp.kernels
+    if backend == "triton":
+        return _triton.kernels
     return Kernels(block_logsumexp, block_logsumexp_backward, block_sigmoid)
+
+
+def prepare(backend: str, latents: Tensor) -> Tensor:
+    """Latents with the dtype and strides that a backend's kernels read."""
+    modules = {"cpp": _cpp, "triton": _triton}
+    return modules[backend].prepare(latents) if backend in modules else latents
 
 
 dispatcher = Dispatcher(
     "contrastive",
     [
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("triton", _triton.supports, _triton.run, _triton.available, _triton.self_check),
         Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
     ],
 )

@@ -87,8 +87,8 @@ def block_logsumexp_backward(
     ``row_lse`` and ``column_lse`` may run over more than this block: a block's gradients are then
     its share of the whole's::
 
-        ds_ij = grad_row_i e^(s_ij - row_lse_i) + grad_column_j e^(s_ij - column_lse_j)   j != i + offset
-        ds_ij = grad_positive_i                                                           j == i + offset
+        ds_ij = grad_row_i e^(s_ij - row_lse_i) + grad_column_j e^(s_ij - column_lse_j)
+        ds_ij = grad_positive_i     where j = i + offset
 
     Returns:
         ``(L, m, d)``, ``(L, n, d)`` and ``(L,)`` in float32 (float64 for float64 latents).
@@ -122,8 +122,7 @@ def block_sigmoid(
     signed = torch.where(same, -sims, sims)
     loss = -F.logsigmoid(-signed).sum()
     if not gradients:
-        empty = [sims.new_empty(0) for _ in range(4)]
-        return loss, *empty
+        return loss, sims.new_empty(0), sims.new_empty(0), sims.new_empty(0), sims.new_empty(0)
     ds = torch.where(same, -signed.sigmoid(), signed.sigmoid())
     return loss, *_push(ds, audio, text, temperature), ds.sum(dim=(1, 2))
 

@@ -140,7 +140,7 @@ def spectrogram(
         fail("wav", describe(wav), f"at least crop[1] = {crop[1]} frames of {hop_length} samples")
 
     if wav.device.type == "cpu" if check_finite is None else check_finite:
-        _check_finite(wav, lengths)
+        check_finite_clips("wav", wav, lengths)
 
     arguments = dict(
         wav=wav, n_fft=n_fft, hop_length=hop_length, window=window, pad=pad, center=center,
@@ -198,7 +198,11 @@ def _first_bad_clip(wav: Tensor, lengths: Tensor | None) -> int | None:
     return int(clips[0]) if len(clips) else None
 
 
-def _check_finite(wav: Tensor, lengths: Tensor | None) -> None:
+def check_finite_clips(name: str, wav: Tensor, lengths: Tensor | None) -> None:
+    """No clip holds NaN or infinity within its length; the message names the first that does.
+
+    Reads the values, so on a GPU it waits for the device. Does nothing while compiling.
+    """
     if torch.compiler.is_compiling():
         return
     # A sum is finite unless a term is not (or it overflows, or the term is beyond its clip's end:
@@ -208,7 +212,7 @@ def _check_finite(wav: Tensor, lengths: Tensor | None) -> None:
             return
         clip = _first_bad_clip(wav, lengths)
     if clip is not None:
-        fail("wav", f"NaN or infinity in clip {clip}", "finite samples")
+        fail(name, f"NaN or infinity in clip {clip}", "finite samples")
 
 
 dispatcher = Dispatcher(

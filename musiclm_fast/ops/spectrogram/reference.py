@@ -138,7 +138,9 @@ def spectrogram_reference(
 
     inside: Tensor | None = None
     if wav.shape[0] == 0:
-        spec = signal.new_zeros(0, n_fft // 2 + 1, frames)
+        spec = signal[:, :1, None].expand(
+            0, n_fft // 2 + 1, frames
+        )  # torch.stft takes no such batch
     elif lengths is None:
         spec = spectra(signal, stretch_rate)
     else:

@@ -1,0 +1,177 @@
+"""The spectrogram op against torchaudio's chain, 64 clips of 10 s at 16 kHz.
+
+``python -m benchmarks.bench_spectrogram`` prints one row per front end: milliseconds, GB/s of the
+traffic that cannot be avoided (waveform read, spectrogram written), GFLOP/s of the transform, the
+ratio over interleaved rounds and the extra peak memory of a fresh process. Parity is checked first:
+without it there is no row. On a CUDA device the bandwidth of a copy is measured beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from musiclm_fast.ops import mel_filters, spectrogram
+
+CLIPS, SAMPLES = 64, 160_000
+FRONT_ENDS: dict[int, dict[str, Any]] = {
+    128: dict(n_fft=128, win_length=24, hop_length=12),
+    512: dict(n_fft=512, win_length=400, hop_length=160),
+}
+
+
+def masks(n_fft: int, frames: int, device: str) -> tuple[Tensor, Tensor]:
+    """A fifth of the bands and of the frames."""
+    bands = n_fft // 2 + 1
+    freq = torch.tensor([[[bands // 4, bands // 4 + bands // 5]]])
+    time = torch.tensor([[[frames // 3, frames // 3 + frames // 5]]])
+    return freq.to(device), time.to(device)
+
+
+def ours(n_fft: int, wav: Tensor, log_mel: bool = False, backward: bool = False) -> Tensor:
+    """The op with both masks; with log_mel, 64 bands of it."""
+    sizes = FRONT_ENDS[n_fft]
+    frames = wav.shape[1] // sizes["hop_length"] + 1
+    freq, time = masks(n_fft, frames, str(wav.device))
+    window = torch.hann_window(sizes["win_length"], device=wav.device)
+    mel = dict(mel=mel_filters(16_000, n_fft, 64).to(wav.device), log_offset=1e-6)
+    out = spectrogram(
+        wav, **sizes, window=window, freq_mask=freq, time_mask=time, **(mel if log_mel else {})
+    )
+    return torch.autograd.grad(out.sum(), wav)[0] if backward else out
+
+
+def torchaudio_chain(
+    n_fft: int, wav: Tensor, log_mel: bool = False, backward: bool = False
+) -> Tensor:
+    """torchaudio's Spectrogram, then its mask_along_axis twice, with the same masks."""
+    import torchaudio
+
+    sizes = FRONT_ENDS[n_fft]
+    frames = wav.shape[1] // sizes["hop_length"] + 1
+    window = torch.hann_window(sizes["win_length"], device=wav.device)
+    out = torchaudio.functional.spectrogram(
+        wav, 0, window, n_fft, sizes["hop_length"], sizes["win_length"], 2.0, False
+    )
+    if log_mel:
+        bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 8000.0, 64, 16_000)
+        out = (out.transpose(1, 2) @ bank.to(out)).transpose(1, 2).add(1e-6).log()
+    else:
+        for axis, spans in zip((1, 2), masks(n_fft, frames, str(wav.device)), strict=True):
+            place = torch.arange(out.shape[axis], device=wav.device)
+            inside = (place >= spans[0, 0, 0]) & (place < spans[0, 0, 1])
+            out = out.masked_fill(inside[:, None] if axis == 1 else inside, 0.0)
+    return torch.autograd.grad(out.sum(), wav)[0] if backward else out
+
+
+def operations(n_fft: int) -> float:
+    """Floating-point operations of the transform of one frame, as our kernels do it."""
+    taps = FRONT_ENDS[n_fft]["win_length"]
+    if taps < 64:  # folded: two sums of taps / 2 terms for every pair of bins
+        return 2.0 * 2 * (taps // 2 + 1) * (n_fft // 4 + 1)
+    return 2.5 * n_fft * math.log2(n_fft)
+
+
+def compare(n_fft: int, clips: int, rounds: int, variant: str) -> dict[str, float]:
+    """One row of the table.
+
+    Raises:
+        AssertionError: values disagree.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(log_mel="log-mel" in variant, backward="gradient" in variant)
+    wav = torch.randn(clips, SAMPLES, device=device, requires_grad=options["backward"])
+    small = wav[:1].detach().requires_grad_(options["backward"])
+    if not options["log_mel"]:  # their chain has no masks after the logarithm
+        actual, expected = ours(n_fft, small, **options), torchaudio_chain(n_fft, small, **options)
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(n_fft, wav, **options),
+        "torchaudio": lambda: torchaudio_chain(n_fft, wav, **options),
+    }
+    frames = SAMPLES // FRONT_ENDS[n_fft]["hop_length"] + 1
+    bands = 64 if options["log_mel"] else n_fft // 2 + 1
+    traffic = 4.0 * clips * (SAMPLES + bands * frames)
+    if device == "cuda":
+        source = torch.empty(int(traffic / 8), device=device)
+        target = torch.empty_like(source)
+        runs["copy"] = lambda: target.copy_(source)
+    times = harness.interleave(runs, rounds)
+    faster, least, most = harness.ratio(times["torchaudio"], times["ours"])
+    row = {
+        "ms": 1e3 * times["ours"].median,
+        "torchaudio ms": 1e3 * times["torchaudio"].median,
+        "GB/s": traffic / times["ours"].median / 1e9,
+        "GFLOP/s": operations(n_fft) * clips * frames / times["ours"].median / 1e9,
+        "faster": faster,
+        "least": least,
+        "most": most,
+    }
+    if "copy" in times:
+        row["of copy"] = times["copy"].median / times["ours"].median
+    return row
+
+
+def memory(n_fft: int, run: Callable[[int, Tensor], Tensor]) -> dict[str, float]:
+    """Extra peak memory and size of the output in bytes; call in a fresh process."""
+    wav = torch.randn(8, SAMPLES)
+    run(n_fft, wav[:1, :4000])  # threads, tables and code pages are there
+    extra = harness.extra_memory(lambda: lambda: run(n_fft, wav))
+    bands, hop = n_fft // 2 + 1, FRONT_ENDS[n_fft]["hop_length"]
+    size = 4 * 8 * bands * (SAMPLES // hop + 1)
+    return {"extra": extra, "output": size}
+
+
+def load_torchaudio() -> None:
+    """Make torchaudio importable beside any build of torch."""
+    from tests.reference import live
+
+    live.load()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n-fft", type=int, nargs="*", choices=FRONT_ENDS, default=[*FRONT_ENDS])
+    parser.add_argument("--variants", nargs="*", default=["power", "power gradient", "log-mel"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    load_torchaudio()
+    print(harness.environment())
+    for n_fft in arguments.n_fft:
+        for variant in arguments.variants:
+            if variant == "log-mel" and n_fft == 128:
+                continue
+            row = compare(n_fft, arguments.clips, arguments.rounds, variant)
+            print(n_fft, variant, {key: round(value, 2) for key, value in row.items()}, flush=True)
+    for n_fft in arguments.n_fft:
+        for run in ("memory", "memory-torchaudio"):
+            used = harness.in_fresh_process("benchmarks.bench_spectrogram", run, str(n_fft))
+            print(n_fft, run, f"{used['extra'] / used['output']:.2f} of the output", flush=True)
+
+
+def test_spectrogram(benchmark: Any) -> None:
+    """For pytest-benchmark: the mulan front end, 8 clips."""
+    wav = torch.randn(8, SAMPLES)
+    benchmark(ours, 512, wav)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1].startswith("memory"):
+        if sys.argv[1] == "memory-torchaudio":
+            load_torchaudio()
+            print(json.dumps(memory(int(sys.argv[2]), torchaudio_chain)))
+        else:
+            print(json.dumps(memory(int(sys.argv[2]), ours)))
+    else:
+        main()

@@ -1,0 +1,67 @@
+"""AudioLM's three stages on the fused attention: audiolm-pytorch's names and checkpoints.
+
+Importing loads nothing heavy: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "AudioLM": "audio_lm",
+    "CoarseTransformer": "coarse",
+    "CoarseTransformerWrapper": "wrappers",
+    "EncodecWrapper": "encodec",
+    "FineTransformer": "fine",
+    "FineTransformerWrapper": "wrappers",
+    "HubertWithKmeans": "hubert",
+    "MelCodec": "embedded",
+    "MelKmeans": "embedded",
+    "Sampling": "sampling",
+    "SemanticTransformer": "semantic",
+    "SemanticTransformerWrapper": "wrappers",
+}
+
+# Trainers stand above this package; their names are at home here as in audiolm-pytorch.
+_TRAINERS = (
+    "CoarseTransformerTrainer",
+    "FineTransformerTrainer",
+    "SemanticTransformerTrainer",
+    "SoundFolder",
+)
+
+__all__ = [
+    "AudioLM",
+    "CoarseTransformer",
+    "CoarseTransformerTrainer",
+    "CoarseTransformerWrapper",
+    "EncodecWrapper",
+    "FineTransformer",
+    "FineTransformerTrainer",
+    "FineTransformerWrapper",
+    "HubertWithKmeans",
+    "MelCodec",
+    "MelKmeans",
+    "Sampling",
+    "SemanticTransformer",
+    "SemanticTransformerTrainer",
+    "SemanticTransformerWrapper",
+    "SoundFolder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINERS:
+        home = "musiclm_fast.training.stages"
+    elif name in _HOMES:
+        home = f"{__name__}.{_HOMES[name]}"
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_TRAINERS])

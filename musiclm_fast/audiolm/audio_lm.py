@@ -1,0 +1,307 @@
+"""AudioLM: the three stages one after the other, from a condition to a wave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musiclm_fast._checks import check_ndim, check_positive, check_positive_int, fail
+from musiclm_fast.audiolm.coarse import CoarseTransformer
+from musiclm_fast.audiolm.fine import FineTransformer
+from musiclm_fast.audiolm.sampling import as_sampling
+from musiclm_fast.audiolm.semantic import SemanticTransformer
+from musiclm_fast.audiolm.wrappers import (
+    CoarseTransformerWrapper,
+    FineTransformerWrapper,
+    SemanticTransformerWrapper,
+    inference,
+)
+from musiclm_fast.models.sound import read_sound
+
+STAGES = ("semantic", "coarse", "fine")
+
+
+class AudioLM(nn.Module):
+    """Generates audio by way of semantic, coarse and fine tokens; audiolm-pytorch's arguments.
+
+    Source: https://arxiv.org/abs/2209.03143.
+
+    Args:
+        wav2vec: semantic tokenizer; needed for prompts of audio and for lengths in seconds.
+        codec: codec of the acoustic tokens.
+        semantic_transformer, coarse_transformer, fine_transformer: the stages.
+        audio_conditioner: embeds prompts of audio, where nothing else conditions.
+        unique_consecutive: the stages were trained on semantic tokens without repeats.
+
+    Raises:
+        ValueError: stages, tokenizer and codec disagree on a size.
+    """
+
+    def __init__(
+        self,
+        *,
+        wav2vec: nn.Module | None,
+        codec: nn.Module,
+        semantic_transformer: SemanticTransformer,
+        coarse_transformer: CoarseTransformer,
+        fine_transformer: FineTransformer,
+        audio_conditioner: nn.Module | None = None,
+        unique_consecutive: bool = True,
+    ) -> None:
+        super().__init__()
+        self.audio_conditioner = audio_conditioner
+        stages = {
+            "semantic_transformer": semantic_transformer,
+            "coarse_transformer": coarse_transformer,
+            "fine_transformer": fine_transformer,
+        }
+        for size, first, second in (
+            ("num_semantic_tokens", "semantic_transformer", "coarse_transformer"),
+            ("codebook_size", "coarse_transformer", "fine_transformer"),
+            ("num_coarse_quantizers", "coarse_transformer", "fine_transformer"),
+        ):
+            wanted, got = (getattr(stages[name], size) for name in (first, second))
+            if wanted != got:
+                fail(second, f"{size}={got}", f"{first}'s {wanted}")
+        self.semantic_has_condition = semantic_transformer.has_condition
+        self.coarse_has_condition = coarse_transformer.has_condition
+        self.fine_has_condition = fine_transformer.has_condition
+        self.needs_text = any(stage.has_condition for stage in stages.values())
+        self.semantic = SemanticTransformerWrapper(
+            wav2vec=wav2vec, transformer=semantic_transformer,
+            audio_conditioner=audio_conditioner, unique_consecutive=unique_consecutive,
+        )  # fmt: skip
+        self.coarse = CoarseTransformerWrapper(
+            wav2vec=wav2vec, codec=codec, transformer=coarse_transformer,
+            audio_conditioner=audio_conditioner, unique_consecutive=unique_consecutive,
+        )  # fmt: skip
+        self.fine = FineTransformerWrapper(
+            codec=codec, transformer=fine_transformer, audio_conditioner=audio_conditioner
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages lie."""
+        return self.semantic.device
+
+    @property
+    def sample_hz(self) -> int | None:
+        """Rate of the waves it makes, in Hz, as far as the codec says."""
+        rate: int | None = getattr(self.fine.codec, "target_sample_hz", None)
+        return rate
+
+    @inference
+    def forward(
+        self,
+        *,
+        batch_size: int = 1,
+        text: list[str] | None = None,
+        text_embeds: Tensor | Mapping[str, Tensor] | None = None,
+        prime_wave: Tensor | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_wave_path: str | Path | None = None,
+        max_length: int | None = None,
+        return_coarse_generated_wave: bool = False,
+        mask_out_generated_fine_tokens: bool = False,
+        seconds: float | None = None,
+        max_time_steps: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+        as_reference: bool = False,
+    ) -> Tensor | list[Tensor | None]:
+        """Generate waves.
+
+        Args:
+            batch_size: rows, where neither condition nor prompt says how many.
+            text: texts, one per row or one for all, embedded by the stages' T5.
+            text_embeds: ``(B or 1, c, cond_dim)`` for all stages, or one per stage by the names
+                semantic, coarse and fine.
+            prime_wave: ``(B, samples)``, audio to go on from.
+            prime_wave_input_sample_hz: its rate; required with it.
+            prime_wave_path: a sound file in place of prime_wave.
+            max_length: semantic tokens at most, default 2048.
+            return_coarse_generated_wave: stop after the second stage and decode its tokens.
+            mask_out_generated_fine_tokens: see :class:`FineTransformerWrapper`.
+            seconds: length of what is generated, in place of max_length and max_time_steps.
+            max_time_steps: frames of the codec at most, default 512.
+            sampling: per stage, by name, a :class:`musiclm_fast.audiolm.Sampling` or a dict of its
+                fields.
+            seed: makes the result reproducible.
+            progress: show bars.
+            as_reference: audiolm-pytorch's ways, see the wrappers' ``generate``.
+
+        Returns:
+            ``(B, samples)`` at the codec's rate; a list of one wave per row, None for an empty
+            one, where their lengths differ.
+        """
+        check_positive_int("batch_size", batch_size)
+        for name in sampling or {}:
+            if name not in STAGES:
+                fail("sampling", f"a stage {name!r}", ", ".join(STAGES))
+        options: dict[str, dict[str, Any]] = {
+            name: as_sampling((sampling or {}).get(name)) for name in STAGES
+        }
+        embeds = self._embeds(text, text_embeds, prime_wave is not None or prime_wave_path)
+        prime_wave, prime_hz = self._prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path)
+        rows = [e.shape[0] for e in embeds.values() if e is not None]
+        batch_size = max([batch_size, *rows, 0 if prime_wave is None else prime_wave.shape[0]])
+        if prime_wave is not None and prime_wave.shape[0] != batch_size:
+            prime_wave = prime_wave.expand(batch_size, -1)
+        if seconds is not None:
+            max_length, max_time_steps = self._lengths(seconds, max_length, max_time_steps)
+            if prime_wave is not None:
+                ids = self.semantic._semantic_ids(prime_wave, prime_hz)
+                max_length += ids.shape[1]
+        prime: dict[str, Any] = dict(prime_wave=prime_wave, prime_wave_input_sample_hz=prime_hz)
+        shared: dict[str, Any] = dict(progress=progress)
+        seeds: list[int | None] = [None] * 3 if seed is None else [seed, seed + 1, seed + 2]
+        semantic = self.semantic.generate(
+            text_embeds=embeds["semantic"], batch_size=batch_size, seed=seeds[0],
+            max_length=2048 if max_length is None else max_length,
+            **prime, **options["semantic"], **shared,
+        )  # fmt: skip
+        coarse = self.coarse.generate(
+            text_embeds=embeds["coarse"], semantic_token_ids=semantic, seed=seeds[1],
+            max_time_steps=512 if max_time_steps is None else max_time_steps,
+            reconstruct_wave=return_coarse_generated_wave, as_reference=as_reference,
+            **prime, **options["coarse"], **shared,
+        )  # fmt: skip
+        if return_coarse_generated_wave:
+            waves: Tensor | list[Tensor | None] = coarse
+            return waves
+        fine: Tensor | list[Tensor | None] = self.fine.generate(
+            text_embeds=embeds["fine"], coarse_token_ids=coarse, seed=seeds[2],
+            reconstruct_wave=True, as_reference=as_reference,
+            mask_out_generated_fine_tokens=mask_out_generated_fine_tokens,
+            **prime, **options["fine"], **shared,
+        )  # fmt: skip
+        return fine
+
+    def _embeds(
+        self, text: list[str] | None, text_embeds: Any, primed: Any
+    ) -> dict[str, Tensor | None]:
+        # The condition of each stage, None where the stage has none or the prompt is embedded.
+        conditioned = [name for name in STAGES if getattr(self, f"{name}_has_condition")]
+        if text is not None and text_embeds is not None:
+            fail("text", "given", "None beside text_embeds")
+        if text is not None and conditioned:
+            text_embeds = getattr(self, conditioned[0]).embed_text(text)
+        if conditioned and text_embeds is None:
+            if self.audio_conditioner is not None and primed:
+                return dict.fromkeys(STAGES)
+            fail("text, text_embeds", "neither", f"a condition for {', '.join(conditioned)}")
+        embeds: dict[str, Tensor | None] = {}
+        for name in STAGES:
+            given = text_embeds
+            if isinstance(text_embeds, Mapping):
+                given = text_embeds.get(name)
+            embeds[name] = given if name in conditioned else None
+            if name in conditioned and given is None:
+                fail("text_embeds", f"nothing for {name}", "an embedding per conditioned stage")
+        return embeds
+
+    def _prime(
+        self, wave: Tensor | None, hz: int | None, path: str | Path | None
+    ) -> tuple[Tensor | None, int | None]:
+        if wave is not None and path is not None:
+            fail("prime_wave_path", "given", "None beside prime_wave")
+        if path is not None:
+            hz = self.sample_hz or 44_100
+            wave = read_sound(path, hz).wav[None]
+        if wave is None:
+            return None, None
+        check_ndim("prime_wave", wave, 2, "(B, samples)")
+        if hz is None:
+            fail("prime_wave_input_sample_hz", None, "the rate of prime_wave in Hz")
+        if wave.shape[1] == 0:
+            fail("prime_wave", "no samples", "at least one")
+        return wave.to(self.device), hz
+
+    def _lengths(
+        self, seconds: float, max_length: int | None, max_time_steps: int | None
+    ) -> tuple[int, int]:
+        # Semantic tokens and frames of the codec in so many seconds
+        check_positive("seconds", seconds)
+        if max_length is not None or max_time_steps is not None:
+            fail("seconds", seconds, "None beside max_length or max_time_steps")
+        parts: list[Any] = [self.semantic.wav2vec, self.fine.codec]
+        if parts[0] is None:
+            fail("seconds", seconds, "a length in tokens: there is no semantic tokenizer")
+        tokens, frames = (
+            seconds * part.target_sample_hz / _samples_per_token(part) for part in parts
+        )
+        return max(1, round(tokens)), max(1, round(frames))
+
+    def stream(
+        self,
+        *,
+        seconds: float,
+        window_seconds: float = 10.0,
+        prime_seconds: float = 5.0,
+        **kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Generate a long piece window by window, each going on from the end of what there is.
+
+        Args:
+            seconds: length of the piece.
+            window_seconds: new audio per window.
+            prime_seconds: of the end of the piece so far, what a window goes on from.
+            **kwargs: passed to each window's :meth:`forward`; one row.
+
+        Yields:
+            ``(1, samples)``, the new audio of each window, at the codec's rate.
+        """
+        check_positive("seconds", seconds)
+        check_positive("window_seconds", window_seconds)
+        check_positive("prime_seconds", prime_seconds)
+        rate = self.sample_hz
+        if rate is None:
+            fail("codec", "one without target_sample_hz", "a codec that says its rate")
+        seed = kwargs.pop("seed", None)
+        left, prime, index = seconds, None, 0
+        while left > 0:
+            new = min(window_seconds, left)
+            wave = self(
+                **kwargs, seconds=new, seed=None if seed is None else seed + 3 * index,
+                prime_wave=prime, prime_wave_input_sample_hz=None if prime is None else rate,
+            )  # fmt: skip
+            wave = wave[0][None] if isinstance(wave, list) and wave[0] is not None else wave
+            if not isinstance(wave, Tensor):
+                return  # the model ended the piece
+            fresh = wave if prime is None else wave[:, prime.shape[1] :]
+            if fresh.shape[1] == 0:
+                return
+            yield fresh
+            wave = fresh if prime is None else torch.cat((prime, fresh), dim=1)
+            whole = _samples_per_token(self.fine.codec)
+            kept = min(int(prime_seconds * rate), wave.shape[1]) // whole * whole
+            prime = wave[:, wave.shape[1] - kept :]
+            left -= new
+            index += 1
+
+    def stream_to_file(self, path: str | Path, **kwargs: Any) -> float:
+        """Write :meth:`stream` to a sound file as it comes; returns the seconds written."""
+        import soundfile
+
+        rate = self.sample_hz
+        written = 0
+        with soundfile.SoundFile(str(path), "w", samplerate=rate, channels=1) as file:
+            for wave in self.stream(**kwargs):
+                file.write(wave[0].clamp(-1, 1).float().cpu().numpy())
+                file.flush()
+                written += wave.shape[1]
+        assert rate is not None
+        return written / rate
+
+
+def _samples_per_token(part: Any) -> int:
+    sizes = [getattr(part, name, None) for name in ("downsample_factor", "seq_len_multiple_of")]
+    known = [int(size) for size in sizes if size]
+    if not known:
+        fail("seconds", "given", f"a {type(part).__name__} that says its downsample_factor")
+    return known[0]

@@ -1,0 +1,92 @@
+"""Keys and values of the tokens that a transformer has seen, in memory that is allotted once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from musiclm_fast._checks import fail
+
+
+class Cache:
+    """Self-attention keys and values of all layers, and the cross attention's, made once.
+
+    Args:
+        depth: layers.
+        batch: rows.
+        capacity: tokens (prefix included) that fit.
+        dim_head: width of a head; multi-query attention has one.
+        dtype, device: of the keys and values.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        batch: int,
+        capacity: int,
+        dim_head: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.keys_values = torch.empty(
+            depth, 2, batch, capacity, dim_head, dtype=dtype, device=device
+        )
+        self.context: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.length = 0
+        self._added = 0
+        self._context_bias: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.keys_values.shape[3]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.keys_values.shape[2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values ``(B, m, dim_head)``; return all of them."""
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            fail("cache", f"{end} tokens", f"at most its capacity of {self.capacity}")
+        keys, values = self.keys_values[layer]
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        self._added = k.shape[1]
+        return keys[:, :end], values[:, :end]
+
+    def advance(self) -> None:
+        """Count the tokens that all layers have now stored."""
+        self.length += self._added
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but ``rows`` ``(kept,)`` int64."""
+        self.keys_values = self.keys_values[:, :, rows]
+        self.context = [
+            (k[rows], v[rows], None if mask is None else mask[rows]) for k, v, mask in self.context
+        ]
+        self._context_bias = None
+
+    def context_bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The context's mask, which all layers share, as a bias ``(B, 1, c)`` of 0 and -inf."""
+        if mask is None:
+            return None
+        if self._context_bias is None:
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self._context_bias = zeros.masked_fill_(~mask, float("-inf"))[:, None]
+        return self._context_bias
+
+    @classmethod
+    def from_stacked(cls, stacked: Tensor, capacity: int) -> Cache:
+        """A cache from audiolm-pytorch's form, ``(depth, 2, B, tokens, dim_head)``."""
+        depth, _, batch, length, dim_head = stacked.shape
+        cache = cls(depth, batch, capacity, dim_head, stacked.dtype, stacked.device)
+        cache.keys_values[..., :length, :] = stacked
+        cache.length = length
+        return cache
+
+    def stacked(self) -> Tensor:
+        """Keys and values in audiolm-pytorch's form, ``(depth, 2, B, tokens, dim_head)``."""
+        return self.keys_values[..., : self.length, :]

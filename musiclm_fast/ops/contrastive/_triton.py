@@ -1,0 +1,363 @@
+"""The contrastive losses' Triton backend: choice of tiles, launches, registration.
+
+The kernels lie in ``_triton_kernels.py`` and are imported by the first call, so importing this
+file needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_fast.ops.contrastive import _autograd
+
+MAX_DEPTH = 256
+MIN_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
+# Programs that a launch should have: two for each of an H100's multiprocessors.
+PROGRAMS = 264
+# Bytes of partial gradients where few rows make a launch cut its columns into splits.
+PARTIAL_BYTES = 32 << 20
+# Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
+BOUNDED = 40.0
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HAVE_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (logsumexp, gradient, sigmoid) by the largest padded depth; tests/ops/test_contrastive_triton.py
+# compiles each and holds it to no spills up to depth 128 and to the shared memory of its device.
+Table = dict[int, tuple[Config, Config, Config]]
+_HALF: Table = {
+    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+    256: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+}
+# Products before Hopper keep both operands in registers, so tiles of 128 columns would spill.
+_HALF_AMPERE: Table = {
+    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    256: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+}
+_FLOAT32: Table = {
+    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
+    256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+}
+_FLOAT32_AMPERE: Table = {
+    **_FLOAT32,
+    128: (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+}
+
+
+def configs(
+    capability: tuple[int, int], block_d: int, dtype: torch.dtype
+) -> tuple[Config, Config, Config]:
+    """Tiles of the three kernels: a choice by table, nothing is measured at run time."""
+    if dtype == torch.float32:
+        table = _FLOAT32 if capability >= (9, 0) else _FLOAT32_AMPERE
+    else:
+        table = _HALF if capability >= (9, 0) else _HALF_AMPERE
+    return next(chosen for limit, chosen in table.items() if block_d <= limit)
+
+
+Launch = Callable[..., None]
+_recorder: ContextVar[tuple[Launch, tuple[int, int]] | None] = ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def recorded_launches(record: Launch, capability: tuple[int, int]) -> Iterator[None]:
+    """Hand every launch to ``record(kernel, arguments, num_warps, num_stages)``, run none.
+
+    Then meta tensors will do: the tests compile what a call would launch on a device of that
+    compute capability.
+    """
+    token = _recorder.set((record, capability))
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    from musiclm_fast.ops.contrastive import _triton_kernels
+
+    return getattr(_triton_kernels, name)
+
+
+class _Side:
+    """One launch's rows ``x`` against columns ``y``."""
+
+    def __init__(self, x: Tensor, y: Tensor, temperature: Tensor, offset: int, part: int) -> None:
+        self.x, self.y, self.temperature, self.offset = x, y, temperature, offset
+        self.layers, self.rows, self.depth = x.shape
+        self.columns = y.shape[1]
+        self.block_d = max(16, 1 << (self.depth - 1).bit_length())
+        recorder = _recorder.get()
+        capability = _capability(x.device) if recorder is None else recorder[1]
+        self.config = configs(capability, self.block_d, x.dtype)[part]
+        self.blocks = self.layers * -(-self.rows // self.config.block_m)
+
+    def splits(self, row_bytes: int) -> int:
+        """Pieces to cut the columns into, so that a launch with few rows has enough programs."""
+        tiles = -(-self.columns // self.config.block_n)
+        memory = max(PARTIAL_BYTES // max(self.layers * self.rows * row_bytes, 1), 1)
+        wanted = min(-(-PROGRAMS // max(self.blocks, 1)), -(-tiles // 4), memory)
+        return -(-tiles // -(-tiles // wanted)) if tiles else 1  # none of them without columns
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def launch(self, name: str, splits: int, **arguments: Any) -> None:
+        """Run a kernel over all rows and splits."""
+        arguments = dict(
+            x=self.x, y=self.y, temperature=self.temperature, **arguments,
+            stride_xl=self.x.stride(0), stride_xm=self.x.stride(1),
+            stride_yl=self.y.stride(0), stride_yn=self.y.stride(1),
+            rows=self.rows, columns=self.columns, offset=self.offset,
+            D=self.depth, BLOCK_D=self.block_d, SPLITS=splits,
+            EVEN=self.columns % self.config.block_n == 0, PRECISION="ieee",
+            BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n,
+        )  # fmt: skip
+        options = dict(num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder[0](_kernel(name), arguments, **options)
+        elif self.blocks:
+            _kernel(name)[(self.blocks * splits,)](**arguments, **options)
+
+
+def _device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def logsumexp(
+    audio: Tensor, text: Tensor, temperature: Tensor, offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``musiclm_fast::contrastive_logsumexp_triton``; see ``block_logsumexp``."""
+
+    def of_rows(x: Tensor, y: Tensor, offset: int, wanted: bool) -> tuple[Tensor, Tensor]:
+        side = _Side(x, y, temperature, offset, 0)
+        splits = side.splits(8)
+        lse = side.empty(splits, side.layers, side.rows)
+        positive = torch.empty_like(lse) if wanted else None
+        side.launch("logsumexp_kernel", splits, lse=lse, positive=positive)
+        merged = lse[0] if splits == 1 else torch.logsumexp(lse, dim=0)
+        return merged, merged if positive is None else positive.sum(dim=0)
+
+    with _device_guard(audio):
+        row, positive = of_rows(audio, text, offset, True)
+        column, _ = of_rows(text, audio, -offset, False)
+    return row, column, positive
+
+
+def logsumexp_backward(
+    grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor, audio: Tensor, text: Tensor,
+    temperature: Tensor, row_lse: Tensor, column_lse: Tensor, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``musiclm_fast::contrastive_logsumexp_backward_triton``; see ``block_logsumexp_backward``."""
+    bounded = _largest_norm(audio) * _largest_norm(text) * temperature <= BOUNDED  # (L,)
+    # ds goes into the product in the latents' dtype: scaled to about 1 so that 1 / B does not
+    # underflow in float16.
+    weights = [grad_row, grad_column, grad_positive]
+    scale = torch.stack([w.abs().amax() if w.numel() else w.new_zeros(()) for w in weights]).amax()
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    weights = [w / scale for w in weights]
+    shifts = []
+    for number, lse in enumerate((row_lse, column_lse)):
+        empty = lse == -torch.inf  # a row without negatives: the weight is never used
+        lse = lse.masked_fill(empty, 0.0)
+        folded = torch.where(bounded[:, None], torch.exp(-lse), 1.0)
+        weights[number] = (weights[number] * folded).masked_fill(empty, 0.0)
+        shifts.append(lse)
+    # The positive's gradient by column: 0 where the column has none, and then never read.
+    of_column = torch.zeros_like(weights[1])
+    begin, end = max(0, -offset), max(min(audio.shape[1], text.shape[1] - offset), 0)
+    if begin < end:
+        of_column[:, begin + offset : end + offset] = weights[2][:, begin:end]
+
+    def of_rows(
+        x: Tensor, y: Tensor, offset: int, mine: int, other: int, positive: Tensor
+    ) -> Tensor:
+        side = _Side(x, y, temperature, offset, 1)
+        splits = side.splits(4 * side.depth)
+        dx = side.empty(splits, *x.shape)
+        side.launch(
+            "gradient_kernel", splits, bounded=bounded.to(torch.int32), x_weight=weights[mine],
+            x_shift=shifts[mine], y_weight=weights[other], y_shift=shifts[other],
+            positive=positive, dx=dx,
+        )  # fmt: skip
+        return dx[0] if splits == 1 else dx.sum(dim=0)
+
+    with _device_guard(audio):
+        d_audio = of_rows(audio, text, offset, 0, 1, weights[2])
+        d_text = of_rows(text, audio, -offset, 1, 0, of_column)
+    return _finish(d_audio, d_text, audio, temperature, scale)
+
+
+def sigmoid(
+    audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, offset: int,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``musiclm_fast::contrastive_sigmoid_triton``; see ``block_sigmoid``."""
+
+    def of_rows(x: Tensor, y: Tensor, offset: int, with_loss: bool) -> list[Tensor]:
+        side = _Side(x, y, temperature, offset, 2)
+        splits = side.splits(4 * side.depth if gradients else 4)
+        loss, ds_sum = (side.empty(splits, side.layers, side.rows) for _ in range(2))
+        dx = side.empty(splits, *x.shape) if gradients else None
+        side.launch(
+            "sigmoid_kernel", splits, bias=bias, loss=loss, ds_sum=ds_sum, dx=dx,
+            LOSS=with_loss, GRADIENT=gradients,
+        )  # fmt: skip
+        total = [] if dx is None else [dx[0] if splits == 1 else dx.sum(dim=0)]
+        return [loss, ds_sum, *total]
+
+    with _device_guard(audio):
+        loss, ds_sum, *d_audio = of_rows(audio, text, offset, True)
+        if not gradients:
+            none = [loss.new_empty(0) for _ in range(4)]
+            return loss.sum(), none[0], none[1], none[2], none[3]
+        d_text = of_rows(text, audio, -offset, False)[2]
+    return loss.sum(), *_finish(d_audio[0], d_text, audio, temperature), ds_sum.sum(dim=(0, 2))
+
+
+def _finish(
+    d_audio: Tensor, d_text: Tensor, audio: Tensor, temperature: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Kernels leave the temperature out: d temperature = sum_i <audio_i, (ds @ text)_i>.
+    d_temperature = (audio.float() * d_audio).sum(dim=-1).sum(dim=-1)
+    factor = temperature
+    if scale is not None:
+        factor, d_temperature = factor * scale, d_temperature * scale
+    return d_audio.mul_(factor[:, None, None]), d_text.mul_(factor[:, None, None]), d_temperature
+
+
+def _largest_norm(latents: Tensor) -> Tensor:
+    if latents.shape[1] == 0:
+        return latents.new_zeros(latents.shape[0], dtype=torch.float32)
+    return torch.linalg.vector_norm(latents, dim=-1, dtype=torch.float32).amax(dim=-1)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch._dynamo (seconds).
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def available() -> tuple[bool, str]:
+    """Whether Triton is installed; does not import it."""
+    return _HAVE_TRITON, "" if _HAVE_TRITON else "triton is not installed"
+
+
+def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
+    """Whether the kernels take this call, from device, dtype and width alone."""
+    if audio.device.type == "cpu":
+        if not _INTERPRET:
+            return False, "its kernels run on CUDA tensors (on CPU only with TRITON_INTERPRET=1)"
+        if audio.dtype != torch.float32:
+            return False, f"the interpreter runs float32, not {audio.dtype}"
+    elif audio.device.type != "cuda":
+        return False, f"no kernel for {audio.device.type} tensors"
+    elif torch.version.hip is not None:
+        return False, "its tiles are chosen for, and compiled in the tests for, NVIDIA GPUs only"
+    elif _capability(audio.device) < MIN_CAPABILITY:
+        major, minor = _capability(audio.device)
+        return False, f"compute capability {major}.{minor} is below 8.0"
+    if audio.dtype not in _DTYPES:
+        return False, f"dtype {audio.dtype} is none of float32, bfloat16 and float16"
+    if not 0 < audio.shape[-1] <= MAX_DEPTH:
+        return False, f"latents of width {audio.shape[-1]}, not 1 to {MAX_DEPTH}"
+    return True, ""
+
+
+def run(
+    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
+) -> Tensor:
+    """The loss by the kernels."""
+    bias = None if bias is None else bias.float()
+    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+
+
+def prepare(latents: Tensor) -> Tensor:
+    """Latents as the kernels read them: rows contiguous."""
+    return latents if latents.stride(-1) == 1 else latents.contiguous()
+
+
+def self_check(device: torch.device) -> str | None:
+    """Compare each loss and all gradients with the float64 definition on small calls.
+
+    Returns:
+        None, or what went wrong first.
+    """
+    from musiclm_fast import testing
+    from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        for dtype in _DTYPES if device.type == "cuda" else (torch.float32,):
+            for kind, factor in (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0)):
+                inputs = testing.contrastive_inputs(
+                    300, 128, 2, temperature=factor, dtype=dtype, device=device
+                )
+                results = []
+                for function, given in (
+                    (run, inputs),
+                    (contrastive_loss_reference, inputs),
+                    (contrastive_loss_reference, testing.to_float64(inputs)),
+                ):
+                    loss = function(**given, kind=kind)
+                    grads = testing.gradients(loss, given, torch.ones((), device=device))
+                    if kind != "sigmoid":
+                        del grads["bias"]  # zero in exact arithmetic, and here
+                    results.append({"loss": loss, **grads})
+                for name in results[0]:
+                    try:
+                        testing.assert_close_to_oracle(
+                            f"{name} ({kind}, {dtype})", *(r[name] for r in results), dtype=dtype
+                        )
+                    except AssertionError as error:
+                        return str(error)
+    return None
+
+
+_library = torch.library.Library("musiclm_fast", "FRAGMENT")
+for _name, _schema, _function in (
+    ("contrastive_logsumexp_triton", _autograd.LOGSUMEXP_SCHEMA, logsumexp),
+    (
+        "contrastive_logsumexp_backward_triton",
+        _autograd.LOGSUMEXP_BACKWARD_SCHEMA,
+        logsumexp_backward,
+    ),
+    ("contrastive_sigmoid_triton", _autograd.SIGMOID_SCHEMA, sigmoid),
+):
+    _library.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CUDA", "CPU") if _INTERPRET else ("CUDA",):
+        _library.impl(_name, _function, _key)
+kernels = _autograd.register(
+    "musiclm_fast::contrastive_logsumexp_triton",
+    "musiclm_fast::contrastive_logsumexp_backward_triton",
+    "musiclm_fast::contrastive_sigmoid_triton",
+)

@@ -1,0 +1,564 @@
+"""The attention op's Triton kernels: in Triton's interpreter, compiled ahead of time, on a GPU.
+
+The interpreter must be asked for before Triton is imported, so the tests marked ``interpreted``
+run in a second pytest process over this file, started by
+``test_parity_in_the_interpreter``. To see them one by one: ``TRITON_INTERPRET=1 pytest FILE``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from musiclm_fast import testing
+from musiclm_fast.ops import attention, grid_codes
+from musiclm_fast.ops.attention import _triton, attention_reference
+from musiclm_fast.ops.attention.reference import offset_bias
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in its own process")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+SEED = 2**40 + 77  # both halves of the seed are in use
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "n1": (dict(queries=1, qk_norm=False), {}),
+    "n17-per_sample-mask-lengths": (
+        dict(queries=17, codes_per_sample=True, key_mask=True, lengths=True, batch=3),
+        {},
+    ),
+    "n63-causal-multi_query": (dict(queries=63, heads=3, kv_heads=1, batch=1), dict(causal=True)),
+    "n64-grouped-dropout": (
+        dict(queries=64, heads=4, kv_heads=2, batch=1),
+        dict(dropout_p=0.3, dropout_seed=SEED),
+    ),
+    "n65-per_sample-dropout-mask": (
+        dict(queries=65, heads=1, codes_per_sample=True, key_mask=True),
+        dict(dropout_p=0.1, dropout_seed=SEED),
+    ),
+    "n130-lengths": (
+        dict(queries=130, heads=1, batch=1, codes_per_sample=True, lengths=True, seed=1),
+        {},
+    ),
+    "n130-causal-no_norm": (
+        dict(queries=130, heads=1, batch=1, qk_norm=False, radius=70),
+        dict(causal=True),
+    ),
+    "m1-n65-cached": (dict(queries=1, keys=65, heads=2, kv_heads=1), dict(causal=True)),
+    "m5-n70-cached-lengths": (dict(queries=5, keys=70, lengths=True), dict(causal=True)),
+    "m70-n33-causal": (dict(queries=70, keys=33, heads=1), dict(causal=True)),
+    "d16": (dict(queries=33, head_dim=16, batch=1), {}),
+    "d48-plain": (dict(queries=33, head_dim=48, batch=1, radius=None, qk_norm=False), {}),
+    "d64": (dict(queries=33, head_dim=64, batch=1, radius=None), {}),
+    "d80": (dict(queries=33, head_dim=80, batch=1, qk_norm=False), {}),
+    "d128": (dict(queries=33, head_dim=128, batch=1), {}),
+    "radius0": (dict(queries=17, radius=0, heads=1), {}),
+    "radius1": (dict(queries=17, radius=1, heads=1), {}),
+    "extreme_logits": (dict(queries=17, qk_norm=False, batch=1), dict(scale=300.0)),
+    "negative_scale": (dict(queries=17, batch=1), dict(scale=-2.0)),
+}
+# The softmax of these is 0 or 1, so gradients of what lies before it cancel to (almost) nothing.
+SATURATED = {"n1", "extreme_logits"}
+SLOW_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"n{n}-{'per_sample' if own else 'shared'}": (
+        dict(queries=n, heads=1, batch=1, codes_per_sample=own, lengths=own, radius=400), {},
+    )
+    for n in (372, 744)
+    for own in (False, True)
+}  # fmt: skip
+
+
+def terms(wide: dict[str, Any], grad: torch.Tensor, scale: float | None = None) -> dict[str, float]:
+    """What the rounding of a saturated softmax's gradients is relative to, without QK norm.
+
+    dS = P (dP - delta). Torch takes delta from P and dP, and where P is 1 the difference is
+    exactly 0; a kernel that takes it from dO and O, as every flash attention, leaves the rounding
+    of two equal sums of size |dP|. And P is recomputed from similarities S of which the forward
+    pass has seen another rounding: a relative error of P as large as the rounding of S.
+    """
+    scale = wide["q"].shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, table = (wide[n].detach() for n in ("q", "k", "v", "bias_table"))
+    p = (q @ k.mT * scale + offset_bias(table, wide["q_codes"], wide["k_codes"])).softmax(-1)
+    grad = grad.double().abs()
+    ds = 2 * p * (grad @ v.abs().mT)
+    similarity = scale * (q.abs() @ k.abs().mT).max().item()
+    return {
+        "q": (scale * ds @ k.abs()).max().item(),
+        "k": (scale * ds.mT @ q.abs()).max().item(),
+        "v": (1 + similarity) * (p.mT @ grad).max().item(),
+        "bias_table": ds.sum((0, 2, 3)).max().item(),
+    }
+
+
+def compare(
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    saturated: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Output and every gradient against the float64 oracle; returns the kernel's."""
+    options = dict(options)
+    device = inputs["q"].device
+    if "dropout_seed" in options:
+        options["dropout_seed"] = torch.tensor([options["dropout_seed"]], device=device)
+    generator = torch.Generator().manual_seed(5)
+    grad = torch.randn(inputs["q"].shape, generator=generator).to(device=device, dtype=dtype)
+    wide = testing.to_float64(inputs)
+    results = []
+    for function, given in (
+        (functools.partial(attention, backend="triton"), inputs),
+        (lambda **a: attention_reference(**a, upcast=False), inputs),
+        (attention_reference, wide),
+    ):
+        with testing.poisoned_memory():
+            out = function(**given, **options)
+            results.append({"out": out, **testing.gradients(out, given, grad)})
+    sizes = terms(wide, grad, options.get("scale")) if saturated else {}
+    for name in results[0]:
+        ours, same, oracle = (r[name] for r in results)
+        assert ours.dtype == same.dtype
+        if name in sizes:
+            floor = testing.FLOOR_ULPS * torch.finfo(dtype).eps * sizes[name]
+            assert (ours.double() - oracle).abs().max().item() <= floor, name
+            continue
+        testing.assert_close_to_oracle(name, ours, same, oracle, dtype=dtype)
+    return results[0]
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients(case: str) -> None:
+    shapes, options = CASES[case]
+    inputs = testing.attention_inputs(**shapes)
+    out = compare(inputs, options, saturated=case in SATURATED)["out"]
+    assert out.transpose(1, 2).is_contiguous()  # stored as (B, M, H, D)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", SLOW_CASES)
+def test_outputs_and_gradients_of_long_inputs(case: str) -> None:
+    shapes, options = SLOW_CASES[case]
+    compare(testing.attention_inputs(**shapes), options)
+
+
+def with_codes(
+    q_codes: torch.Tensor, k_codes: torch.Tensor, radius: int, **shapes: Any
+) -> dict[str, Any]:
+    inputs = testing.attention_inputs(
+        queries=q_codes.shape[-1], keys=k_codes.shape[-1], radius=radius, **shapes
+    )
+    return inputs | dict(q_codes=q_codes.int(), k_codes=k_codes.int())
+
+
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("codes", "radius"),
+    [
+        ([LOWEST, LOWEST, LOWEST + 1, -3, 0, 2, HIGHEST - 1, HIGHEST, HIGHEST], 4),
+        ([LOWEST, HIGHEST], 4),
+        ([7, 7, 7, 9, 7, 9, 9], 3),  # repeated
+        ([0, 100, 200, 300, 400], 5),  # all clamped but the diagonal
+        ([5, -2, 9, 0, 3, 3, -8, 5], 6),  # neither sorted nor distinct
+    ],
+    ids=["int32", "int32-far", "repeated", "clamped", "unsorted"],
+)
+def test_any_codes_are_safe(codes: list[int], radius: int) -> None:
+    own = torch.tensor(codes)
+    compare(with_codes(own, own, radius, batch=1, heads=2), {})
+
+
+@interpreted
+def test_codes_equal_modulo_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "INDEX_BYTES", 0)  # the fewest slots, 128
+    codes = torch.tensor([0, 128, 256, 1, 129, -128])
+    compare(with_codes(codes, codes, 400, batch=1, heads=1), {})
+
+
+@interpreted
+def test_fuzzed_codes() -> None:
+    generator = random.Random(0)
+    for _ in range(4):
+        radius = generator.choice([1, 2, 9, 33])
+        pool = [generator.choice([0, LOWEST, HIGHEST, 40]) for _ in range(3)]
+        draw = [
+            [
+                max(LOWEST, min(HIGHEST, generator.choice(pool) + generator.randint(-50, 50)))
+                for _ in range(2 * length)
+            ]
+            for length in (11, 19)
+        ]
+        q_codes, k_codes = (torch.tensor(c).view(2, -1) for c in draw)
+        compare(with_codes(q_codes, k_codes, radius, heads=1), {})
+
+
+@interpreted
+def test_grid_codes_with_patch_dropout() -> None:
+    height, width = 3, 13
+    codes = grid_codes(height, width)
+    kept = torch.stack([torch.randperm(height * width)[:28].sort().values for _ in range(3)])
+    radius = (height - 1) * (2 * width - 1) + width
+    compare(with_codes(codes[kept], codes[kept], radius, batch=3, heads=2), {})
+
+
+@interpreted
+def test_queries_that_see_no_key_are_zero() -> None:
+    inputs = testing.attention_inputs(queries=19, batch=3, heads=1, key_mask=True, lengths=True)
+    inputs["key_padding_mask"][0] = False
+    inputs["key_lengths"][:] = torch.tensor([19, 0, 19])
+    found = compare(inputs, {})
+    for name in ("out", "q", "k", "v"):
+        assert found[name][:2].eq(0).all()
+        assert found[name][2].ne(0).any()
+
+
+@interpreted
+def test_key_lengths_out_of_range_are_clamped() -> None:
+    inputs = testing.attention_inputs(queries=9, batch=2, heads=1)
+    inputs["key_lengths"] = torch.tensor([-4, 1000])
+    compare(inputs, {})
+
+
+@interpreted
+def test_strided_inputs() -> None:
+    inputs = testing.attention_inputs(queries=18, keys=24, batch=2, heads=2, key_mask=True)
+    for name in ("q", "k", "v"):
+        wide = inputs[name].detach().repeat_interleave(2, dim=-1).requires_grad_()
+        inputs[name] = wide[..., ::2].detach().requires_grad_()
+    inputs["k_codes"] = inputs["k_codes"].repeat_interleave(2)[::2]
+    inputs["key_padding_mask"] = inputs["key_padding_mask"].t().contiguous().t()
+    inputs["bias_table"] = inputs["bias_table"].detach().t().contiguous().t().requires_grad_()
+    assert not inputs["bias_table"].is_contiguous()
+    compare(inputs, {})
+
+
+@interpreted
+def test_zero_vectors_have_the_gradient_of_normalize() -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
+    with torch.no_grad():
+        inputs["v"][0, 0, 2] = 0.0
+        inputs["q"][0, 0, 3] = 1e-15
+    found = compare(inputs, {})
+    assert all(g.isfinite().all() for g in found.values())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shapes",
+    [dict(batch=0), dict(queries=0, keys=5), dict(queries=5, keys=0), dict(queries=0, keys=0)],
+    ids=["batch", "queries", "keys", "both"],
+)
+def test_empty_inputs(shapes: dict[str, int]) -> None:
+    found = compare(testing.attention_inputs(**({"queries": 5} | shapes)), {})
+    assert all(value.eq(0).all() for value in found.values())
+
+
+@interpreted
+def test_bands_of_rows_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = dict(queries=150, keys=40, batch=1, heads=2, kv_heads=1, codes_per_sample=True)
+    monkeypatch.setattr(_triton, "DS_BYTES", 2 * 64 * 128 * 4)
+    monkeypatch.setattr(_triton, "BAND_PROGRAMS", 8)
+    bands = _triton.plan_bands(1, 1, 2, 150, 40, 32, 4)
+    assert [(b.row_begin, b.row_end) for b in bands] == [(0, 128), (128, 150)]
+    compare(testing.attention_inputs(**shapes), dict(causal=True))
+
+
+@interpreted
+def test_backward_is_deterministic() -> None:
+    inputs = testing.attention_inputs(queries=33, codes_per_sample=True, batch=1, heads=1)
+    runs = []
+    for _ in range(2):
+        out = attention(**inputs, backend="triton")
+        runs.append(testing.gradients(out, inputs, torch.ones_like(out)))
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+@interpreted
+def test_expanded_gradient_of_the_output() -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
+    ours = testing.gradients(
+        attention(**inputs, backend="triton"), inputs, torch.ones(()).expand(inputs["q"].shape)
+    )
+    want = testing.gradients(attention_reference(**inputs), inputs, torch.ones_like(inputs["q"]))
+    for name, value in want.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
+
+
+@interpreted
+def test_opcheck() -> None:
+    inputs = testing.attention_inputs(
+        queries=5, keys=9, batch=1, heads=2, kv_heads=1, head_dim=16, key_mask=True, lengths=True
+    )
+    arguments = _triton._complete(inputs) | dict(
+        dropout_p=0.2, dropout_seed=torch.tensor([SEED]), causal=True
+    )
+    torch.library.opcheck(
+        torch.ops.musiclm_fast.attention_forward_triton.default,
+        tuple(arguments[name] for name in _triton._autograd.ARGUMENTS),
+    )
+
+
+@interpreted
+def test_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    function = torch.compile(
+        functools.partial(attention, backend="triton"), fullgraph=True, backend="aot_eager",
+        dynamic=True,
+    )  # fmt: skip
+    for queries in (5, 9):
+        inputs = testing.attention_inputs(queries=queries, batch=2, heads=1, head_dim=16)
+        out = function(**inputs)
+        eager = attention(**inputs, backend="triton")
+        torch.testing.assert_close(out, eager, atol=0, rtol=0)
+        grad = torch.ones_like(out)
+        ours, want = (testing.gradients(o, inputs, grad) for o in (out, eager))
+        for name, value in want.items():
+            torch.testing.assert_close(ours[name], value, atol=0, rtol=0)
+
+
+@interpreted
+def test_inference_mode_and_checkpointing() -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
+    options = dict(dropout_p=0.4, dropout_seed=torch.tensor([3]), backend="triton")
+    plain = attention(**inputs, **options)
+    with torch.inference_mode():
+        assert torch.equal(attention(**inputs, **options), plain)
+    again = torch.utils.checkpoint.checkpoint(
+        functools.partial(attention, **inputs, **options), use_reentrant=False
+    )
+    grad = torch.ones_like(plain)
+    ours, want = (testing.gradients(o, inputs, grad) for o in (again, plain))
+    for name, value in want.items():
+        assert torch.equal(ours[name], value), name
+
+
+@interpreted
+def test_self_check_passes() -> None:
+    assert _triton.self_check(torch.device("cpu")) is None
+
+
+@interpreted
+def test_self_check_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = _triton._launch
+
+    def wrong(name: str, *args: Any, **arguments: Any) -> None:
+        if name == "backward_q_kernel":
+            arguments["scale"] *= 1.01
+        launch(name, *args, **arguments)
+
+    monkeypatch.setattr(_triton, "_launch", wrong)
+    problem = _triton.self_check(torch.device("cpu"))
+    assert problem is not None
+    assert problem.startswith("q (")
+
+
+@interpreted
+@pytest.mark.slow
+def test_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_attention_gpu as bench
+
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "HEIGHT", 4)
+    rows = bench.measure(24, 24, 1, "cpu", torch.float32, rounds=1, repeats=1)
+    assert [r["name"] for r in rows] == [
+        "ours, shared", "ours, per sample", "ours, QK norm", "flash", "SDPA + bias",
+    ]  # fmt: skip
+    table = bench.as_markdown(rows)
+    assert table.count("| 24 |") == len(rows)
+
+
+@interpreted
+@pytest.mark.slow
+def test_benchmark_refuses_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_attention_gpu as bench
+
+    monkeypatch.setattr(bench, "HEAD_DIM", 16)
+    monkeypatch.setattr(bench, "HEIGHT", 4)
+    monkeypatch.setattr(bench, "ours", lambda a: attention(**a, backend="triton") * 1.001)
+    with pytest.raises(AssertionError, match="error"):
+        bench.measure(24, 24, 1, "cpu", torch.float32, rounds=1, repeats=1)
+
+
+@compiled
+@pytest.mark.timeout(1800)
+def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider",
+            "-m", "not gpu" if slow else "not gpu and not slow",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=request.config.rootpath, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_bands_cover_every_row_once_and_fit() -> None:
+    generator = random.Random(1)
+    for _ in range(200):
+        batch, kv_heads, group = (generator.choice([1, 2, 3, 8, 64]) for _ in range(3))
+        kv_heads, group = min(kv_heads, 8), min(group, 8)
+        queries, keys = (generator.choice([1, 17, 372, 744, 2048, 8192]) for _ in range(2))
+        block_n, itemsize = generator.choice([32, 64]), generator.choice([2, 4])
+        bands = _triton.plan_bands(batch, kv_heads, group, queries, keys, block_n, itemsize)
+        covered = sum(b.samples * b.kv_heads * (b.row_end - b.row_begin) for b in bands)
+        assert covered == batch * kv_heads * queries
+        seen = set()
+        padded_keys = -(-keys // block_n) * block_n
+        for band in bands:
+            assert band.row_begin % _triton.DS_ROWS == 0
+            corner = (band.sample, band.kv_head, band.row_begin)
+            assert corner not in seen
+            seen.add(corner)
+            units = band.samples * band.kv_heads
+            assert units <= bands[0].samples * bands[0].kv_heads
+            rows = _triton._round_up(band.row_end - band.row_begin, _triton.DS_ROWS)
+            assert units * group * rows * padded_keys * itemsize <= _triton.DS_BYTES
+            if band.row_end - band.row_begin < queries:  # sums of k and v are carried
+                assert 2 * units * padded_keys * _triton.MAX_HEAD_DIM * 4 <= 16 << 20
+
+
+def test_refusals_give_reasons() -> None:
+    q = torch.zeros(1, 1, 2, 32)
+    if not INTERPRETED:
+        ok, reason = _triton.supports(q=q)
+        assert not ok
+        assert "CUDA" in reason
+    meta = q.to("meta")
+    assert "meta" in _triton.supports(q=meta)[1]
+    with pytest.raises(RuntimeError, match="triton"):
+        attention(meta, meta, meta, backend="triton")
+
+
+@compiled
+def test_import_does_not_load_triton() -> None:
+    code = "import sys, musiclm_fast.ops; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@compiled
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_ahead_of_time(arch: int) -> None:
+    from tests.ops import triton_resources
+
+    variant = triton_resources.Variant()
+    print(f"\n{triton_resources.HEADER}")
+    for _, found in triton_resources.table([variant], [arch]):
+        print(triton_resources.line(found))
+        assert not triton_resources.problems(variant, found)
+
+
+@compiled
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_variant_compiles_ahead_of_time(arch: int) -> None:
+    from tests.ops import triton_resources
+
+    broken = []
+    for variant, found in triton_resources.table(triton_resources.every_variant(), [arch]):
+        broken += [f"{variant}: {p}" for p in triton_resources.problems(variant, found)]
+    assert not broken
+
+
+@compiled
+@pytest.mark.gpu
+class TestOnGpu:
+    """The same calls on a device; run by ``make test-gpu``."""
+
+    @pytest.fixture(autouse=True)
+    def _device(self) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("case", [*CASES, *SLOW_CASES])
+    def test_outputs_and_gradients(self, case: str, dtype: torch.dtype) -> None:
+        shapes, options = (CASES | SLOW_CASES)[case]
+        if case == "extreme_logits" and dtype != torch.float32:
+            options = options | dict(scale=30.0)
+        compare(testing.attention_inputs(**shapes, dtype=dtype, device="cuda"), options, dtype)
+
+    def test_opcheck(self) -> None:
+        inputs = testing.attention_inputs(
+            queries=33, keys=65, heads=2, kv_heads=1, head_dim=16, lengths=True, device="cuda"
+        )
+        arguments = _triton._complete(inputs)
+        torch.library.opcheck(
+            torch.ops.musiclm_fast.attention_forward_triton.default,
+            tuple(arguments[name] for name in _triton._autograd.ARGUMENTS),
+        )
+
+    def test_compiles_in_one_graph(self) -> None:
+        function = torch.compile(functools.partial(attention, backend="triton"), fullgraph=True)
+        for queries in (65, 130):
+            inputs = testing.attention_inputs(queries=queries, device="cuda")
+            out, eager = function(**inputs), attention(**inputs, backend="triton")
+            torch.testing.assert_close(out, eager, atol=0, rtol=0)
+            grad = torch.ones_like(out)
+            ours, want = (testing.gradients(o, inputs, grad) for o in (out, eager))
+            for name, value in want.items():
+                torch.testing.assert_close(ours[name], value, atol=0, rtol=0)
+
+    def test_cuda_graph(self) -> None:
+        inputs = testing.attention_inputs(
+            queries=130, codes_per_sample=True, key_mask=True, lengths=True, device="cuda",
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        grad = torch.randn_like(inputs["q"])
+
+        def step() -> dict[str, torch.Tensor]:
+            out = attention(**inputs, backend="triton")
+            return {"out": out, **testing.gradients(out, inputs, grad)}
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            inputs["q"].copy_(torch.randn_like(inputs["q"]))
+        graph.replay()
+        for name, value in step().items():
+            assert torch.equal(captured[name], value), name
+
+    def test_self_check_passes(self) -> None:
+        assert _triton.self_check(torch.device("cuda")) is None
+
+    def test_workspace_is_at_most_64_megabytes(self) -> None:
+        inputs = testing.attention_inputs(
+            batch=16, heads=8, queries=2048, head_dim=64, radius=2048, codes_per_sample=True,
+            dtype=torch.bfloat16, device="cuda",
+        )  # fmt: skip
+        out = attention(**inputs, backend="triton")
+        grad = torch.randn_like(out)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        testing.gradients(out, inputs, grad)
+        used = torch.cuda.max_memory_allocated() - before
+        one = out.numel() * out.element_size()
+        # Gradients of q, k and v, normalised q and k, delta; the rest is workspace.
+        assert used <= 5 * one + out.numel() // 64 * 4 + (64 << 20) + (8 << 20)

@@ -1,0 +1,244 @@
+"""The distributed losses: 2, 3 and 4 processes against one, over gloo, with uneven batches."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from musiclm_fast import _extension
+from musiclm_fast.ops import contrastive_loss, distributed_contrastive_loss
+
+KINDS = ("softmax", "decoupled", "sigmoid")
+STRATEGIES = ("all_gather", "ring")
+BACKENDS = ("torch", "cpp") if _extension.load() else ("torch",)
+SIZES = {2: (5, 3), 3: (4, 1, 6), 4: (3, 5, 2, 4)}
+EVEN = {2: (4, 4), 4: (2, 2, 2, 2)}
+WITH_EMPTY = {3: (4, 0, 2)}
+DEPTH, LAYERS, TIMEOUT_S = 12, 2, 20.0
+
+
+def cases() -> list[tuple[int, tuple[int, ...], str, str, str]]:
+    """(world, batch sizes, kind, strategy, backend)."""
+    sizes = [(w, s) for table in (SIZES, EVEN, WITH_EMPTY) for w, s in table.items()]
+    return [(*a, k, s, b) for a, k, s, b in itertools.product(sizes, KINDS, STRATEGIES, BACKENDS)]
+
+
+class Encoders(nn.Module):
+    """Two linear encoders and the parameters of the loss, as MuLaN has them."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.audio = nn.Parameter(torch.randn(6, LAYERS * DEPTH, generator=generator))
+        self.text = nn.Parameter(torch.randn(5, LAYERS * DEPTH, generator=generator))
+        self.log_temperature = nn.Parameter(torch.tensor([2.0, 3.0]))
+        self.bias = nn.Parameter(torch.tensor([-2.0, -5.0]))
+        self.options = options
+
+    def forward(self, audio: Tensor, text: Tensor, loss: Any) -> Tensor:
+        latents = [
+            F.normalize((x @ weight).view(len(x), LAYERS, DEPTH).transpose(0, 1), dim=-1)
+            for x, weight in ((audio, self.audio), (text, self.text))
+        ]
+        return loss(*latents, self.log_temperature.exp(), self.bias, **self.options)
+
+
+def data(total: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(total)
+    return torch.randn(total, 6, generator=generator), torch.randn(total, 5, generator=generator)
+
+
+def loss_and_gradients(model: nn.Module, *arguments: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(*arguments)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def error_of(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def worker(rank: int, folder: str) -> None:
+    """All cases in one start of four processes; smaller worlds are subgroups."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4,
+        timeout=datetime.timedelta(seconds=TIMEOUT_S),
+    )  # fmt: skip
+    groups = {world: dist.new_group(list(range(world))) for world in (2, 3)}
+    results: dict[Any, Any] = {}
+    for world, sizes, kind, strategy, backend in cases():
+        if rank >= world:
+            continue
+        group = groups.get(world)
+        options = dict(kind=kind, strategy=strategy, backend=backend, group=group)
+        if backend == "cpp":
+            options["batch_sizes"] = sizes
+        model = Encoders(options)
+        start = sum(sizes[:rank])
+        mine = [x[start : start + sizes[rank]] for x in data(sum(sizes))]
+        found = loss_and_gradients(model, *mine, distributed_contrastive_loss)
+        for name, value in found.items():
+            if name != "loss":  # data parallelism's mean
+                dist.all_reduce(value, group=group)
+                value /= world
+        results[world, sizes, kind, strategy, backend] = found
+
+    # DistributedDataParallel itself, bfloat16 latents, and the default group.
+    sizes = SIZES[4]
+    start = sum(sizes[:rank])
+    mine = [x[start : start + sizes[rank]] for x in data(sum(sizes))]
+    for kind, strategy in itertools.product(KINDS, STRATEGIES):
+        model = nn.parallel.DistributedDataParallel(
+            Encoders(dict(kind=kind, strategy=strategy)), find_unused_parameters=True
+        )
+        found = loss_and_gradients(model, *mine, distributed_contrastive_loss)
+        results["ddp", kind, strategy] = {n.removeprefix("module."): v for n, v in found.items()}
+        latents = F.normalize(torch.ones(sizes[rank], 4) + rank, dim=-1).bfloat16()
+        results["bfloat16", kind, strategy] = distributed_contrastive_loss(
+            latents, latents, torch.ones(1), kind=kind, strategy=strategy
+        )
+
+    eye = torch.eye(4)
+    one = torch.ones(1)
+    results["local"] = distributed_contrastive_loss(eye, eye * rank, one, strategy="local")
+    results["width differs"] = error_of(
+        lambda: distributed_contrastive_loss(*[torch.ones(2, 3 + rank % 2)] * 2, one)
+    )
+    results["kind differs"] = error_of(
+        lambda: distributed_contrastive_loss(eye, eye, one, kind=KINDS[rank % 2])
+    )
+    results["wrong sizes"] = error_of(
+        lambda: distributed_contrastive_loss(eye, eye, one, batch_sizes=[4, 4])
+    )
+    results["decoupled alone"] = error_of(
+        lambda: distributed_contrastive_loss(
+            *[torch.ones(int(rank == 0), 3)] * 2, one, kind="decoupled"
+        )
+    )
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    if rank == 3:
+        os._exit(0)  # dies without a word
+    deaths = {}
+    for strategy in STRATEGIES:
+        began = time.monotonic()
+        message = error_of(lambda s=strategy: distributed_contrastive_loss(
+            eye, eye, one, strategy=s, batch_sizes=[4, 4, 4, 4]
+        ))  # fmt: skip
+        deaths[strategy] = (message, time.monotonic() - began)
+    torch.save(deaths, f"{folder}/death{rank}.pt")
+    os._exit(0)  # no tidy goodbye to a rank that is gone
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(path),), nprocs=4, join=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[Any, Any]]:
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+
+
+def one_process(total: int, kind: str) -> dict[str, Tensor]:
+    """The truth: one process with the global batch, in float64."""
+    model = Encoders(dict(kind=kind, backend="torch")).double()
+    return loss_and_gradients(model, *(x.double() for x in data(total)), contrastive_loss)
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_together_equal_one_process(
+    results: list[dict[Any, Any]], world: int, kind: str, strategy: str
+) -> None:
+    for case_world, sizes, case_kind, case_strategy, backend in cases():
+        if (case_world, case_kind, case_strategy) != (world, kind, strategy):
+            continue
+        expected = one_process(sum(sizes), kind)
+        for rank in range(world):
+            check(results[rank][world, sizes, kind, strategy, backend], expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributed_data_parallel(results: list[dict[Any, Any]], kind: str, strategy: str) -> None:
+    expected = one_process(sum(SIZES[4]), kind)
+    for rank in range(4):
+        check(results[rank]["ddp", kind, strategy], expected)
+
+
+def test_bfloat16_latents(results: list[dict[Any, Any]]) -> None:
+    latents = torch.cat([torch.ones(size, 4) + rank for rank, size in enumerate(SIZES[4])])
+    latents = F.normalize(latents, dim=-1).bfloat16()
+    for kind, strategy in itertools.product(KINDS, STRATEGIES):
+        expected = contrastive_loss(latents, latents, torch.ones(1), kind=kind)
+        for rank in range(4):
+            torch.testing.assert_close(results[rank]["bfloat16", kind, strategy], expected)
+
+
+def test_local_losses_see_their_own_pairs_alone(results: list[dict[Any, Any]]) -> None:
+    eye = torch.eye(4)
+    for rank in range(4):
+        expected = contrastive_loss(eye, eye * rank, torch.ones(1))
+        torch.testing.assert_close(results[rank]["local"], expected)
+
+
+def test_ranks_that_disagree_say_so(results: list[dict[Any, Any]]) -> None:
+    for result in results:
+        assert (
+            result["width differs"].startswith("ValueError") and "width" in result["width differs"]
+        )
+        assert result["kind differs"].startswith("ValueError") and "kind" in result["kind differs"]
+        assert "batch_sizes" in result["wrong sizes"]
+        assert "pairs on all ranks" in result["decoupled alone"]
+
+
+def test_a_dead_rank_ends_the_others(folder: Path, results: list[dict[Any, Any]]) -> None:
+    for rank in range(3):
+        for message, seconds in torch.load(folder / f"death{rank}.pt").values():
+            assert message.startswith("RuntimeError: contrastive loss: rank")
+            assert "has died" in message
+            assert seconds < TIMEOUT_S + 5
+
+
+def test_several_ranks_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, factor = torch.eye(4), torch.ones(1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 8.*init_process_group"):
+        distributed_contrastive_loss(latents, latents, factor)
+    alone = distributed_contrastive_loss(latents, latents, factor, strategy="local")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for strategy in STRATEGIES:
+        loss = distributed_contrastive_loss(latents, latents, factor, strategy=strategy)
+        assert torch.equal(loss, alone)
+    with pytest.raises(ValueError, match="strategy"):
+        distributed_contrastive_loss(latents, latents, factor, strategy="gossip")

@@ -1,0 +1,125 @@
+"""The contrastive Triton kernels without a GPU: in the interpreter, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from musiclm_fast.ops.contrastive import _triton
+from tests.ops.triton_resources import SHARED_LIMIT, Resources, compile_launch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this run is inside the interpreter already")
+def test_in_the_interpreter() -> None:
+    """test_contrastive.py again, with TRITON_INTERPRET=1 and the Triton backend."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("test_contrastive.py"))],
+        cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def resources(arch: int, depth: int, dtype: torch.dtype) -> list[Resources]:
+    """What each kernel of a forward and a backward needs, B = 65,536."""
+    launches: dict[Any, tuple[Any, dict[str, Any], dict[str, int]]] = {}
+
+    def record(kernel: Any, arguments: dict[str, Any], **options: int) -> None:
+        variant = tuple(v for v in arguments.values() if v is None or isinstance(v, bool))
+        launches.setdefault((kernel.__name__, variant), (kernel, arguments, options))
+
+    def meta(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    latents, factor = meta(1, 65536, depth, of=dtype), meta(1)
+    with _triton.recorded_launches(record, divmod(arch, 10)):
+        stats = _triton.logsumexp(latents, latents, factor, 0)
+        _triton.logsumexp_backward(*stats, latents, latents, factor, *stats[:2], 0)
+        for gradients in (True, False):
+            _triton.sigmoid(latents, latents, factor, factor, 0, gradients)
+    return [compile_launch(*launch, arch) for launch in launches.values()]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for real")
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+def test_no_spills_and_shared_memory_fits(arch: int) -> None:
+    found = resources(arch, 128, torch.bfloat16)
+    assert len(found) == 6  # logsumexp with and without positives, gradient, three of sigmoid
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.shared_bytes <= SHARED_LIMIT[arch], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="compiles for real")
+@pytest.mark.parametrize(
+    ("depth", "dtype"),
+    [
+        (64, torch.bfloat16),
+        (128, torch.float16),
+        (256, torch.bfloat16),
+        (64, torch.float32),
+        (128, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+def test_every_depth_and_dtype(arch: int, depth: int, dtype: torch.dtype) -> None:
+    for kernel in resources(arch, depth, dtype):
+        assert kernel.shared_bytes <= SHARED_LIMIT[arch], kernel
+        if depth <= 128:
+            assert kernel.spilled_bytes == 0, kernel
+
+
+def test_importing_does_not_import_the_kernels() -> None:
+    script = (
+        "import sys, musiclm_fast.ops; "
+        "assert 'musiclm_fast.ops.contrastive._triton_kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(device="cpu"), "CUDA"),
+        (dict(device="meta"), "meta"),
+    ],
+)
+def test_refusals_say_why(change: dict[str, Any], words: str) -> None:
+    if INTERPRETED:
+        pytest.skip("the interpreter runs on CPU tensors")
+    ok, reason = _triton.supports(audio=torch.empty(1, 4, 8, **change))
+    assert not ok and words in reason
+
+
+def test_few_rows_are_cut_into_splits() -> None:
+    """Enough programs for a device, never more partial results than the cap."""
+    for rows, columns in ((64, 65536), (1024, 1 << 20), (65536, 65536), (5, 7), (0, 9), (9, 0)):
+        x, y = (
+            torch.empty(1, n, 128, dtype=torch.bfloat16, device="meta") for n in (rows, columns)
+        )
+        side = _triton._Side(x, y, torch.empty(1), 0, 1)
+        splits = side.splits(4 * 128)
+        tiles = -(-columns // side.config.block_n)
+        assert 1 <= splits <= max(tiles, 1)
+        assert splits == 1 or splits * rows * 128 * 4 <= _triton.PARTIAL_BYTES
+        if columns == 65536:
+            assert side.blocks * splits >= 200
+
+
+@pytest.mark.gpu
+def test_self_check_on_a_gpu() -> None:
+    assert _triton.self_check(torch.device("cuda")) is None

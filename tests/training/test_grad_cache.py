@@ -1,0 +1,186 @@
+"""Gradient caching against the unchunked step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_fast.training.grad_cache import cached_step
+
+SIZE = dict(dim=32, depth=3, heads=2, dim_head=16)
+
+
+def make(dropout: float = 0.0, audio: dict[str, Any] | None = None, **options: Any) -> MuLaN:
+    torch.manual_seed(0)
+    dropouts = dict(attn_dropout=dropout, ff_dropout=dropout)
+    mulan = MuLaN(
+        AudioSpectrogramTransformer(
+            **{**SIZE, **dropouts, "spec_n_fft": 64, "spec_win_length": 24, **(audio or {})}
+        ),
+        TextTransformer(num_tokens=50, **SIZE, **dropouts),
+        dim_latent=16,
+        **options,
+    )
+    return mulan.double()  # so that equal means equal
+
+
+def inputs(batch: int = 11) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    wavs = torch.randn(batch, 1500, generator=generator, dtype=torch.float64)
+    return wavs, torch.randint(1, 50, (batch, 7), generator=generator)
+
+
+def gradients(model: nn.Module, step: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = step(model)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def unchunked(model: nn.Module) -> Tensor:
+    loss = model(*inputs())
+    loss.backward()
+    return loss
+
+
+def same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=1e-11, atol=0)
+    assert a[1].keys() == b[1].keys()
+    for name, grad in a[1].items():
+        torch.testing.assert_close(
+            grad, b[1][name], rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(sigmoid_contrastive_loss=True), dict(hierarchical_contrastive_loss=True)],
+    ids=["decoupled", "sigmoid", "hierarchical"],
+)
+@pytest.mark.parametrize("chunk_size", [4, 11])
+def test_equals_the_unchunked_step(
+    chunk_size: int, options: dict[str, Any], training: bool
+) -> None:
+    """In training with SpecAugment, one mask for the batch, and patch dropout."""
+    model = make(audio=dict(spec_aug_freq_mask=10), **options).train(training)
+    expected = gradients(model, unchunked)
+    found = gradients(model, lambda m: cached_step(m, *inputs(), chunk_size=chunk_size))
+    same(found, expected)
+
+
+def test_dropout_is_replayed() -> None:
+    """Against the same chunks with gradients all at once, which draw the same dropout."""
+    wavs, texts = inputs()
+
+    def all_at_once(m: nn.Module) -> Tensor:
+        chunks = [slice(i, i + 4) for i in range(0, len(wavs), 4)]
+        parts = [m(wavs[c], texts[c], return_loss_latents=True) for c in chunks]
+        loss = m.loss_of_latents(*(torch.cat(p, dim=-2) for p in zip(*parts, strict=True)))
+        loss.backward()
+        return loss
+
+    quiet = dict(spec_aug_freq_mask=0, spec_aug_time_mask=0, patch_dropout_prob=0.0)
+    model = make(dropout=0.2, audio=quiet).train()
+    expected = gradients(model, all_at_once)
+    found = gradients(model, lambda m: cached_step(m, *inputs(), chunk_size=4))
+    same(found, expected)
+    other = gradients(model.eval(), lambda m: cached_step(m, *inputs(), chunk_size=4))
+    assert not torch.allclose(other[0], found[0])  # the dropout was on
+
+
+def test_gradients_accumulate_and_scale() -> None:
+    model = make().eval()
+    _, once = gradients(model, lambda m: cached_step(m, *inputs(), chunk_size=5))
+    for _ in range(2):
+        cached_step(model, *inputs(), chunk_size=5, backward=lambda loss: (loss * 4).backward())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 9 * once[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_tower_is_left_as_it_was_and_the_generator_moves_on() -> None:
+    model = make(dropout=0.1).train()
+    before = set(model.audio.__dict__)
+    torch.manual_seed(5)
+    first = cached_step(model, *inputs(), chunk_size=4)
+    assert set(model.audio.__dict__) == before
+    second = cached_step(model, *inputs(), chunk_size=4)
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="texts"):
+        cached_step(model, inputs()[0], inputs(3)[1], chunk_size=4)
+    assert set(model.audio.__dict__) == before
+
+
+def test_lists_of_clips() -> None:
+    model = make().eval()
+    wavs, texts = inputs()
+    clips = [w[: 1000 + 40 * i] for i, w in enumerate(wavs)]
+
+    def whole(m: nn.Module) -> Tensor:
+        loss = m(clips, texts)
+        loss.backward()
+        return loss
+
+    expected = gradients(model, whole)
+    same(gradients(model, lambda m: cached_step(m, clips, texts, chunk_size=3)), expected)
+
+
+def test_under_distributed_data_parallel(tmp_path: Any) -> None:
+    model = make().eval()
+    expected = gradients(model, unchunked)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        # The last blocks' intermediate outputs are unused, as in the unchunked step.
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        loss, grads = gradients(wrapped, lambda m: cached_step(m, *inputs(), chunk_size=4))
+    finally:
+        dist.destroy_process_group()
+    same((loss, {n.removeprefix("module."): g for n, g in grads.items()}), expected)
+
+
+def test_bad_input() -> None:
+    model = make()
+    wavs, texts = inputs()
+    with pytest.raises(ValueError, match="chunk_size"):
+        cached_step(model, wavs, texts, chunk_size=0)
+    with pytest.raises(ValueError, match="wavs"):
+        cached_step(model, wavs[:0], texts[:0], chunk_size=4)
+
+
+@pytest.mark.slow
+def test_a_batch_of_1024_in_the_memory_of_64() -> None:
+    """Clips of 1 s: peak memory above that of the model, B = 1,024 by 64 against B = 64."""
+    script = """
+import resource, sys, torch
+from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_fast.training.grad_cache import cached_step
+torch.manual_seed(0)
+size = dict(dim=128, depth=2, heads=4, dim_head=32)
+model = MuLaN(
+    AudioSpectrogramTransformer(
+        spec_n_fft=512, spec_win_length=400, spec_hop_length=160, **size),
+    TextTransformer(num_tokens=100, **size), dim_latent=64)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+batch = int(sys.argv[1])
+wavs, texts = torch.randn(batch, 16000), torch.randint(1, 100, (batch, 8))
+before = peak()
+cached_step(model, wavs, texts, chunk_size=64)
+print(peak() - before)
+"""
+
+    def peak_kib(batch: int) -> int:
+        command = [sys.executable, "-c", script, str(batch)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert peak_kib(1024) < 1.25 * peak_kib(64) + 20 * 1024
