@@ -70,7 +70,7 @@ MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
   p = p * r + 4.999999403953552e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));
+  const vfloat scaled = (vfloat)((vuint)p + ((vuint)shifted << 23));
   return x < -87.3f ? vzero() : scaled;
 }
 
