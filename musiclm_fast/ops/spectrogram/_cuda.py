@@ -38,6 +38,8 @@ def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple
     return _cpp.can_compute(wav, n_fft=n_fft, window=window, **arguments)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def self_check(device: torch.device) -> str | None:
     """Compare values and gradients with the reference; None, or what differs.
 
