@@ -187,7 +187,8 @@ def main() -> None:
         return
 
     check_parity(dtype, options.device)
-    print(json.dumps(harness.environment() | {"batch": batch, "depth": DEPTH}))
+    facts = harness.environment() | {"batch": batch, "depth": DEPTH}
+    print(json.dumps(facts), flush=True)
     steps, absent = {}, {}
     for name, build in builders.items():
         try:
@@ -210,7 +211,7 @@ def main() -> None:
                 row += "   {} / ours {:.2f} ({:.2f} to {:.2f})".format(
                     other.split()[0], *harness.ratio(times[other], timing)
                 )
-        print(row)
+        print(row, flush=True)
     for name, reason in absent.items():
         print(f"{name:28} absent: {reason}")
 
