@@ -13,7 +13,6 @@ from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.models.resample import resample
 from musiclm_fast.tokenizer import tokenizer
 
-
 # Samples of a wave that an audio tower may refuse as shorter than a patch
 _SHORT = 16_000
 
