@@ -14,7 +14,7 @@ the result of every operation (Monte Carlo arithmetic, D. S. Parker, UCLA CSD-97
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -87,7 +87,10 @@ def _within_rounding(
 
 
 class _Rounding(TorchDispatchMode):
-    """Multiplies every new float64 tensor by 1 + u, u uniform in [-eps, eps] of float32."""
+    """Adds u times its size to every new float64 tensor, u uniform in [-eps, eps] of float32.
+
+    A sum is as large as its terms together: its partial sums may be, in one order or another.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -96,17 +99,22 @@ class _Rounding(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        results = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
         if any(result.alias_info is not None for result in func._schema.returns):
             return results  # a view, or written in place
-        return tree_map_only(Tensor, self._round, results)
+        sizes = None
+        if func.overloadpacket is torch.ops.aten.sum:
+            sizes = func(args[0].abs(), *args[1:], **kwargs)
+        return tree_map_only(Tensor, partial(self._round, sizes=sizes), results)
 
-    def _round(self, result: Tensor) -> Tensor:
+    def _round(self, result: Tensor, sizes: Tensor | None) -> Tensor:
         if result.dtype != torch.float64:
             return result
         # its own generator: the model must draw what it draws without us
         uniform = torch.rand(result.shape, generator=self.generator, dtype=torch.float64)
-        return result * (1 + torch.finfo(torch.float32).eps * (2 * uniform - 1))
+        eps = torch.finfo(torch.float32).eps * (2 * uniform - 1)
+        return result + eps * (result if sizes is None else sizes)
 
 
 def _record(
