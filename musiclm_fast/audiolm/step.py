@@ -22,11 +22,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     A CPU's matrix product of 2 rows takes about twice as long as that of the transposes, and for
     3 or 4 rows of a wide output it is similar; from there on the plain product is quicker.
     """
-    rows = x.shape[0]
-    wide = weight.shape[0] >= weight.shape[1]
-    if x.device.type == "cpu" and (rows == 2 or (wide and 2 < rows <= 4)):
+    if _transposed(x, weight):
         return torch.mm(weight, x.t()).t().contiguous()
     return F.linear(x, weight)
+
+
+def _transposed(x: Tensor, weight: Tensor) -> bool:
+    rows, wide = x.shape[0], weight.shape[0] >= weight.shape[1]
+    return x.device.type == "cpu" and (rows == 2 or (wide and 2 < rows <= 4))
 
 
 class Mix:
@@ -95,8 +98,12 @@ class _FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, (self.dim,), *self.norm)
-        value, gate = linear(x, self.widen).chunk(2, dim=-1)
-        hidden = F.gelu(gate).mul_(value)
+        if _transposed(x, self.widen):
+            value, gate = torch.mm(self.widen, x.t()).chunk(2)  # (hidden, B)
+            hidden = F.gelu(gate).mul_(value).t()
+        else:
+            value, gate = F.linear(x, self.widen).chunk(2, dim=-1)
+            hidden = F.gelu(gate).mul_(value)
         return linear(F.layer_norm(hidden, (self.hidden,), *self.inner_norm), self.narrow)
 
 
