@@ -13,9 +13,7 @@ from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxC
 pytestmark = pytest.mark.reference
 
 
-@pytest.mark.parametrize(
-    "batch", [1, 2, 17, 256, pytest.param(4096, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("batch", [1, 2, 17, 256, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["softmax", "decoupled", "sigmoid"])
 @pytest.mark.parametrize("layers", [None, 3])
 def test_losses_and_gradients(reference: Any, batch: int, kind: str, layers: int | None) -> None:
