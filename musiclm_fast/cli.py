@@ -118,6 +118,104 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
+DEFAULT_MUSIC = "music-output"
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage", choices=("semantic", "coarse", "fine"), help="which stage")
+    parser.add_argument("sounds", help="a folder of sound files to learn from")
+    parser.add_argument(
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        metavar="FILE",
+        help="the MuLaN, for a new folder of music (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        default=DEFAULT_MUSIC,
+        metavar="FOLDER",
+        help="where the stages are kept (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips per step")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of a clip")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train a stage of MusicLM on a folder of sound files.
+
+    The first stage that is trained in an output folder also fits the semantic tokenizer, the
+    codec and the quantizer of MuLaN's embeddings there; the other stages use the same.
+    """
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: got {args.seconds}, expected a number above 0")
+
+    from pathlib import Path
+
+    from musiclm_fast.training.checkpoint import load_mulan
+    from musiclm_fast.training.music import PARTS, MusicProject
+    from musiclm_fast.training.stages import SoundFolder
+
+    rate = 16_000
+    clips = SoundFolder(args.sounds, rate, max_length=round(args.seconds * rate))
+    if (Path(args.output) / PARTS).is_file():
+        project = MusicProject(args.output)
+    else:
+        mulan, extra = load_mulan(args.checkpoint)
+        known = mulan.audio.front_end.sample_hz or extra.get("sample_rate")
+        if known not in (None, mulan.audio.front_end.sample_hz):
+            raise ValueError(
+                f"checkpoint: {args.checkpoint!r} hears {known} Hz but cannot resample"
+            )
+        project = MusicProject(args.output, mulan)
+        project.fit([clips[i] for i in range(min(len(clips), 1024))], rate)
+    loss = project.train(args.stage, clips, rate, args.steps, args.batch_size)
+    print(f"{args.stage}: loss {loss:.3f} after {args.steps} steps, in {args.output}")
+    return 0
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", help="what the music should be")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length (default: %(default)s)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="draw N, keep MuLaN's favourite"
+    )
+    parser.add_argument("-o", "--output", default="music.wav", metavar="FILE", help="wav file")
+    parser.add_argument("--all", action="store_true", help="write every sample, best first")
+    parser.add_argument("--seed", type=int, metavar="N", help="for the same music again")
+    parser.add_argument(
+        "--music",
+        default=DEFAULT_MUSIC,
+        metavar="FOLDER",
+        help="the trained stages (default: %(default)s)",
+    )
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Generate music for a text with the stages of a folder."""
+    if not args.text.strip():
+        raise ValueError(f"text: got {args.text!r}, expected words")
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: got {args.seconds}, expected a number above 0")
+    if args.num_samples < 1:
+        raise ValueError(f"num-samples: got {args.num_samples}, expected at least 1")
+
+    from pathlib import Path
+
+    from musiclm_fast.training.music import MusicProject, write_wave
+
+    project = MusicProject(args.music)
+    samples = project.musiclm()(
+        args.text, args.num_samples, return_all=True, seconds=args.seconds, seed=args.seed
+    )
+    output = Path(args.output)
+    for index, sample in enumerate(samples if args.all else samples[:1]):
+        path = output if index == 0 else output.with_stem(f"{output.stem}-{index + 1}")
+        write_wave(path, sample.wave, project.codec.target_sample_hz)
+        print(f"{path}: similarity to the text {sample.score:+.3f}")
+    return 0
+
+
 def _add_info(parser: argparse.ArgumentParser) -> None:
     del parser  # no arguments of its own
 
@@ -138,6 +236,8 @@ _Run = Callable[[argparse.Namespace], int]
 _COMMANDS: dict[str, tuple[str, _Add, _Run]] = {
     "demo": ("train a small MuLaN on real audio, here and now", _add_demo, run_demo),
     "similarity": ("how well texts describe a sound file", _add_similarity, run_similarity),
+    "train": ("train a stage of MusicLM on a folder of sounds", _add_train, run_train),
+    "generate": ("music for a text", _add_generate, run_generate),
     "info": ("versions, build and backends", _add_info, run_info),
 }
 

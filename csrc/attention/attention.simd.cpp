@@ -70,7 +70,7 @@ MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
   p = p * r + 4.999999403953552e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));
+  const vfloat scaled = (vfloat)((vuint)p + ((vuint)shifted << 23));
   return x < -87.3f ? vzero() : scaled;
 }
 
@@ -678,7 +678,10 @@ State make_state(const AttentionCall& call, bool backward, int workers, void* wo
   s.table_columns = call.table == nullptr ? 0 : round_up(2 * call.radius + 1 + 2 * kTablePad, 16);
   s.one_plan = call.key_mask == nullptr && call.key_lengths == nullptr && call.k_codes_stride == 0;
   const int64_t total = call.batch * call.kv_heads;
-  s.chunks = larger<int64_t>(1, smaller(kUnits / total, s.padded_keys / kKeyRows));
+  // Each chunk has its own dq: few heads are split into more of them, long ones into fewer.
+  const int64_t dq_bytes = s.group * call.queries * s.dp * static_cast<int64_t>(sizeof(float));
+  const int64_t chunks = smaller(kUnits / total, s.padded_keys / kKeyRows);
+  s.chunks = larger<int64_t>(1, smaller(chunks, kBudget / 2 / dq_bytes));
 
   Arena head{nullptr}, parts{nullptr};
   s.wave = 1;

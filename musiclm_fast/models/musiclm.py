@@ -13,6 +13,9 @@ from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.models.resample import resample
 from musiclm_fast.tokenizer import tokenizer
 
+# Samples of a wave that an audio tower may refuse as shorter than a patch
+_SHORT = 16_000
+
 
 class Sample(NamedTuple):
     """A generated wave ``(1, samples)``, None if empty, and its similarity to the text."""
@@ -170,7 +173,7 @@ class MusicLM(nn.Module):
         return [None if wave is None else wave.reshape(1, -1) for wave in music]
 
     def _scores(self, waves: list[Tensor | None], texts: dict[str, Any]) -> Tensor:
-        # Cosine of each sample and the text; an empty sample comes last.
+        # Cosine of each sample and the text; samples that say nothing come last.
         quantizer = self.mulan_embed_quantizer
         latent = quantizer.mulan.get_text_latents(**texts)
         codec = getattr(stages_of(self.audio_lm).get("fine"), "codec", None)
@@ -182,7 +185,12 @@ class MusicLM(nn.Module):
                 continue
             if quantizer.sample_hz is not None:
                 wave = resample(wave, rate, quantizer.sample_hz)
-            scores.append((quantizer.mulan.get_audio_latents(wave) * latent).sum())
+            try:
+                scores.append((quantizer.mulan.get_audio_latents(wave) * latent).sum())
+            except ValueError:
+                if wave.shape[-1] >= _SHORT:
+                    raise
+                scores.append(latent.new_tensor(-torch.inf))  # too short for the audio tower
         return torch.stack(scores)
 
 

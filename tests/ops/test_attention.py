@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ CASES: dict[str, dict[str, Any]] = {
 @cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [1, 17, 63, 64, 65, 372, 744])
-def test_kernel_by_length(length: int, dtype: torch.dtype) -> None:
+def test_cpp_by_length(length: int, dtype: torch.dtype) -> None:
     arguments = testing.attention_inputs(
         batch=1, queries=length, head_dim=64, radius=50, codes_per_sample=True, dtype=dtype
     )
@@ -133,7 +134,7 @@ def test_kernel_by_length(length: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["keep", "drop"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_by_case(case: str, causal: bool, dropout_p: float) -> None:
+def test_cpp_by_case(case: str, causal: bool, dropout_p: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = testing.attention_inputs(**{"queries": 150, "dtype": dtype, **CASES[case]})
         options = {"dropout_seed": SEED} if dropout_p else {}
@@ -142,7 +143,7 @@ def test_kernel_by_case(case: str, causal: bool, dropout_p: float) -> None:
 
 @cpp
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 20, 32, 48, 80, 96, 128, 144])
-def test_kernel_by_head_dim(head_dim: int) -> None:
+def test_cpp_by_head_dim(head_dim: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         # The norm of one number leaves its sign, whose gradient is rounding and nothing else.
         arguments = testing.attention_inputs(
@@ -152,7 +153,7 @@ def test_kernel_by_head_dim(head_dim: int) -> None:
 
 
 @cpp
-def test_kernel_by_simd_level(simd_level: str) -> None:
+def test_cpp_by_simd_level(simd_level: str) -> None:
     assert _extension.simd_level() == simd_level
     for case in ("codes-per-sample", "mask-and-lengths", "grouped-query", "plain"):
         for head_dim, length in ((64, 150), (20, 33)):
@@ -164,21 +165,20 @@ def test_kernel_by_simd_level(simd_level: str) -> None:
     check_against_oracle(half, torch.bfloat16)
 
 
-def test_kernel_by_simd_level_from_environment() -> None:
-    if not _extension.load():
-        pytest.skip(_extension.why_missing())
+@cpp
+def test_simd_level_from_environment() -> None:
     code = "from musiclm_fast import _extension; print(_extension.simd_level())"
+    environment = {**os.environ, "MUSICLM_FAST_SIMD": "baseline"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env={"MUSICLM_FAST_SIMD": "baseline", "PYTHONPATH": "."},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "baseline"
 
 
 @cpp
 @pytest.mark.parametrize("dropped", [0.0, 0.25], ids=["whole-grid", "patch-dropout"])
 @pytest.mark.parametrize("grid", [(16, 62), (5, 7), (40, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
-def test_kernel_on_grids(grid: tuple[int, int], dropped: float) -> None:
+def test_cpp_on_grids(grid: tuple[int, int], dropped: float) -> None:
     height, width = grid
     codes = grid_codes(height, width)
     generator = torch.Generator().manual_seed(3)
@@ -193,14 +193,14 @@ def test_kernel_on_grids(grid: tuple[int, int], dropped: float) -> None:
 
 @cpp
 @pytest.mark.parametrize("scale", [1e4, 1e-4], ids=["one-hot", "uniform"])
-def test_kernel_on_extreme_scales(scale: float) -> None:
+def test_cpp_on_extreme_scales(scale: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = testing.attention_inputs(queries=130, head_dim=64, dtype=dtype)
         check_against_oracle(arguments, dtype, scale=scale)
 
 
 @cpp
-def test_kernel_on_logits_of_a_hundred_thousand() -> None:
+def test_cpp_on_logits_of_a_hundred_thousand() -> None:
     """Rows are one-hot or nearly so, and gradients of q and k what is left of their terms.
 
     A term is ``scale * p_ij * (<grad_i, v_j> - <grad_i, out_i>) * k_j``, where the difference is
@@ -225,7 +225,7 @@ def test_kernel_on_logits_of_a_hundred_thousand() -> None:
 
 
 @cpp
-def test_kernel_on_extreme_biases() -> None:
+def test_cpp_on_extreme_biases() -> None:
     arguments = testing.attention_inputs(queries=130, radius=20)
     table = arguments["bias_table"].detach().clone()
     table[:, 5] = 1e4
@@ -236,7 +236,7 @@ def test_kernel_on_extreme_biases() -> None:
 
 
 @cpp
-def test_kernel_rows_that_see_no_key() -> None:
+def test_cpp_rows_that_see_no_key() -> None:
     arguments = testing.attention_inputs(batch=3, queries=40, key_mask=True, lengths=True)
     arguments["key_padding_mask"][0] = False
     arguments["key_lengths"] = torch.tensor([40, 0, 31])
@@ -255,7 +255,7 @@ def test_kernel_rows_that_see_no_key() -> None:
 
 
 @cpp
-def test_kernel_key_lengths_out_of_range_and_int64() -> None:
+def test_cpp_key_lengths_out_of_range_and_int64() -> None:
     arguments = testing.attention_inputs(batch=3, queries=20)
     arguments["key_lengths"] = torch.tensor([-5, 7, 99])
     check_against_oracle(arguments)
@@ -263,7 +263,7 @@ def test_kernel_key_lengths_out_of_range_and_int64() -> None:
 
 @cpp
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (2, 0, 5, 5)])
-def test_kernel_empty(sizes: tuple[int, int, int, int]) -> None:
+def test_cpp_empty(sizes: tuple[int, int, int, int]) -> None:
     batch, heads, queries, keys = sizes
     arguments = testing.attention_inputs(batch, heads, queries, keys, kv_heads=max(heads, 1))
     ours = check_against_oracle(arguments)
@@ -271,7 +271,7 @@ def test_kernel_empty(sizes: tuple[int, int, int, int]) -> None:
 
 
 @cpp
-def test_kernel_strides() -> None:
+def test_cpp_strides() -> None:
     arguments = testing.attention_inputs(queries=50, head_dim=32, key_mask=True)
     plain = results(attention, arguments, backend="cpp")
 
@@ -291,7 +291,7 @@ def test_kernel_strides() -> None:
 
 
 @cpp
-def test_kernel_expanded_gradient() -> None:
+def test_cpp_expanded_gradient() -> None:
     arguments = testing.attention_inputs(queries=20)
     ours = torch.autograd.grad(attention(**arguments, backend="cpp").sum(), arguments["v"])[0]
     torch_path = torch.autograd.grad(attention_reference(**arguments).sum(), arguments["v"])[0]
@@ -307,7 +307,7 @@ codes = st.one_of(
 @cpp
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), radius=st.sampled_from([0, 1, 3, 40, 500]), keys=st.integers(1, 70))
-def test_kernel_on_any_codes(data: st.DataObject, radius: int, keys: int) -> None:
+def test_cpp_on_any_codes(data: st.DataObject, radius: int, keys: int) -> None:
     kind = data.draw(st.sampled_from(["any", "sorted", "equal"]))
     queries = data.draw(st.integers(1, 40))
 
@@ -325,7 +325,7 @@ def test_kernel_on_any_codes(data: st.DataObject, radius: int, keys: int) -> Non
 
 
 @cpp
-def test_kernel_all_clamped_and_repeated_codes() -> None:
+def test_cpp_all_clamped_and_repeated_codes() -> None:
     for shift in (-(2**31), 2**30, 10_000):
         arguments = testing.attention_inputs(queries=200, radius=8)
         arguments["q_codes"] = torch.full((2, 200), shift, dtype=torch.int32)
@@ -334,7 +334,7 @@ def test_kernel_all_clamped_and_repeated_codes() -> None:
 
 
 @cpp
-def test_kernel_dropout_is_the_reference_hash() -> None:
+def test_cpp_dropout_is_the_reference_hash() -> None:
     queries, keys, p = 40, 30, 0.4
     arguments = testing.attention_inputs(2, 3, queries, keys, head_dim=32)
     arguments["v"] = torch.eye(keys, 32).expand(2, 3, keys, 32)  # the output is the weights
@@ -346,7 +346,7 @@ def test_kernel_dropout_is_the_reference_hash() -> None:
 
 
 @cpp
-def test_kernel_is_deterministic_whatever_the_threads() -> None:
+def test_cpp_is_deterministic_whatever_the_threads() -> None:
     """Many heads (a worker takes a head) and one head (workers share it)."""
     before = torch.get_num_threads()
     try:
@@ -367,13 +367,13 @@ def test_kernel_is_deterministic_whatever_the_threads() -> None:
 
 
 @cpp
-def test_kernel_table_too_large_for_one_wave() -> None:
+def test_cpp_table_too_large_for_one_wave() -> None:
     arguments = testing.attention_inputs(batch=8, heads=2, queries=17, radius=300_000)
     check_against_oracle(arguments)
 
 
 @cpp
-def test_kernel_memory_is_linear() -> None:
+def test_memory_is_linear() -> None:
     """At 6,000 queries and keys one matrix of float32 is 144 MB; the op must not need a third."""
     code = """
 import resource, torch
@@ -392,7 +392,7 @@ print(-peak(100) + peak(6000))
 
 @cpp
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias_table", "q_scale", "k_scale"])
-def test_kernel_gradient_of_one_input(wanted: str) -> None:
+def test_cpp_gradient_of_one_input(wanted: str) -> None:
     arguments = testing.attention_inputs(queries=20)
     everything = results(attention, arguments, backend="cpp")
     for name, value in arguments.items():
@@ -405,7 +405,7 @@ def test_kernel_gradient_of_one_input(wanted: str) -> None:
 
 @cpp
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_kernel_takes_parameters_of_other_dtypes(dtype: torch.dtype) -> None:
+def test_cpp_takes_parameters_of_other_dtypes(dtype: torch.dtype) -> None:
     arguments = testing.attention_inputs(queries=20)
     for name in ("bias_table", "q_scale", "k_scale"):
         arguments[name] = arguments[name].detach().to(dtype).requires_grad_()

@@ -73,7 +73,7 @@ class Band:
 
 # By longest head dim, for many queries. The counts behind the choices are in README.md.
 _HALF_PRECISION = {
-    32: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    32: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
     64: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
     128: Configs(Config(128, 64, 8, 2), Config(32, 64, 4, 2), Config(128, 64, 8, 2)),
 }

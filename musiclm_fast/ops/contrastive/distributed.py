@@ -26,6 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch.compiler.disable imports the compiler (seconds) when it decorates, this when it is called.
+from torch._compile import _disable_dynamo
+
 from musiclm_fast._checks import check_choice, fail
 from musiclm_fast.ops.contrastive import _autograd
 from musiclm_fast.ops.contrastive.op import (
@@ -100,7 +103,7 @@ def distributed_contrastive_loss(
     )
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _across_ranks(
     audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str,
     strategy: str, group: dist.ProcessGroup | None, batch_sizes: Sequence[int] | None,
