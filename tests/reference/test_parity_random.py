@@ -40,7 +40,7 @@ audio_towers = st.fixed_dictionaries(
         "spec_power": st.sampled_from([1, 2, 1.7]),
         "spec_aug_freq_mask": st.integers(0, 200),
         "spec_aug_time_mask": st.integers(0, 200),
-        "patch_dropout_prob": st.floats(0, 0.99),
+        "patch_dropout_prob": st.just(0.0) | st.floats(0.01, 0.99),
     },
 )
 text_towers = st.fixed_dictionaries(
@@ -109,7 +109,8 @@ def test_mulans(data: st.DataObject, train: bool, seed: int):
     assume(1 <= patches(audio, samples) <= 100)
     layers = data.draw(st.integers(1, min(audio["depth"], text["depth"]) - 1), "layers")
     config = {
-        "dim_latent": data.draw(st.integers(1, 40), "dim_latent"),
+        # A unit vector of one number is its sign: no gradient passes, and what is left is noise.
+        "dim_latent": data.draw(st.integers(2, 40), "dim_latent"),
         "decoupled_contrastive_learning": data.draw(st.booleans(), "decoupled"),
         "sigmoid_contrastive_loss": data.draw(st.booleans(), "sigmoid"),
         "hierarchical_contrastive_loss": data.draw(st.booleans(), "hierarchical"),
