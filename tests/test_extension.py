@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -205,7 +204,12 @@ def test_cuda_build_loads_without_cuda(tmp_path: Path) -> None:
     configure = ["-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DMUSICLM_FAST_CUDA=1"]
     subprocess.run([cmake, *configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
     subprocess.run([cmake, "--build", str(tmp_path)], check=True)
-    ctypes.CDLL(str(tmp_path / "libmusiclm_fast_ops.so"))
+    # In a process of its own: this one has the package's library, and ops register only once.
+    library = str(tmp_path / "libmusiclm_fast_ops.so")
+    python(
+        f"import ctypes, torch; ctypes.CDLL({library!r}); "
+        "torch.ops.musiclm_fast.attention_forward, torch.ops.musiclm_fast.spectrogram_forward"
+    )
 
 
 def test_the_library_declares_the_ops_that_python_expects():
