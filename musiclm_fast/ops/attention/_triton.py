@@ -104,7 +104,8 @@ def configs(
         if capability[0] >= 9:
             forward = Config(128, 32, 8, 3)  # two programs fit on a multiprocessor
         if capability[0] < 9 or causal:
-            backward_kv = Config(32, 64, 4, 2)  # 64 queries would spill
+            # 64 queries would spill; so would 64 keys with the second loop, except on Hopper
+            backward_kv = Config(32, 32 if causal and capability[0] != 9 else 64, 4, 2)
     if queries <= 64:
         rows = 16 if queries <= 16 else min(forward.block_m, 64)
         forward = replace(forward, block_m=rows, num_warps=4)

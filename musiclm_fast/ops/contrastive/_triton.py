@@ -62,6 +62,7 @@ _FLOAT32: Table = {
 }
 _FLOAT32_AMPERE: Table = {
     **_FLOAT32,
+    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     128: (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
 }
 
