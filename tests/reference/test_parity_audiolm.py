@@ -302,13 +302,14 @@ def quantizer_of_clips() -> Any:
 def test_their_trainer_takes_our_quantizer(reference: Any, tmp_path: Any, monkeypatch: Any) -> None:
     """isinstance check included; its checkpoint loads into our stage, and ours into its."""
     from audiolm_pytorch import trainer as theirs
+    from audiolm_pytorch.utils import AudioConditionerBase
 
     from tests.audiolm.test_tokenizers import notes
 
     monkeypatch.setattr(theirs, "ONE_TRAINER_INSTANTIATED", False)
     clips = notes(8, 0.25)
     quantizer = quantizer_of_clips().fit(clips, progress=False)
-    assert isinstance(quantizer, reference.audiolm.utils.AudioConditionerBase)
+    assert isinstance(quantizer, AudioConditionerBase)
     transformer, mine = both(reference, "Semantic", audio_text_condition=True)
     bases = (Tokenizer, reference.audiolm.HubertWithKmeans)
     tokenizer = type("Hubert", bases, {"__init__": nn.Module.__init__})()

@@ -1,0 +1,80 @@
+"""The command ``musiclm-fast``: one module per subcommand, heavy imports inside its ``run``.
+
+A subcommand's module has ``HELP``, one line; ``add(parser)``, which declares its arguments; and
+``run(args)``, which takes them parsed and returns an exit status. ``_COMMANDS`` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import musiclm_fast
+
+DEFAULT_CHECKPOINT = "demo-output/mulan.pt"
+DEFAULT_MUSIC = "music-output"
+FAILED, INTERRUPTED = 2, 130
+
+# command, in words: its module in this package
+_COMMANDS = {
+    "demo": "demo",
+    "similarity": "similarity",
+    "train semantic": "train_stage",
+    "train coarse": "train_stage",
+    "train fine": "train_stage",
+    "generate": "generate",
+    "info": "info",
+}
+_GROUPS = {"train": "train a MuLaN or a stage of MusicLM"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="musiclm-fast", description="Joint embeddings of music and text: train one, ask one."
+    )
+    parser.add_argument("--version", action="version", version=musiclm_fast.__version__)
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error arose, not only what it says"
+    )
+    commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups: dict[str, Any] = {}
+    for words, name in _COMMANDS.items():
+        module = importlib.import_module(f"musiclm_fast.cli.{name}")
+        group, _, last = words.rpartition(" ")
+        if group and group not in groups:
+            grouped = commands.add_parser(
+                group,
+                help=_GROUPS[group],
+                description=f"{_GROUPS[group][0].upper()}{_GROUPS[group][1:]}.",
+            )
+            groups[group] = grouped.add_subparsers(metavar="WHAT", required=True)
+        command = (groups[group] if group else commands).add_parser(
+            last, help=module.HELP, description=module.run.__doc__
+        )
+        module.add(command)
+        command.set_defaults(run=module.run, command=words)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: arguments; None takes the process's own.
+
+    Returns:
+        0, or 2 after an error, which is printed to stderr in one line.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        if args.traceback:
+            raise
+        print(f"musiclm-fast {args.command}: error: {error}", file=sys.stderr)
+        return FAILED
+    return status

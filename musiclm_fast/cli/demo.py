@@ -1,0 +1,47 @@
+"""``musiclm-fast demo``: a small MuLaN learns from rendered instruments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from musiclm_fast.cli import INTERRUPTED
+
+HELP = "train a small MuLaN on real audio, here and now"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--output",
+        default="demo-output",
+        metavar="FOLDER",
+        help="where everything is written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--instruments",
+        type=int,
+        metavar="N",
+        help="how many of the 128 instruments, evenly spaced",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    parser.add_argument("--seed", type=int, metavar="N", help="of every random draw")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="train anew, even where a stopped or finished run could go on",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train a small MuLaN on rendered instruments and report what it learned."""
+    from musiclm_fast.training.demo import DemoConfig, run_demo
+
+    chosen = {name: getattr(args, name) for name in ("instruments", "steps", "seed")}
+    config = DemoConfig(**{name: value for name, value in chosen.items() if value is not None})
+    try:
+        run_demo(args.output, config, restart=args.restart)
+    except KeyboardInterrupt:
+        print("\nstopped and saved; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0

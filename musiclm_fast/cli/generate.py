@@ -1,0 +1,52 @@
+"""``musiclm-fast generate``: music for a text."""
+
+from __future__ import annotations
+
+import argparse
+
+from musiclm_fast.cli import DEFAULT_MUSIC
+
+HELP = "music for a text"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("text", help="what the music should be")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length (default: %(default)s)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="draw N, keep MuLaN's favourite"
+    )
+    parser.add_argument("-o", "--output", default="music.wav", metavar="FILE", help="wav file")
+    parser.add_argument("--all", action="store_true", help="write every sample, best first")
+    parser.add_argument("--seed", type=int, metavar="N", help="for the same music again")
+    parser.add_argument(
+        "--music",
+        default=DEFAULT_MUSIC,
+        metavar="FOLDER",
+        help="the trained stages (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate music for a text with the stages of a folder."""
+    if not args.text.strip():
+        raise ValueError(f"text: got {args.text!r}, expected words")
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: got {args.seconds}, expected a number above 0")
+    if args.num_samples < 1:
+        raise ValueError(f"num-samples: got {args.num_samples}, expected at least 1")
+
+    from pathlib import Path
+
+    from musiclm_fast.training.music import MusicProject, write_wave
+
+    project = MusicProject(args.music)
+    samples = project.musiclm()(
+        args.text, args.num_samples, return_all=True, seconds=args.seconds, seed=args.seed
+    )
+    output = Path(args.output)
+    for index, sample in enumerate(samples if args.all else samples[:1]):
+        path = output if index == 0 else output.with_stem(f"{output.stem}-{index + 1}")
+        write_wave(path, sample.wave, project.codec.target_sample_hz)
+        print(f"{path}: similarity to the text {sample.score:+.3f}")
+    return 0
