@@ -5,8 +5,9 @@ A checkpoint is a ``torch.save`` of plain values and tensors::
     {"format": 1, "config": {"audio": {...}, "text": {...}, "mulan": {...}},
      "model": state_dict, ...}
 
-where ``config`` holds the constructor arguments of the two towers and of MuLaN. It is read with
-``weights_only=True``, so nothing in a file is ever executed.
+where ``config`` holds the constructor arguments of the two towers and of MuLaN
+(:mod:`musiclm_fast.models.configuration`). It is read with ``weights_only=True``, so nothing in a
+file is ever executed.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 
 from musiclm_fast._checks import describe
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
-from musiclm_fast.models.front_end import FrontEnd
+from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.text import TextTransformer
 
+__all__ = [
+    "CheckpointError",
+    "load_mulan",
+    "read_checkpoint",
+    "save_atomically",
+    "save_checkpoint",
+]
 FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A file that exists but is not a checkpoint that can be used; the message says why."""
 
 
 def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
@@ -60,50 +62,12 @@ def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
         raise
 
 
-def mulan_config(model: MuLaN) -> dict[str, Any]:
-    """The constructor arguments of a MuLaN and its towers, as plain values.
-
-    Raises:
-        TypeError: the model or a tower is not one of musiclm_fast's classes.
-    """
-    parts = {"audio": AudioSpectrogramTransformer, "text": TextTransformer}
-    if type(model) is not MuLaN:
-        raise TypeError(f"model: got {type(model).__name__}, expected musiclm_fast.MuLaN")
-    for name, kind in parts.items():
-        if type(getattr(model, name)) is not kind:
-            got = type(getattr(model, name)).__name__
-            raise TypeError(f"model.{name}: got {got}, expected musiclm_fast.{kind.__name__}")
-    return {
-        "audio": dict(model.audio.arguments),
-        "text": dict(model.text.arguments),
-        "mulan": dict(model.arguments),
-    }
-
-
-def build_mulan(config: dict[str, Any]) -> MuLaN:
-    """A MuLaN with fresh weights from :func:`mulan_config`'s result.
-
-    Raises:
-        CheckpointError: the configuration lacks a part, or a class does not accept an argument.
-    """
-    try:
-        audio = dict(config["audio"])
-        if isinstance(audio.get("front_end"), dict):
-            audio["front_end"] = FrontEnd(**audio["front_end"])
-        towers = AudioSpectrogramTransformer(**audio), TextTransformer(**config["text"])
-        return MuLaN(*towers, **config["mulan"])
-    except KeyError as error:
-        raise CheckpointError(f"config: no part {error}, expected audio, text and mulan") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config: cannot build the model: {error}") from error
-
-
 def save_checkpoint(path: str | os.PathLike[str], model: MuLaN, **extra: Any) -> None:
     """Write a model with its architecture, atomically.
 
     Args:
         path: the file; its folder is made if need be.
-        model: a MuLaN of musiclm_fast's own towers.
+        model: a MuLaN whose towers a configuration can rebuild.
         extra: further entries (plain values and tensors), such as ``clip_seconds``.
 
     Raises:

@@ -21,16 +21,11 @@ from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.embedded import MelCodec, MelKmeans
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.semantic import SemanticTransformer
+from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.musiclm import MusicLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
-from musiclm_fast.training.checkpoint import (
-    CheckpointError,
-    build_mulan,
-    mulan_config,
-    read_checkpoint,
-    save_atomically,
-)
+from musiclm_fast.training.checkpoint import read_checkpoint, save_atomically
 from musiclm_fast.training.stages import (
     CoarseTransformerTrainer,
     FineTransformerTrainer,

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 import musiclm_fast
+from musiclm_fast.models.configuration import CheckpointError, mulan_config
 from musiclm_fast.training import checkpoint
-from musiclm_fast.training.checkpoint import (
-    CheckpointError,
-    load_mulan,
-    mulan_config,
-    read_checkpoint,
-    save_checkpoint,
-)
+from musiclm_fast.training.checkpoint import load_mulan, read_checkpoint, save_checkpoint
 
 
 def small_mulan(front_end="mulan", **options):
