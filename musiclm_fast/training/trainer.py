@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, random_split
 from tqdm.auto import tqdm
 
-from musiclm_fast._checks import check_positive_int, describe, fail
+from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.training.checkpoint import save_atomically
+from musiclm_fast.training.data import collate
 
 Log = dict[str, float]
-
-
-def collate(rows: Sequence[Any]) -> dict[str, Any]:
-    """Turn rows of a dataset into the keyword arguments of a MuLaN.
-
-    A row is a clip alone or a tuple with a clip and a text. Clips are floating tensors
-    ``(samples,)`` or spectrograms ``(time, frequency)`` and are cut to the shortest of the batch;
-    texts are strings or integer tensors ``(n,)``, padded with 0 to the longest.
-
-    Raises:
-        TypeError: an element is none of these.
-        ValueError: two elements of a row are of the same kind.
-    """
-    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
-    batch: dict[str, Any] = {}
-    for column in zip(*rows, strict=True):
-        value: Any
-        if all(isinstance(item, str) for item in column):
-            name, value = "raw_texts", list(column)
-        elif all(isinstance(t, Tensor) and t.is_floating_point() for t in column):
-            shortest = min(len(t) for t in column)
-            name, value = "wavs", torch.stack([t[:shortest] for t in column])
-        elif all(isinstance(t, Tensor) and t.ndim == 1 for t in column):
-            name, value = "texts", pad_sequence([t.long() for t in column], batch_first=True)
-        else:
-            kinds = " or ".join(sorted({describe(item) for item in column}))
-            fail("dataset", kinds, "clips (floating), texts (str) or token ids", TypeError)
-        if name in batch:
-            fail("dataset", f"two elements per row that are {name}", "one clip and one text")
-        batch[name] = value
-    return batch
 
 
 class EpochBatches(Sampler[list[int]]):
