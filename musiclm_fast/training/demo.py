@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text import TextTransformer
@@ -68,6 +68,8 @@ class DemoConfig:
             since two clips of one instrument are no negatives of each other.
         dim, depth, text_depth, heads, dim_head, patch_size: of the towers.
         patch_dropout: share of patches dropped in training.
+        front_end: ``"mulan"``, or ``"reference"`` for the reference's default front end with its
+            own patches of 16 x 16.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW with a linear warm-up and
             a cosine down to 2%.
         low, high, every, octave: MIDI pitches, see :func:`general_midi.split_by_pitch`.
@@ -86,6 +88,7 @@ class DemoConfig:
     dim_head: int = 32
     patch_size: tuple[int, int] = (64, 16)
     patch_dropout: float = 0.0
+    front_end: str = "mulan"
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -105,6 +108,7 @@ class DemoConfig:
             fail("batch_size", self.batch_size, "at least 3")
         for name in ("steps", "warmup_steps"):
             check_positive_int(name, getattr(self, name))
+        check_choice("front_end", self.front_end, ("mulan", "reference"))
         for name in ("learning_rate", "max_grad_norm", "clip_seconds"):
             check_positive(name, getattr(self, name))
 
@@ -114,15 +118,15 @@ class DemoConfig:
         return [INSTRUMENTS[index * len(INSTRUMENTS) // count] for index in range(count)]
 
     def build(self) -> MuLaN:
-        """The model, with the learning preset's log-mel front end."""
+        """The model."""
         audio = AudioSpectrogramTransformer(
             dim=self.dim,
             depth=self.depth,
-            patch_size=self.patch_size,
+            patch_size=self.patch_size if self.front_end == "mulan" else 16,
             heads=self.heads,
             dim_head=self.dim_head,
             patch_dropout_prob=self.patch_dropout,
-            front_end="mulan",
+            front_end=self.front_end,
         )
         text = TextTransformer(
             dim=self.dim,
