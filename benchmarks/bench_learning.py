@@ -99,7 +99,8 @@ def by_sentence(run: DemoRun) -> dict[str, dict[int, float]]:
 def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     lines = [
         "| front end, seed | minutes | steps | held-out pitches, top-1 | top-5 "
-        "| one unseen sentence, top-1 | with a synonym, top-1 | held-out octave, top-1 | top-5 | loss |",
+        "| one unseen sentence, top-1 | with a synonym "
+        "| held-out octave, top-1 | top-5 | loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
