@@ -87,12 +87,14 @@ def plot(
     ):
         for kind, colour in (("reference", "tab:red"), ("ours", "tab:blue")):
             points = found[kind]
-            axis.plot(points, [p[index] for p in points.values()], "o-", color=colour, label=kind)
+            axis.plot(
+                list(points), [p[index] for p in points.values()], "o-", color=colour, label=kind
+            )
         if guessed:
             last = max(found["reference"])
             beyond = {last: found["reference"][last], **guessed}
             axis.plot(
-                beyond, [p[index] for p in beyond.values()], "o--", color="tab:red",
+                list(beyond), [p[index] for p in beyond.values()], "o--", color="tab:red",
                 markerfacecolor="none", label="reference, extrapolated",
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="seconds of audio, one clip", ylabel=label)
@@ -105,7 +107,7 @@ def plot(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds per length")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds per length")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--reference-limit", type=float, default=20.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, help="folder of growth.md and growth.png")
