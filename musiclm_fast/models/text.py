@@ -102,7 +102,9 @@ class TextTransformer(nn.Module):
         cls = self.cls_token.expand(x.shape[0], 1, -1)
         tokens = torch.cat((cls.to(tokens.dtype), tokens), dim=1)  # (B, 1 + n, dim)
         mask = F.pad(mask, (1, 0), value=True)
-        tokens, layers = self.transformer(tokens, mask=mask, return_all_layers=return_all_layers)
+        tokens, layers = self.transformer(
+            tokens, mask=mask, return_all_layers=return_all_layers, last_queries=1
+        )
         out = self.norm(tokens[:, 0])
         return (out, layers) if return_all_layers else out
 

@@ -173,7 +173,7 @@ def test_half_precision_and_float64(wavs, texts):
     mulan = make_mulan().eval()
     full = mulan(wavs, texts)
     double = copy.deepcopy(mulan).double()(wavs.double(), texts)
-    torch.testing.assert_close(full.double(), double)
+    torch.testing.assert_close(full, double.float())  # to float32's own rounding
     with torch.autocast("cpu", torch.bfloat16):
         half = mulan(wavs, texts)
     torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
