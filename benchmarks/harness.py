@@ -1,7 +1,16 @@
-"""What every benchmark shares: interleaved timing, peak memory of a fresh process, environment."""
+"""What every benchmark shares: interleaved timing, peak memory of a fresh process, environment.
+
+A benchmark is a file ``bench_<name>.py`` with ``results(settings) -> list[Result]``; ``python -m
+benchmarks.run`` runs one or all and writes tables, JSON and charts. Most of ``results`` is a call
+of :func:`measure` per case, which checks parity first, lists a contender that cannot run with its
+reason, and times the others in turn.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -12,14 +21,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+# Not resolved: `--base` runs this folder beside another commit's package, by a link.
+ROOT = Path(__file__).absolute().parent.parent
 MIB = 1024 * 1024
+MODES = ("quick", "full", "gpu")
+PARITY_FAILED = "parity check failed"
 
 
 @dataclass(frozen=True)
@@ -40,22 +52,209 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + rounds):
         for name, run in contenders.items():
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = timed(run)
             if round_ >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: Timing(seconds) for name, seconds in times.items()}
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
-    """Median, least and greatest of the ratio round by round."""
-    ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+    """Median, least and greatest of the ratio round by round; of one that ran once to each round
+    of the other."""
+    a, b = slow.seconds, fast.seconds
+    if len(a) != len(b) and min(len(a), len(b)) == 1:
+        a, b = a * max(1, len(b) // len(a)), b * max(1, len(a) // len(b))
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a benchmark is asked for.
+
+    Args:
+        mode: ``"quick"`` (float32, eager, slow reference jobs once), ``"full"`` (every peer and
+            mode) or ``"gpu"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        tiny: the smallest sizes that still run every line, to test a benchmark and not the code.
+        only_ours: leave the peers out, as a comparison of two commits does.
+    """
+
+    mode: str = "quick"
+    device: str = "cpu"
+    tiny: bool = False
+    only_ours: bool = False
+
+    def pick(self, quick: Any, full: Any = None, gpu: Any = None, tiny: Any = None) -> Any:
+        """The value for this mode; ``full`` and ``gpu`` are ``quick``'s unless given."""
+        if self.tiny and tiny is not None:
+            return tiny
+        chosen = {"quick": quick, "full": full, "gpu": gpu}[self.mode]
+        return quick if chosen is None else chosen
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed.
+
+    Args:
+        build: makes what is run; raises where it cannot, and the reason is listed.
+        memory: peak memory of one run in bytes, measured apart; None where it is not measured.
+        operations: floating-point operations of one run; traffic: bytes that it must move.
+        once: too slow to repeat; runs in the first round alone, without a warm-up.
+        role: ``"ours"``, ``"peer"``, or ``"bound"``: a part of the work that nobody can do without.
+    """
+
+    build: Callable[[], Callable[[], Any]]
+    memory: Callable[[], int] | None = None
+    operations: float | None = None
+    traffic: float | None = None
+    once: bool = False
+    role: str = "peer"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender of one case, as it is stored.
+
+    Args:
+        job: the op or whole job.
+        case: its shape, in words.
+        contender: who ran it, and in which mode.
+        role: as in :class:`Contender`.
+        seconds: of each interleaved round; empty where it did not run.
+        operations, traffic: floating-point operations and bytes of one run, where they are counted.
+        memory: peak memory in bytes beyond what is held before, where it was measured.
+        reason: why it did not run.
+        axes: numbers that a chart may be drawn over, such as seconds of audio or pairs of a batch.
+        headline: of ours: what README's table of results calls this case; "" leaves it out there.
+    """
+
+    job: str
+    case: str
+    contender: str
+    role: str = "peer"
+    seconds: list[float] = field(default_factory=list)
+    operations: float | None = None
+    traffic: float | None = None
+    memory: int | None = None
+    reason: str = ""
+    axes: dict[str, float] = field(default_factory=dict)
+    headline: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.role == "ours"
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.seconds)
+
+    @property
+    def tflops(self) -> float | None:
+        """Operations per second, in 10**12."""
+        if self.operations is None or not self.seconds:
+            return None
+        return self.operations / self.timing.median / 1e12
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """Counted traffic per second, in 10**9 bytes."""
+        if self.traffic is None or not self.seconds:
+            return None
+        return self.traffic / self.timing.median / 1e9
+
+
+def measure(
+    job: str,
+    case: str,
+    contenders: Mapping[str, Contender],
+    settings: Settings,
+    *,
+    check: Callable[[], Any],
+    rounds: int = 3,
+    warmup: int = 1,
+    axes: Mapping[str, float] | None = None,
+    headline: str = "",
+    prepare: Callable[[], Any] = lambda: None,
+) -> list[Result]:
+    """Check parity, then time the contenders in turn.
+
+    Where ``check`` raises AssertionError no speed is reported: ours is listed with its message, the
+    others with "not timed". A contender that cannot be built or fails in its first run is listed
+    with the reason; ours raises.
+
+    Args:
+        headline: names the case in README's table, where the first of ours meets the first peer.
+        prepare: called before each run, not timed; such as a seed.
+    """
+    if settings.tiny:
+        rounds, warmup = 1, 0
+    if settings.only_ours:
+        contenders = {name: c for name, c in contenders.items() if c.role == "ours"}
+    places = dict(axes or {})
+    shown = next((name for name, c in contenders.items() if c.role == "ours"), "")
+
+    def result(name: str, **found: Any) -> Result:
+        c = contenders[name]
+        return Result(
+            job, case, name, c.role, operations=c.operations, traffic=c.traffic, axes=places,
+            headline=headline if name == shown else "", **found,
+        )  # fmt: skip
+
+    try:
+        check()
+    except AssertionError as error:
+        first = (str(error).strip() or "values disagree").splitlines()[0]
+        failed = {True: f"{PARITY_FAILED}: {first}", False: f"not timed: {PARITY_FAILED}"}
+        return [result(name, reason=failed[c.role == "ours"]) for name, c in contenders.items()]
+    runs: dict[str, Callable[[], Any]] = {}
+    absent: dict[str, str] = {}
+
+    def attempt(name: str, work: Callable[[], Any]) -> Any:
+        # what work returns; a peer that raises is out, with the reason
+        try:
+            return work()
+        except Exception as error:
+            if contenders[name].role == "ours":
+                raise
+            absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            runs.pop(name, None)
+
+    for name, c in contenders.items():
+        run = attempt(name, c.build)
+        if run is not None:
+            runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(warmup + rounds):
+        for name, run in list(runs.items()):
+            if contenders[name].once and round_ != warmup:
+                continue
+            prepare()
+            seconds = attempt(name, functools.partial(timed, run))
+            if round_ >= warmup and seconds is not None:
+                times[name].append(seconds)
+    runs.clear()
+    found = []
+    for name, c in contenders.items():
+        if name in absent:
+            found.append(result(name, reason=absent[name]))
+        else:
+            memory = None if c.memory is None else attempt(name, c.memory)
+            found.append(result(name, seconds=times[name], memory=memory))
+    return found
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one run, to the end of what it started on a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def high_water() -> int:
@@ -81,10 +280,26 @@ def extra_memory(build: Callable[[], Callable[[], Any]]) -> int:
     """
     run = build()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc: what was freed is resident no more
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     before = current()
     run()
     return max(0, high_water() - before)
+
+
+def gpu_memory(build: Callable[[], Callable[[], Any]]) -> int:
+    """Peak memory of the second ``build()()`` on the GPU over what is held before, in bytes: the
+    first compiles and fills caches."""
+    run = build()
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
 
 
 def in_fresh_process(module: str, *arguments: str, timeout: float = 1800) -> Any:

@@ -26,6 +26,7 @@ _COMMANDS = {
     "train coarse": "train_stage",
     "train fine": "train_stage",
     "generate": "generate",
+    "plan": "plan",
     "info": "info",
 }
 _GROUPS = {"train": "train a MuLaN or a stage of MusicLM"}

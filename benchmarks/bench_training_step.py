@@ -1,0 +1,319 @@
+"""A whole training step of MuLaN, forward, backward and optimizer: live reference against ours.
+
+The case "README" is the configuration of the reference's README: clips of 1,024 samples, batch 8.
+The others are clips of 10 and 30 s at 16 kHz (window 400 of 512, hop 160). Texts have 256 tokens.
+Loss and gradients are compared first. Beside both run the matrix products of the towers' blocks
+alone: those of the reference's step, the bound that the issue of a faster step is measured by, and
+those that ours has left (its last text block computes the class token alone). Memory is the peak of
+forward and backward; the optimizer's state is apart.
+
+On a GPU also: the largest batch that fits, and the share of the device's peak at dim 768 and 1,024.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast.training import cost
+
+MODULE = "benchmarks.bench_training_step"
+JOB = "MuLaN training step"
+SAMPLE_HZ = 16_000
+ADAM = dict(lr=3e-4, betas=(0.9, 0.99))  # both trainers' defaults
+OURS, THEIRS = "ours", "musiclm-pytorch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of a step: clips of ``samples``, a front end, and the towers' width and depth."""
+
+    samples: int
+    batch: int
+    n_fft: int = 512
+    win_length: int = 400
+    hop_length: int = 160
+    dim: int = 512
+    depth: int = 6
+    text_tokens: int = 256
+
+    @property
+    def tower(self) -> dict[str, int]:
+        return dict(dim=self.dim, depth=self.depth, heads=self.dim // 64, dim_head=64)
+
+    def counted(self) -> cost.Step:
+        """The shapes, for operations and products."""
+        tower = cost.Tower(**self.tower)
+        return cost.mulan_step(
+            self.samples, self.batch, text_tokens=self.text_tokens, audio=tower, text=tower,
+            n_fft=self.n_fft, hop_length=self.hop_length,
+        )  # fmt: skip
+
+
+CASES = {
+    "README": Case(1024, 8, n_fft=128, win_length=24, hop_length=12),
+    "10 s x 2": Case(10 * SAMPLE_HZ, 2),
+    "30 s x 1": Case(30 * SAMPLE_HZ, 1),
+}
+TINY = {
+    "tiny": Case(1024, 2, n_fft=128, win_length=24, hop_length=12, dim=64, depth=2, text_tokens=8)
+}
+ON_GPU = {f"10 s x {batch}": Case(10 * SAMPLE_HZ, batch) for batch in (2, 8, 64)} | {
+    f"10 s x 64, dim {dim}": Case(10 * SAMPLE_HZ, 64, dim=dim) for dim in (768, 1024)
+}
+MODES = {
+    "": (None, False),
+    " (bf16)": (torch.bfloat16, False),
+    " (torch.compile)": (None, True),
+    " (bf16, torch.compile)": (torch.bfloat16, True),
+}
+
+
+def build(kind: str, case: Case, device: str = "cpu") -> torch.nn.Module:
+    """MuLaN of the live reference or of this package, with equal weights."""
+    torch.manual_seed(0)
+    if kind == OURS:
+        import musiclm_fast as package
+    else:
+        from tests.reference import live
+
+        package = live.load().musiclm
+    model = package.MuLaN(
+        package.AudioSpectrogramTransformer(
+            **case.tower,
+            spec_n_fft=case.n_fft,
+            spec_win_length=case.win_length,
+            spec_hop_length=case.hop_length,
+        ),
+        package.TextTransformer(**case.tower),
+    )
+    return model.to(device).train()
+
+
+def inputs(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    wavs = torch.randn(case.batch, case.samples, generator=generator)
+    texts = torch.randint(1, 20_000, (case.batch, case.text_tokens), generator=generator)
+    return dict(wavs=wavs.to(device), texts=texts.to(device))
+
+
+def gradients(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str = ""
+) -> Callable[[], Any]:
+    """Forward and backward, with the same masks and dropped patches each time."""
+    dtype, compiled = MODES[mode]
+    forward = torch.compile(model) if compiled else model
+    # One pair has no negatives: where the batch is one, the cosine stands for the loss.
+    alone = len(batch["wavs"]) == 1
+    device = batch["wavs"].device.type
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(1)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype) if dtype else contextlib.nullcontext():
+            loss = forward(**batch, return_similarities=alone).sum()
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def step(
+    kind: str, case: Case, device: str = "cpu", mode: str = "", model: torch.nn.Module | None = None
+) -> Callable[[], Any]:
+    """A whole step, with Adam as either trainer makes it."""
+    model = build(kind, case, device) if model is None else model
+    run = gradients(model, inputs(case, device), mode)
+    update = torch.optim.Adam(model.parameters(), **ADAM, fused=kind == OURS or None)
+
+    def both() -> torch.Tensor:
+        loss: torch.Tensor = run()
+        update.step()
+        return loss
+
+    return both
+
+
+def products(step: cost.Step, all_of_them: bool) -> Callable[[], Any]:
+    """Only the matrix products of both towers' blocks, forward and backward: of the reference's
+    step (``all_of_them``), or of ours, whose last text block computes the class token alone."""
+    text = dataclasses.replace(step.text, reads="all") if all_of_them else step.text
+    wanted = cost.products(step.audio, step.batch, step.audio_tokens)
+    wanted += cost.products(text, step.batch, step.text_tokens)
+    runs = [run for p in wanted for run in _runs(p)]
+    return lambda: [run() for run in runs]
+
+
+def _runs(p: cost.Product) -> list[Callable[[], Any]]:
+    """One run per block; attention in tiles of rows, as a fused kernel does it."""
+    if not p.keys:
+        a, w = torch.randn(p.rows, p.inner), torch.randn(p.columns, p.inner)
+        grad = torch.randn(p.rows, p.columns)
+
+        def linear() -> None:
+            a @ w.t()
+            grad @ w
+            grad.t() @ a
+
+        return [linear] * p.count
+    q, keys = torch.randn(p.together, p.rows, p.inner), torch.randn(p.together, p.keys, p.inner)
+    turned = keys.transpose(1, 2).contiguous()
+    tile = min(p.rows, 256)
+    scores = torch.randn(p.together, tile, p.keys)
+
+    def attention() -> None:
+        for start in range(0, p.rows, tile):
+            part = q[:, start : start + tile]
+            score = scores[:, : part.shape[1]]
+            for _ in range(3):
+                part @ turned
+            for _ in range(2):
+                score @ keys
+            for _ in range(2):
+                score.transpose(1, 2) @ part
+
+    return [attention] * p.count
+
+
+def peak(kind: str, case: Case) -> int:
+    """Peak memory of forward and backward in bytes; call in a fresh process."""
+
+    def prepare() -> Callable[[], Any]:
+        model = build(kind, case)
+        samples = max(16 * case.hop_length, 1024)
+        short = dataclasses.replace(case, samples=samples, batch=2, text_tokens=8)
+        gradients(model, inputs(short))()  # threads and code pages are there
+        model.zero_grad(set_to_none=True)
+        return gradients(model, inputs(case))
+
+    return harness.extra_memory(prepare)
+
+
+def memory(kind: str, case: Case, device: str, mode: str) -> int:
+    """Peak memory of forward and backward in bytes."""
+    if device == "cuda":
+        return harness.gpu_memory(
+            lambda: gradients(build(kind, case, device), inputs(case, device), mode)
+        )
+    asked = json.dumps(dataclasses.asdict(case))
+    return int(harness.in_fresh_process(MODULE, "--peak", kind, asked))
+
+
+def check(case: Case, device: str) -> dict[str, torch.nn.Module]:
+    """Both models, whose loss and gradients agree.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    models = {kind: build(kind, case, device) for kind in (OURS, THEIRS)}
+    models[OURS].load_state_dict(models[THEIRS].state_dict())
+    given = inputs(case, device)
+    losses = {kind: gradients(model, given)() for kind, model in models.items()}
+    torch.testing.assert_close(losses[OURS], losses[THEIRS], atol=2e-4, rtol=2e-4)
+    ours, theirs = (dict(models[kind].named_parameters()) for kind in (OURS, THEIRS))
+    for name, p in ours.items():
+        if name.endswith("dynamic_pos_bias_mlp.4.bias"):
+            continue  # exactly zero in theory: softmax is invariant
+        found, expected = p.grad, theirs[name].grad
+        if found is None or expected is None:
+            assert found is expected, f"one of both has no gradient of {name}"
+            continue
+        error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < 2e-3, f"gradient of {name} is off by {error:.1e}"
+    return models
+
+
+def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
+    """Both in each mode that is asked for, and the products alone."""
+    device = settings.device
+    counted = case.counted()
+    operations = sum(op.operations for op in cost.step_ops(counted))
+    slow = case.samples * case.batch >= 20 * SAMPLE_HZ and device == "cpu"
+    found = {}
+    for mode in settings.pick([""], full=list(MODES), gpu=list(MODES)):
+        for kind in (OURS, THEIRS):
+            found[kind + mode] = Contender(
+                functools.partial(step, kind, case, device, mode),
+                memory=functools.partial(memory, kind, case, device, mode),
+                operations=operations if kind == OURS else None,
+                once=kind == THEIRS and slow and settings.mode == "quick",
+                role="ours" if kind == OURS else "peer",
+            )
+    if device == "cpu":
+        for name, whole in (("matrix products alone", True), ("of these, ours has left", False)):
+            found[name] = Contender(functools.partial(products, counted, whole), role="bound")
+    return found
+
+
+def largest_batch(kind: str, case: Case, device: str, mode: str, limit: int = 2**16) -> int:
+    """The largest batch up to ``limit`` whose step runs, by doubling and then halving the gap; 0 if
+    not even two pairs do."""
+
+    def fits(batch: int) -> bool:
+        try:
+            step(kind, dataclasses.replace(case, batch=batch), device, mode)()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    low, high = 0, 2
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def results(settings: Settings) -> list[Result]:
+    """Every case of the mode; on a GPU the largest batches too."""
+    found = []
+    cases = settings.pick(CASES, gpu=ON_GPU, tiny=TINY)
+    for name, case in cases.items():
+        # The case of the reference's own README has no place on an axis of seconds.
+        axes = {} if name == "README" else {"seconds of audio": case.samples / SAMPLE_HZ}
+        if settings.device == "cuda" and case.dim == 512:
+            axes = {"pairs of a batch": case.batch}
+        # Values are compared on clips that the reference can afford.
+        small = case
+        if settings.mode != "full" and case.samples > 3 * SAMPLE_HZ:
+            small = dataclasses.replace(case, samples=3 * SAMPLE_HZ, batch=2)
+        found += harness.measure(
+            JOB, name, contenders(case, settings), settings,
+            check=functools.partial(check, small, settings.device),
+            rounds=settings.pick(3, gpu=5),
+            warmup=0 if case.samples >= 20 * SAMPLE_HZ else 1, axes=axes,
+        )  # fmt: skip
+    if settings.mode == "gpu":
+        case = next(iter(cases.values()))
+        limit = 4 if settings.tiny else 2**16
+        for kind, mode in ((OURS, " (bf16)"), (OURS, ""), (THEIRS, " (bf16)"), (THEIRS, "")):
+            if settings.only_ours and kind != OURS:
+                continue
+            most = largest_batch(kind, case, settings.device, mode, limit)
+            found.append(
+                Result(f"{JOB}: largest batch", "10 s", kind + mode,
+                       "ours" if kind == OURS else "peer", reason=f"{most} pairs fit")
+            )  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peak", nargs=2, required=True, metavar=("KIND", "CASE"))
+    which, asked = parser.parse_args().peak
+    torch.set_num_threads(2)
+    print(json.dumps(peak(which, Case(**json.loads(asked)))))

@@ -1,0 +1,243 @@
+"""Runs the benchmarks and writes what they found: a table, JSON, ``results/<device>.md``, charts.
+
+    python -m benchmarks.run                       # every file, quick mode, on the CPU
+    python -m benchmarks.run spectrogram           # one file; the others' results stay
+    python -m benchmarks.run --mode full           # every peer and mode
+    python -m benchmarks.run --mode gpu            # on the CUDA device
+    python -m benchmarks.run --base HEAD~3         # this tree against another commit, ours alone
+    python -m benchmarks.run --tiny --output DIR   # smallest sizes: does every benchmark run?
+
+Each file runs in a process of its own. One that fails is named at the end, and the exit status is
+then 1; what the others found is kept. ``--resume`` leaves out what is already in the results for
+this commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.harness import MODES, PARITY_FAILED, ROOT, Result, Settings, environment
+
+RESULTS = ROOT / "benchmarks" / "results"
+HERE = ROOT / "benchmarks"
+THREADS = 2  # of torch on a CPU: what the figures are quoted for
+
+
+def names() -> list[str]:
+    """Every benchmark: the stems of ``bench_<name>.py``."""
+    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+
+
+def run_here(name: str, settings: Settings) -> list[Result]:
+    """Results of one benchmark, in this process: of its ``results``, or where the file has none, of
+    it as a pytest-benchmark suite."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    if hasattr(module, "results"):
+        found: list[Result] = module.results(settings)
+        return found
+    return run_suite(HERE / f"bench_{name}.py", settings)
+
+
+def run_suite(path: Path, settings: Settings) -> list[Result]:
+    """Results of a pytest-benchmark suite, whose tests say in ``benchmark.extra_info`` what a
+    :class:`Result` needs: job, case, contender and role, and what else they count.
+
+    Raises:
+        RuntimeError: a test failed.
+    """
+    if settings.mode == "gpu":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "suite.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(path)]
+        command += [f"--benchmark-json={out}", "--benchmark-disable-gc"]
+        if settings.tiny:
+            command.append("--benchmark-min-rounds=1")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout[-2000:])
+        entries = json.loads(out.read_text())["benchmarks"]
+    found = [Result(seconds=e["stats"]["data"], **e["extra_info"]) for e in entries]
+    return [r for r in found if r.ours or not settings.only_ours]
+
+
+def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any]:
+    """One benchmark's section of the results, from a process of its own.
+
+    Args:
+        root: the folder whose ``benchmarks`` and ``musiclm_fast`` run.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "section.json"
+        asked = json.dumps(dataclasses.asdict(settings))
+        command = [sys.executable, "-m", "benchmarks.run", "--worker", name, asked, str(out)]
+        environ = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(command, cwd=root, env=environ, stderr=subprocess.PIPE, text=True)
+        if done.returncode or not out.exists():
+            raise RuntimeError(f"{name}: {done.stderr[-3000:].strip() or 'no results'}")
+        section: dict[str, Any] = json.loads(out.read_text())
+    return section
+
+
+def worker(name: str, settings: Settings, out: Path) -> None:
+    """What the process of one benchmark does: run it and write its section."""
+    results = run_here(name, settings)
+    facts = environment()
+    facts["command"] = f"python -m benchmarks.run {name} --mode {settings.mode}"
+    section = {"facts": facts, "results": [dataclasses.asdict(r) for r in results]}
+    out.write_text(json.dumps(section))
+
+
+def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: bool) -> int:
+    """Run benchmarks one after the other and write everything after each; the exit status."""
+    failed = []
+    for name in wanted:
+        facts = environment()
+        store = output / f"{report.slug(facts['device'], settings.mode)}.json"
+        sections = json.loads(store.read_text()) if store.exists() else {}
+        if resume and name in sections and sections[name]["facts"]["commit"] == facts["commit"]:
+            print(f"== {name}: already measured at {facts['commit']}", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        try:
+            section = run_apart(name, settings)
+        except RuntimeError as error:
+            failed.append(name)
+            print(error, file=sys.stderr, flush=True)
+            continue
+        section["wall_seconds"] = round(time.perf_counter() - start, 1)
+        if not section["results"]:
+            print(f"nothing to measure in mode {settings.mode}", flush=True)
+            continue
+        results = report.read(section)
+        print(report.table(results), flush=True)
+        broken = [r for r in results if r.reason.startswith(PARITY_FAILED)]
+        if broken:
+            failed.append(name)
+        sections[name] = section
+        report.write(sections, store)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def base_tree(revision: str, folder: Path) -> Path:
+    """A folder where this tree's benchmarks meet the package of another commit, built.
+
+    Raises:
+        RuntimeError: there is no such commit, or its library does not build.
+    """
+
+    def call(*command: str, cwd: Path = ROOT) -> None:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:].strip()}")
+
+    source = folder / "source"
+    call("git", "worktree", "add", "--detach", "--force", str(source), revision)
+    same = subprocess.run(
+        ["git", "diff", "--quiet", revision, "--", "csrc", "CMakeLists.txt", "setup.py"], cwd=ROOT
+    )
+    if same.returncode == 0:  # the same library: no need to compile it again
+        for built in (ROOT / "musiclm_fast").glob("*.so"):
+            shutil.copy2(built, source / "musiclm_fast")
+    else:
+        call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=source)
+    tree = folder / "tree"
+    tree.mkdir()
+    for name, origin in (("benchmarks", ROOT), ("tests", ROOT), ("musiclm_fast", source)):
+        (tree / name).symlink_to(origin / name)
+    return tree
+
+
+def compare_with(revision: str, wanted: Sequence[str], settings: Settings, rounds: int) -> int:
+    """Time ours at another commit and here in turn, in fresh processes; print the ratios."""
+    settings = dataclasses.replace(settings, only_ours=True)
+    seconds: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trees = (base_tree(revision, Path(folder)), ROOT)
+            for _ in range(rounds):
+                for name in wanted:
+                    for which, tree in enumerate(trees):
+                        for r in report.read(run_apart(name, settings, tree)):
+                            if r.seconds:
+                                key = (r.job, r.case, r.contender)
+                                both = seconds.setdefault(key, ([], []))
+                                both[which].append(r.timing.median)
+        finally:
+            subprocess.run(
+                ["git", "worktree", "remove", "--force", str(Path(folder) / "source")],
+                cwd=ROOT, capture_output=True,
+            )  # fmt: skip
+    lines = [f"| job | case | contender | {revision} s | here s | {revision} / here |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (job, case, contender), (before, now) in seconds.items():
+        if before and now:
+            ratios = [a / b for a, b in zip(before, now, strict=True)]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            times = f"{statistics.median(before):.4g} | {statistics.median(now):.4g}"
+            lines.append(f"| {job} | {case} | {contender} | {times} | {spread} |")
+    print("\n".join(lines))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}")
+    parser.add_argument("--mode", choices=MODES, default="quick")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the mode's")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to test the suite")
+    parser.add_argument("--base", metavar="REV", help="compare with this commit")
+    parser.add_argument("--rounds", type=int, default=3, help="of --base (default 3)")
+    parser.add_argument("--resume", action="store_true", help="leave out what this commit has")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        name, asked, out = args.worker
+        worker(name, Settings(**json.loads(asked)), Path(out))
+        return 0
+    unknown = sorted(set(args.names) - set(names()))
+    if unknown:
+        parser.error(f"NAME: got {', '.join(unknown)}, expected some of {', '.join(names())}")
+    device = args.device or ("cuda" if args.mode == "gpu" else "cpu")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device: got cuda, expected cpu: torch finds no CUDA device here")
+    settings = Settings(args.mode, device, args.tiny)
+    wanted = args.names or names()
+    if args.base:
+        return compare_with(args.base, wanted, settings, args.rounds)
+    return run_all(wanted, settings, args.output, args.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""``musiclm-fast plan``: which batch fits in a GPU's memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+HELP = "which batch fits in a GPU's memory, and what a step costs"
+# Beside the step's own tensors: CUDA's context and libraries, and attention's workspace.
+RESERVED = 1.0e9
+# Of what is left, for what the allocator cannot use between tensors.
+USABLE = 0.92
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def size(text: str) -> float:
+    """Bytes of ``"24GB"``, ``"80e9"`` or ``"16GiB"``."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 24GB")
+    unit = _UNITS[found[2]]
+    if found[3]:
+        unit = 2 ** (10 * ("kmgt".index(found[2]) + 1)) if found[2] else 1
+    return number * unit
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="as 24GB")
+    parser.add_argument("--seconds", type=float, required=True, help="length of a clip")
+    parser.add_argument("--dim", type=int, default=512, help="width of both towers (%(default)s)")
+    parser.add_argument("--depth", type=int, default=6, help="blocks of each tower (%(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="of 64 values each (%(default)s)")
+    parser.add_argument(
+        "--front-end", default="mulan", choices=("reference", "mulan", "ast"),
+        help="of the audio tower (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sample-hz", type=int, metavar="HZ", help="rate of the clips; default: the front end's"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=77, metavar="N", help="longest text (%(default)s)"
+    )
+    parser.add_argument(
+        "--precision", default="bf16", choices=("bf16", "float32"),
+        help="bf16 is autocast with float32 weights (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--optimizer", default="adam", choices=("adam", "lion"), help="(%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="tell about this batch instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tell which batch of MuLaN's training step fits in a GPU's memory, what holds that memory, and
+    how long a step takes at least. Counted from the shapes; nothing is run."""
+    from musiclm_fast._checks import check_positive, check_positive_int, fail
+    from musiclm_fast.models.front_end import resolve_front_end
+    from musiclm_fast.training import cost
+
+    check_positive("seconds", args.seconds)
+    for name in ("dim", "depth", "heads", "text_tokens"):
+        check_positive_int(name, getattr(args, name))
+    front = resolve_front_end(args.front_end)
+    rate = args.sample_hz or front.sample_hz
+    if rate is None:
+        fail("sample_hz", None, f"a rate in Hz, which the front end {args.front_end!r} has not")
+    check_positive_int("sample_hz", rate)
+    tower = cost.Tower(dim=args.dim, depth=args.depth, heads=args.heads)
+    step = cost.mulan_step(
+        round(args.seconds * rate), 1, text_tokens=args.text_tokens, audio=tower, text=tower,
+        bands=front.bands, hop_length=front.hop_length or front.win_length // 2,
+        precision=args.precision,
+    )  # fmt: skip
+    values = 2 if args.optimizer == "adam" else 1
+    usable = max(0.0, args.gpu_memory - RESERVED) * USABLE
+    most = cost.largest_batch(step, usable, values)
+    if args.batch is not None:
+        check_positive_int("batch", args.batch)
+    shown = args.batch or most
+    print(
+        f"{step.parameters / 1e6:.1f} M parameters, {step.audio_tokens} patches of a clip, "
+        f"{step.text_tokens} tokens of a text, {args.precision}, {args.optimizer}"
+    )
+    print(f"largest batch in {args.gpu_memory / 1e9:.1f} GB: {most} pairs")
+    if not shown:
+        needed = cost.memory(step, values).total / USABLE + RESERVED
+        print(f"not even one pair fits: that takes {needed / 1e9:.1f} GB")
+        return 1
+    at = step.with_batch(shown)
+    memory = cost.memory(at, values)
+    print(f"\nat {shown} pairs")
+    for name, value in (
+        ("weights", memory.weights),
+        ("optimizer", memory.optimizer),
+        ("forward and backward", memory.forward_backward),
+        ("CUDA and workspaces", RESERVED),
+        ("between tensors", (memory.total / USABLE) - memory.total),
+    ):
+        print(f"  {name:<24}{value / 1e9:8.2f} GB")
+    ops = cost.step_ops(at)
+    operations = sum(op.operations for op in ops)
+    print(f"  {'operations of a step':<24}{operations / 1e12:8.2f} TFLOP")
+    for device in cost.DEVICES.values():
+        seconds = cost.seconds(ops, device, args.precision)
+        print(f"  {'at least, on ' + device.name:<24}{1e3 * seconds:8.1f} ms a step")
+    return 0

@@ -1,0 +1,240 @@
+"""The benchmark suite: what it refuses, what it stores, and that every benchmark runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import harness, readme_table, report, run
+from benchmarks.harness import Contender, Result, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("matplotlib", reason="needs the bench extra")
+
+
+def always(work: Callable[[], Any] = lambda: None) -> Callable[[], Callable[[], Any]]:
+    return lambda: work
+
+
+def fail() -> None:
+    raise AssertionError("gradient of q is off by 3.0e-01\nand more")
+
+
+def test_no_speed_without_parity() -> None:
+    ran: list[str] = []
+    contenders = {
+        "ours": Contender(always(lambda: ran.append("ours")), role="ours"),
+        "peer": Contender(always(lambda: ran.append("peer"))),
+    }
+    found = harness.measure("op", "case", contenders, Settings(), check=fail)
+    assert not ran
+    assert [r.seconds for r in found] == [[], []]
+    assert found[0].reason == "parity check failed: gradient of q is off by 3.0e-01"
+    assert found[1].reason == "not timed: parity check failed"
+    table = report.table(found)
+    assert "parity check failed" in table
+    assert "x (" not in table
+
+
+def test_a_benchmark_whose_parity_fails_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contenders = {"ours": Contender(always(), role="ours")}
+    found = harness.measure("op", "case", contenders, Settings(), check=fail)
+    monkeypatch.setattr(run, "run_apart", lambda *_: section(found))
+    assert run.run_all(["op"], Settings(), tmp_path, resume=False) == 1
+    assert "failed: op" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_run_is_listed_with_the_reason() -> None:
+    def absent() -> Callable[[], Any]:
+        raise ImportError("no module named siglip_kernel")
+
+    def breaks() -> None:
+        raise RuntimeError("needs\n  a GPU")
+
+    contenders = {
+        "ours": Contender(always(), role="ours"),
+        "absent": Contender(absent),
+        "breaks": Contender(always(breaks)),
+        "no memory": Contender(always(), memory=breaks),  # type: ignore[arg-type]
+    }
+    found = harness.measure("op", "case", contenders, Settings(), check=lambda: None)
+    reasons = {r.contender: r.reason for r in found}
+    assert reasons == {
+        "ours": "",
+        "absent": "ImportError: no module named siglip_kernel",
+        "breaks": "RuntimeError: needs a GPU",
+        "no memory": "",
+    }
+    assert all(bool(r.seconds) == (r.contender not in ("absent", "breaks")) for r in found)
+
+
+def test_ours_that_cannot_run_is_an_error() -> None:
+    def breaks() -> None:
+        raise RuntimeError("a bug")
+
+    contenders = {"ours": Contender(always(breaks), role="ours")}
+    with pytest.raises(RuntimeError, match="a bug"):
+        harness.measure("op", "case", contenders, Settings(), check=lambda: None)
+
+
+def test_contenders_run_in_turn_and_slow_ones_once() -> None:
+    ran: list[str] = []
+    contenders = {
+        "ours": Contender(always(lambda: ran.append("o")), role="ours"),
+        "slow": Contender(always(lambda: ran.append("s")), once=True),
+        "peer": Contender(always(lambda: ran.append("p"))),
+    }
+    found = harness.measure("op", "case", contenders, Settings(), check=lambda: None, rounds=3)
+    assert "".join(ran) == "op" + "osp" + "op" * 2
+    assert [len(r.seconds) for r in found] == [3, 1, 3]
+    only = harness.measure(
+        "op", "case", contenders, Settings(only_ours=True), check=lambda: None, rounds=1
+    )
+    assert [r.contender for r in only] == ["ours"]
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    slow, fast = harness.Timing([2.0, 8.0, 9.0]), harness.Timing([1.0, 2.0, 3.0])
+    assert harness.ratio(slow, fast) == (3.0, 2.0, 4.0)
+    assert harness.ratio(harness.Timing([6.0]), fast) == (3.0, 2.0, 6.0)
+
+
+def results(**ours: Any) -> list[Result]:
+    mib = harness.MIB
+    return [
+        Result("op", "10 s", "ours", "ours", [1.0, 2.0], operations=3e12, traffic=6e9,
+               memory=2 * mib, axes={"seconds of audio": 10}, headline="the op", **ours),
+        Result("op", "10 s", "peer", "peer", [4.0, 6.0], memory=10 * mib,
+               axes={"seconds of audio": 10}),
+        Result("op", "10 s", "bound", "bound", [0.5, 1.0]),
+        Result("op", "20 s", "ours", "ours", [2.0], memory=4 * mib, axes={"seconds of audio": 20}),
+        Result("op", "20 s", "peer", "peer", reason="out of memory"),
+    ]  # fmt: skip
+
+
+def section(found: list[Result], **facts: str) -> dict[str, Any]:
+    known = harness.environment() | {"device": "Some GPU, 80 GB", "command": "x"} | facts
+    return {"facts": known, "results": [dataclasses.asdict(r) for r in found], "wall_seconds": 1.0}
+
+
+def test_table_states_rates_ratios_and_reasons() -> None:
+    head, first, *rest = (line.split("  ") for line in report.table(results()).splitlines())
+    told = report.table(results())
+    assert "1500 (1000 to 2000)" in told
+    assert "3.50x (3.00 to 4.00)" in told
+    assert "at 50% (50% to 50%)" in told
+    assert "out of memory" in told
+    cells = [cell.strip() for cell in first if cell.strip()]
+    assert cells[:2] == ["10 s", "ours"]
+    assert cells[3:] == ["2", "4", "2"]  # TFLOP/s, GB/s, MiB
+
+
+def test_sections_are_merged_and_written_with_charts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"one": section(results()), "two": section(results(), commit="other")}
+    monkeypatch.setattr(run, "run_apart", lambda name, *_: sections[name])
+    monkeypatch.setattr(run, "environment", lambda: sections["one"]["facts"])
+    assert run.run_all(["one"], Settings(), tmp_path, resume=False) == 0
+    assert run.run_all(["two"], Settings(), tmp_path, resume=False) == 0
+    store = tmp_path / "some-gpu-80-gb.json"
+    assert set(json.loads(store.read_text())) == {"one", "two"}
+    page = store.with_suffix(".md").read_text()
+    for wanted in ("# Some GPU, 80 GB", "## one", "## two", "at commit other", "torch 2."):
+        assert wanted in page
+    charts = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert charts == sorted(
+        f"some-gpu-80-gb-{name}-{kind}.png"
+        for name in ("one", "two")
+        for kind in ("bars", "op-seconds-of-audio")
+    )
+    assert all(f"({chart})" in page for chart in charts)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_resume_leaves_out_what_this_commit_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    here = section(results())
+
+    def run_apart(name: str, *_: Any) -> dict[str, Any]:
+        asked.append(name)
+        return here
+
+    monkeypatch.setattr(run, "run_apart", run_apart)
+    monkeypatch.setattr(run, "environment", lambda: here["facts"])
+    for _ in range(2):
+        run.run_all(["one"], Settings(), tmp_path, resume=True)
+    run.run_all(["one"], Settings(), tmp_path, resume=False)
+    assert asked == ["one", "one"]
+
+
+def test_readme_table_holds_the_headlines(tmp_path: Path) -> None:
+    store = tmp_path / "gpu.json"
+    store.write_text(json.dumps({"one": section(results())}))
+    told = readme_table.text(tmp_path)
+    assert "| the op, against peer | 3.5x (3.0 to 4.0), 50% of the bound | 5.0x less: 2 MiB" in told
+    assert told.count("\n| ") == 2  # the heading and one row
+    marked = f"a\n{readme_table.BEGIN}\nold\n{readme_table.END}\nb\n"
+    assert readme_table.insert(marked, "new") == marked.replace("old", "new")
+    with pytest.raises(ValueError, match="got 0 of"):
+        readme_table.insert("no markers", "new")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing"], "got nothing, expected some of"),
+        (["--mode", "gpu"], "--device: got cuda, expected cpu"),
+    ],
+)
+def test_bad_command_lines(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def tiny(*arguments: str) -> str:
+    """The runner's output at the smallest sizes."""
+    command = [sys.executable, "-m", "benchmarks.run", "--tiny", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", harness.MODES)
+def test_every_benchmark_runs(mode: str, tmp_path: Path) -> None:
+    """In the modes for a GPU too, on the CPU: nothing is dead on arrival."""
+    told = tiny("--mode", mode, "--device", "cpu", "--output", str(tmp_path))
+    for name in run.names():
+        assert f"== {name}" in told
+    assert len(list(tmp_path.glob("*.md"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+def test_two_commits_are_compared(tmp_path: Path) -> None:
+    told = tiny("training_step", "--base", "HEAD", "--rounds", "2")
+    row = next(line for line in told.splitlines() if line.startswith("| MuLaN training step"))
+    before, now = (float(cell) for cell in row.split("|")[4:6])
+    assert before > 0
+    assert now > 0
+    listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True)
+    assert "/source" not in listed.stdout
