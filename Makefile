@@ -4,6 +4,7 @@
 #   PYTHON=python3.12    interpreter that .venv is made from (3.11 to 3.13)
 #   MAX_JOBS=1           compiler processes
 #   PYTEST_ARGS="-k x"   passed to pytest
+#   BENCH="attention"    passed to the benchmarks' runner
 # pip reads its own variables, for example PIP_EXTRA_INDEX_URL for an index with CPU builds of torch.
 
 SHELL := /bin/bash
@@ -75,19 +76,20 @@ test-gpu:  ## the tests that need a CUDA device, with the environment's own torc
 
 # ---- benchmarks and demonstration
 
-# A benchmark with a main() prints its own table; the others are pytest-benchmark suites.
-run_benchmarks = for file in benchmarks/bench_*.py; do echo "== $$file"; \
-	if grep -q '^def main' $$file; then $(1) -m benchmarks.$$(basename $$file .py); \
-	else $(1) -m pytest $$file -m "$(2)" $(PYTEST_ARGS) || [ $$? -eq 5 ]; fi; done
+BENCH ?=
 
 .PHONY: bench
-bench: $(READY)  ## CPU benchmarks against the live reference
-	$(call run_benchmarks,$(PY),not gpu)
+bench: $(READY)  ## CPU benchmarks against the live reference, under ten minutes
+	$(PY) -m benchmarks.run $(BENCH)
+
+.PHONY: bench-full
+bench-full: $(READY)  ## every peer and mode: compiled, bf16; no time limit
+	$(PY) -m benchmarks.run --mode full $(BENCH)
 
 .PHONY: bench-gpu
 bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest benchmarks/bench_*.py -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m benchmarks.run --mode gpu $(BENCH)
 
 .PHONY: demo
 demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with it

@@ -1,27 +1,27 @@
-"""Attention on the CPU: the C++ kernel, SDPA with a materialised learned bias, and the definition.
+"""Attention on the CPU, forward and backward: the C++ kernel, SDPA with a learned bias that is
+materialised, FlexAttention with the learned table, and the definition.
 
-``python -m benchmarks.bench_attention`` prints one row per case, forward plus backward (gradients
-of q, k, v and the table on all sides; the others gather the bias from the table in each pass):
-milliseconds, GFLOP/s of the seven matrix products, their share of what one large product reaches
-in the same run, and ratios over interleaved rounds. Then the extra peak memory of a fresh process.
-Parity is checked first: without it there is no row. As a pytest suite it fails below 1.3 times
-SDPA at any length.
+Gradients of q, k, v and the table on all sides; the others gather the bias from the table in each
+pass. Operations are those of the seven matrix products; traffic is q, k, v, the output and their
+gradients, read or written once each pass. One large product runs beside them: the rate that the
+processor reaches. Output and gradients are first held against the float64 definition.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import harness
-from musiclm_fast import _extension, testing
+from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast import testing
 from musiclm_fast.ops import attention, grid_codes, grid_offsets
 from musiclm_fast.ops.attention import attention_reference
 from musiclm_fast.ops.attention.reference import offset_bias
@@ -95,118 +95,96 @@ def check_parity(arguments: dict[str, Any], dtype: torch.dtype) -> None:
         testing.assert_close_to_oracle(name, *(f[name] for f in found), dtype=dtype)
 
 
-def compare(
-    length: int, rounds: int = 3, dtype: torch.dtype = torch.float32, definition: bool = False
-) -> dict[str, float]:
-    """One row of the table.
+def flex(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, **codes: Tensor) -> Tensor:
+    """FlexAttention, whose score function reads the table; compiled, as it must be."""
+    radius = bias_table.shape[1] // 2
+    q_codes, k_codes = codes["q_codes"], codes["k_codes"]
 
-    Raises:
-        AssertionError: values disagree.
-    """
-    arguments = inputs(length, dtype)
-    check_parity(arguments, dtype)
-    square = torch.randn(1024, 1024)
-    runs = {
-        "ours": step(ours, arguments),
-        "sdpa": step(sdpa, arguments),
-        "forward": lambda: ours(**{n: x.detach() for n, x in arguments.items()}),
-        "product": lambda: square @ square,
-    }
-    if definition:
-        runs["definition"] = step(attention_reference, arguments)
-    times = harness.interleave(runs, rounds)
-    faster, least, most = harness.ratio(times["sdpa"], times["ours"])
-    rate = operations(length) / min(times["ours"].seconds)
-    row = {
-        "ms": 1e3 * times["ours"].median,
-        "forward ms": 1e3 * times["forward"].median,
-        "sdpa ms": 1e3 * times["sdpa"].median,
-        "GFLOP/s": rate / 1e9,
-        "of product": rate / (2.0 * 1024**3 / min(times["product"].seconds)),
-        "faster": faster,
-        "least": least,
-        "most": most,
-    }
-    if definition:
-        row["than definition"] = harness.ratio(times["definition"], times["ours"])[0]
-    return row
+    def score(s: Tensor, b: Any, h: Any, i: Any, j: Any) -> Tensor:
+        own_q, own_k = (c if c.ndim == 1 else c[b] for c in (q_codes, k_codes))
+        offset = (own_q[i] - own_k[j]).clamp(-radius, radius)
+        return s + bias_table[h, offset + radius]
+
+    return _compiled_flex()(q, k, v, score_mod=score)
 
 
-def memory(length: int, function: Callable[..., Tensor]) -> int:
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def traffic(length: int, dtype: torch.dtype) -> float:
+    """Bytes of q, k, v and out forward; of those, their gradients and out's backward."""
+    return 12.0 * BATCH * length * HEADS * HEAD_DIM * dtype.itemsize
+
+
+FUNCTIONS = {
+    "ours": ours,
+    "SDPA and learned bias": sdpa,
+    "SDPA and learned bias (torch.compile)": sdpa,
+    "FlexAttention and learned table": flex,
+    "definition": attention_reference,
+}
+
+
+def memory(length: int, name: str) -> int:
     """Extra peak memory of a step in bytes, its gradients included; call in a fresh process."""
-    step(function, inputs(256))()  # threads and code pages are there
-    return harness.extra_memory(lambda: step(function, inputs(length)))
+    step(FUNCTIONS[name], inputs(256))()  # threads and code pages are there
+    return harness.extra_memory(lambda: step(FUNCTIONS[name], inputs(length)))
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As many threads as the figures are quoted for."""
-    if not _extension.load():
-        pytest.skip(_extension.why_missing())
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def contender(name: str, length: int, dtype: torch.dtype, arguments: dict[str, Any]) -> Contender:
+    """A step of ``name``."""
+
+    def build() -> Callable[[], Any]:
+        function = FUNCTIONS[name]
+        return step(torch.compile(function) if "compile" in name else function, arguments)
+
+    measured = dtype == torch.float32 and name in ("ours", "SDPA and learned bias")
+    return Contender(
+        build,
+        memory=functools.partial(harness.in_fresh_process, MODULE, str(length), name)
+        if measured
+        else None,
+        operations=operations(length),
+        traffic=traffic(length, dtype),
+        role="ours" if name == "ours" else "peer",
+    )
 
 
-@pytest.mark.parametrize("contender", ["ours", "sdpa", "definition"])
-@pytest.mark.parametrize("length", [256, 744])
-def test_attention(benchmark: Any, length: int, contender: str, two_threads: None) -> None:
-    """For pytest-benchmark: forward and backward of each contender."""
-    functions = {"ours": ours, "sdpa": sdpa, "definition": attention_reference}
-    arguments = inputs(length)
-    check_parity(arguments, torch.float32)
-    benchmark.pedantic(step(functions[contender], arguments), rounds=3, warmup_rounds=1)
-    rate = operations(length) / benchmark.stats["min"]
-    benchmark.extra_info["GFLOP/s"] = round(rate / 1e9, 1)
-
-
-@pytest.mark.parametrize("length", GRIDS)
-def test_faster_than_sdpa(length: int, two_threads: None) -> None:
-    """Interleaved with SDPA: at least 1.3 times as fast, forward plus backward."""
-    row = compare(length)
-    print(f"{length}: { ({name: round(value, 2) for name, value in row.items()}) }")
-    assert row["faster"] >= 1.3
-
-
-def test_memory_is_linear(two_threads: None) -> None:
-    """From 512 to 2048 keys, four times as many: about four times the memory, not sixteen."""
-    extra = [harness.in_fresh_process(MODULE, "--memory", str(n), "ours") for n in (512, 2048)]
-    print(f"extra memory: {[round(x / harness.MIB, 1) for x in extra]} MiB")
-    assert extra[1] <= 8 * max(extra[0], 4 * harness.MIB)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lengths", type=int, nargs="*", default=list(GRIDS))
-    parser.add_argument("--memory", nargs=2, metavar=("LENGTH", "WHICH"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    functions = {"ours": ours, "sdpa": sdpa}
-    if arguments.memory:
-        length, which = arguments.memory
-        print(json.dumps(memory(int(length), functions[which])))
-        return
-    print(harness.environment(), _extension.simd_level())
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in arguments.lengths:
-            if dtype == torch.bfloat16 and length > 1024:
-                continue
-            definition = dtype == torch.float32 and length < 1024
-            row = compare(length, arguments.rounds, dtype, definition)
-            figures = "  ".join(f"{name} {value:.2f}" for name, value in row.items())
-            print(f"{str(dtype).removeprefix('torch.'):9} N {length:5}  {figures}", flush=True)
-    for length in arguments.lengths:
-        extra = {
-            which: harness.in_fresh_process(MODULE, "--memory", str(length), which)
-            for which in functions
-        }
-        figures = "  ".join(
-            f"{which} {size / harness.MIB:.1f} MiB" for which, size in extra.items()
-        )
-        print(f"extra memory N {length:5}  {figures}", flush=True)
+def results(settings: Settings) -> list[Result]:
+    """Lengths of whole grids, and 10 s of audio with a quarter of its patches dropped (744)."""
+    if settings.mode == "gpu":
+        return []
+    found = []
+    names = settings.pick(["ours", "SDPA and learned bias"], full=list(FUNCTIONS))
+    for dtype in settings.pick([torch.float32], full=[torch.float32, torch.bfloat16]):
+        for length in settings.pick((256, 744, 1024), full=tuple(GRIDS), tiny=(256,)):
+            arguments = inputs(length, dtype)
+            contenders = {name: contender(name, length, dtype, arguments) for name in names}
+            square = torch.randn(1024, 1024, dtype=dtype)
+            contenders["a product of 1,024 x 1,024"] = Contender(
+                lambda square=square: lambda: square @ square, operations=2.0 * 1024**3
+            )
+            short = str(dtype).removeprefix("torch.")
+            found += harness.measure(
+                "attention", f"N = {length:,}, {short}", contenders, settings,
+                check=functools.partial(check_parity, arguments, dtype),
+                rounds=settings.pick(5),
+                axes={"tokens": length} if dtype == torch.float32 else {},
+                headline="attention with the bias's gather and gradient, N = 744 (10 s)"
+                if length == 744 and dtype == torch.float32
+                else "",
+            )  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("length", type=int)
+    parser.add_argument("name", choices=FUNCTIONS)
+    asked = parser.parse_args()
+    torch.set_num_threads(2)
+    print(json.dumps(memory(asked.length, asked.name)))

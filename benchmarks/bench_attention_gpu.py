@@ -1,6 +1,6 @@
 """Attention with a learned offset table on a GPU, against flash attention without any bias.
 
-``python -m benchmarks.bench_attention_gpu`` compares, for each length, forward and backward of
+For each length, forward and backward of
 
 ours, shared       one set of codes for the batch; the backward includes the table's gradient
 ours, per sample   codes of its own for each sample, as patch dropout makes them
@@ -10,23 +10,21 @@ SDPA + bias        torch's attention with the bias gathered into an (H, N, N) te
 FlexAttention      compiled, with the table read by its score function
 
 Output and gradients are compared with the float64 reference first: without agreement there is no
-row. TFLOP/s count the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
+row. Operations are the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
 backward, for every contender. Runs without a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import harness
+from benchmarks.harness import Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import attention, grid_codes
 from musiclm_fast.ops.attention.reference import attention_reference, offset_bias
@@ -34,7 +32,6 @@ from musiclm_fast.ops.attention.reference import attention_reference, offset_bia
 HEADS, HEAD_DIM, HEIGHT = 8, 64, 16
 TOKENS = 32_768  # samples times length, whatever the length
 LENGTHS = (512, 1024, 2048)
-RESULTS = Path(__file__).resolve().parent / "results"
 Inputs = dict[str, Any]
 
 
@@ -139,13 +136,18 @@ def contenders(batch: int, length: int, heads: int, device: str, dtype: torch.dt
 def measure(
     length: int, tokens: int = TOKENS, heads: int = HEADS, device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16, rounds: int = 7, repeats: int = 10,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of one length: name, milliseconds, TFLOP/s and extra memory of both directions."""
+) -> list[Result]:  # fmt: skip
+    """Both directions of one length; memory is that of the two together.
+
+    Raises:
+        AssertionError: values disagree.
+    """
     check_parity(length, device, dtype)
     batch = max(tokens // length, 1)
     forward: dict[str, Callable[[], Any]] = {}
     backward: dict[str, Callable[[], Any]] = {}
-    memory: dict[str, float] = {}
+    memory: dict[str, int | None] = {}
+    absent: dict[str, str] = {}
     for name, (function, inputs) in contenders(batch, length, heads, device, dtype).items():
         grad = torch.randn_like(inputs["q"])
         names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
@@ -154,7 +156,7 @@ def measure(
             memory[name] = _peak(functools.partial(_both, function, inputs, leaves, grad), device)
             out = function(inputs)
         except RuntimeError as error:  # out of memory, or a peer that refuses the shape
-            print(f"N={length} {name}: left out, {str(error).splitlines()[0][:120]}")
+            absent[name] = str(error).splitlines()[0][:200]
             continue
         forward[name] = functools.partial(
             _repeat, repeats, functools.partial(_quiet, function, inputs)
@@ -166,18 +168,22 @@ def measure(
                 torch.autograd.grad, out, leaves, grad, retain_graph=True, allow_unused=True
             ),
         )
-    flops = 4 * batch * heads * length**2 * HEAD_DIM
-    times = [harness.interleave(f, rounds=rounds, warmup=2) for f in (forward, backward)]
-    rows = []
-    for name in forward:
-        row: dict[str, Any] = dict(length=length, name=name, memory=memory[name])
-        for kind, timing, factor in zip(("forward", "backward"), times, (1.0, 2.5), strict=True):
-            seconds = timing[name].median / repeats
-            row[f"{kind}_ms"] = 1e3 * seconds
-            row[f"{kind}_tflops"] = factor * flops / seconds / 1e12
-            row[f"{kind}_of_flash"] = timing["flash"].median / timing[name].median
-        rows.append(row)
-    return rows
+    flops = 4.0 * batch * heads * length**2 * HEAD_DIM
+    found = []
+    for direction, runs, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
+        for name, timing in harness.interleave(runs, rounds=rounds, warmup=2).items():
+            role = "bound" if name == "flash" else "ours" if name.startswith("ours") else "peer"
+            found.append(Result(
+                f"attention, {direction}", f"B = {batch}, N = {length:,}", name, role,
+                [seconds / repeats for seconds in timing.seconds],
+                operations=factor * flops, memory=memory[name], axes={"tokens": length},
+                headline=f"attention with a learned bias, {direction}, N = {length:,}"
+                if name == "ours, shared" else "",
+            ))  # fmt: skip
+    for name, reason in absent.items():
+        case = f"B = {batch}, N = {length:,}"
+        found.append(Result("attention, forward", case, name, reason=reason))
+    return found
 
 
 def _repeat(times: int, run: Callable[[], Any]) -> None:
@@ -197,71 +203,24 @@ def _quiet(function: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> None:
         function(inputs)
 
 
-def _peak(run: Callable[[], Any], device: str) -> float:
-    # MiB beyond what is allocated, at most, during a second run: the first one compiles.
+def _peak(run: Callable[[], Any], device: str) -> int | None:
     run()
-    if device == "cpu":
-        return float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / harness.MIB
+    return None if device == "cpu" else harness.gpu_memory(lambda: run)
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, with device, versions, commit and date."""
-    lines = [f"- {name}: {value}" for name, value in harness.environment().items()]
-    lines += [
-        "",
-        "| N | | forward ms | TFLOP/s | of flash | backward ms | TFLOP/s | of flash | MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = [
-            f"{r[f'{kind}_{unit}']:{form}}"
-            for kind in ("forward", "backward")
-            for unit, form in (("ms", ".3f"), ("tflops", ".1f"), ("of_flash", ".0%"))
-        ]
-        lines.append(f"| {r['length']} | {r['name']} | {' | '.join(cells)} | {r['memory']:.0f} |")
-    return "\n".join(lines) + "\n"
-
-
-def write(text: str, folder: Path = RESULTS) -> Path:
-    """Put the table into ``results/<device>.md``, in place of an older one."""
-    folder.mkdir(exist_ok=True)
-    device = harness.environment()["device"]
-    path = folder / ("".join(c if c.isalnum() else "-" for c in device.lower()) + ".md")
-    title = "## Attention with a learned offset table"
-    sections = path.read_text().split("\n## ") if path.exists() else [f"# {device}\n"]
-    kept = [s for s in sections if not s.startswith(title.removeprefix("## "))]
-    path.write_text("\n## ".join([*kept, f"{title.removeprefix('## ')}\n\n{text}"]))
-    return path
-
-
-@pytest.mark.gpu
-@pytest.mark.timeout(600)
-def test_attention_on_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    text = as_markdown([row for length in LENGTHS for row in measure(length)])
-    print(f"\n{text}\nwritten to {write(text)}")
-
-
-def main() -> None:
-    """Measure and print; ``--write`` also puts the table into results/."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: nothing to measure")
-    text = as_markdown([row for length in options.lengths for row in measure(length)])
-    print(text)
-    if options.write:
-        print(f"written to {write(text)}")
-
-
-if __name__ == "__main__":
-    main()
+def results(settings: Settings) -> list[Result]:
+    """Each direction of each length on a GPU; on a CPU a small one in Triton's interpreter, to run
+    these lines."""
+    if settings.mode != "gpu":
+        return []
+    sizes: dict[str, Any] = dict(tokens=TOKENS, heads=HEADS, dtype=torch.bfloat16)
+    if settings.device == "cpu":
+        sizes = dict(tokens=64, heads=1, dtype=torch.float32, rounds=1, repeats=1)
+    found = []
+    for length in settings.pick(LENGTHS, tiny=(32,)):
+        try:
+            found += measure(length, device=settings.device, **sizes)
+        except AssertionError as error:
+            reason = f"{harness.PARITY_FAILED}: {str(error).splitlines()[0]}"
+            found.append(Result("attention", f"N = {length:,}", "ours", "ours", reason=reason))
+    return [r for r in found if r.ours or not settings.only_ours]

@@ -245,6 +245,20 @@ def measure(
     return found
 
 
+def oracle(
+    theirs: Callable[[], torch.nn.Module], ours: Callable[[], torch.nn.Module]
+) -> tuple[torch.nn.Module, contextlib.AbstractContextManager[None]]:
+    """The model that ours is held against, and the context to run it in: the live reference's, or
+    where that is not installed (a machine with a GPU and no network may lack it) one of ours on the
+    ops' torch definitions."""
+    from musiclm_fast.ops import use_backend
+
+    try:
+        return theirs(), contextlib.nullcontext()
+    except ImportError:
+        return ours(), use_backend("torch")
+
+
 def timed(run: Callable[[], Any]) -> float:
     """Seconds of one run, to the end of what it started on a GPU."""
     gc.collect()

@@ -87,7 +87,12 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """For the terminal."""
+    """For the terminal: a table per job."""
+    jobs = dict.fromkeys(r.job for r in results)
+    return "\n\n".join(f"{job}\n{_table([r for r in results if r.job == job])}" for job in jobs)
+
+
+def _table(results: Sequence[Result]) -> str:
     lines = rows(results)
     widths = [max(len(row[c]) for row in lines) for c in range(len(lines[0]))]
     return "\n".join(

@@ -38,8 +38,14 @@ THREADS = 2  # of torch on a CPU: what the figures are quoted for
 
 
 def names() -> list[str]:
-    """Every benchmark: the stems of ``bench_<name>.py``."""
-    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    """Every benchmark of the suite: ``bench_<name>.py`` with ``results``, or a pytest-benchmark
+    suite that fills ``extra_info``. Others are reports of their own."""
+    offered = ("def results(", "benchmark.extra_info")
+    return sorted(
+        path.stem.removeprefix("bench_")
+        for path in HERE.glob("bench_*.py")
+        if any(text in path.read_text() for text in offered)
+    )
 
 
 def run_here(name: str, settings: Settings) -> list[Result]:
@@ -92,6 +98,8 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
         asked = json.dumps(dataclasses.asdict(settings))
         command = [sys.executable, "-m", "benchmarks.run", "--worker", name, asked, str(out)]
         environ = {**os.environ, "PYTHONPATH": str(root)}
+        if settings.mode == "gpu" and settings.device == "cpu":
+            environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels, line by line
         done = subprocess.run(command, cwd=root, env=environ, stderr=subprocess.PIPE, text=True)
         if done.returncode or not out.exists():
             raise RuntimeError(f"{name}: {done.stderr[-3000:].strip() or 'no results'}")

@@ -127,8 +127,8 @@ def section(found: list[Result], **facts: str) -> dict[str, Any]:
 
 
 def test_table_states_rates_ratios_and_reasons() -> None:
-    head, first, *rest = (line.split("  ") for line in report.table(results()).splitlines())
     told = report.table(results())
+    job, head, first, *rest = (line.split("  ") for line in told.splitlines())
     assert "1500 (1000 to 2000)" in told
     assert "3.50x (3.00 to 4.00)" in told
     assert "at 50% (50% to 50%)" in told

@@ -1,0 +1,84 @@
+"""What the first training step costs in a new process: imports, construction, compiled kernels.
+
+Each row is a fresh interpreter; its time runs from the start of that interpreter to the end of the
+first step of MuLaN. On a GPU once with an empty cache of Triton's kernels, then with the cache that
+this left behind. The second step of the same process stands beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+
+from benchmarks import harness
+from benchmarks.harness import Result, Settings
+
+MODULE = "benchmarks.bench_first_call"
+JOB = "first call"
+
+
+def first_step(kind: str, asked: str, device: str) -> dict[str, float]:
+    """Seconds since this process began, at the end of the first step, and those of the second."""
+    from benchmarks import bench_training_step as bench
+
+    run = bench.step(kind, bench.Case(**json.loads(asked)), device)
+
+    def once() -> None:
+        run()
+        if device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    once()
+    first = time.time() - _process_start()
+    start = time.perf_counter()
+    once()
+    return {"first": first, "second": time.perf_counter() - start}
+
+
+def _process_start() -> float:
+    # seconds since the epoch: field 22 of /proc/self/stat counts ticks since boot
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    with open("/proc/uptime") as file:
+        boot = time.time() - float(file.read().split()[0])
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def results(settings: Settings) -> list[Result]:
+    """Ours and the live reference, in turn."""
+    from benchmarks import bench_training_step as bench
+
+    name, case = next(iter(settings.pick(bench.CASES, gpu=bench.ON_GPU, tiny=bench.TINY).items()))
+    asked = json.dumps(dataclasses.asdict(case))
+    caches = ("empty Triton cache", "warm Triton cache") if settings.mode == "gpu" else ("",)
+    kinds = (bench.OURS,) if settings.only_ours else (bench.OURS, bench.THEIRS)
+    found = []
+    for kind in kinds:
+        role = "ours" if kind == bench.OURS else "peer"
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TRITON_CACHE_DIR"] = cache
+            for state in caches:
+                times: dict[str, list[float]] = {"first": [], "second": []}
+                # An empty cache is empty once.
+                for _ in range(1 if state.startswith("empty") or settings.tiny else 3):
+                    told = harness.in_fresh_process(MODULE, kind, asked, settings.device)
+                    for which, seconds in told.items():
+                        times[which].append(seconds)
+                tail = f", {state}" if state else ""
+                for which, what in (("first", "start to first step"), ("second", "second step")):
+                    case_name = f"{name}: {what}{tail}"
+                    found.append(Result(JOB, case_name, kind, role, times[which]))
+    return sorted(found, key=lambda r: r.case)
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(2)
+    print(json.dumps(first_step(*sys.argv[1:])))
