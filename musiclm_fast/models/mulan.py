@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -287,7 +287,7 @@ class MuLaN(nn.Module):
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
         return_loss_latents: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Any, ...]:
         """Contrastive loss of B pairs, or what one of the flags asks for.
 
         Args:
@@ -300,7 +300,9 @@ class MuLaN(nn.Module):
             return_pairwise_similarities: return all cosines ``(B clips, B texts)``.
             lengths: ``(B,)`` integer samples of each clip of a padded batch.
             input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
-            return_loss_latents: return what :meth:`loss_of_latents` takes.
+            return_loss_latents: return what :meth:`loss_of_latents` takes: a tuple of latents, and
+                the losses' own parameters by name. All that the loss depends on is then in what
+                forward returns, as DistributedDataParallel and fully_shard want it.
 
         Raises:
             ValueError, TypeError: see the towers; batches of different sizes; both or none of
@@ -343,11 +345,20 @@ class MuLaN(nn.Module):
             )
         if not return_loss_latents:
             return self.loss_of_latents(*latents)
-        # DistributedDataParallel expects every parameter to have a part in what forward returns;
-        # the loss's own come to theirs in loss_of_latents.
-        losses = (self.contrast, getattr(self.multi_layer_contrastive_learning, "contrast", None))
-        own = [p.sum() for m in losses if m is not None for p in m.parameters()]
-        return audio + 0.0 * torch.stack(own).sum().to(audio.dtype), *latents[1:]
+        # Times one: what leaves forward may not be a weight that a wrapper frees afterwards.
+        parameters = {
+            f"{name}.{own}": parameter * 1.0
+            for name, module in self._losses().items()
+            for own, parameter in module.named_parameters()
+        }
+        return latents, parameters
+
+    def _losses(self) -> dict[str, nn.Module]:
+        losses: dict[str, nn.Module] = {"contrast": self.contrast}
+        if self.multi_layer_contrastive_learning is not None:
+            layers = self.multi_layer_contrastive_learning.contrast
+            losses["multi_layer_contrastive_learning.contrast"] = layers
+        return losses
 
     def loss_of_latents(
         self,
@@ -355,6 +366,8 @@ class MuLaN(nn.Module):
         text: Tensor,
         layer_audio: Tensor | None = None,
         layer_text: Tensor | None = None,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Contrastive loss of unit vectors ``(B, dim_latent)``.
 
@@ -362,8 +375,16 @@ class MuLaN(nn.Module):
             audio, text: the towers' latents.
             layer_audio, layer_text: ``(layers, B, dim_latent)`` latents of intermediate layers,
                 where MuLaN has the hierarchical loss.
+            parameters: temperatures and biases by name, in place of the losses' own: forward
+                returns them with ``return_loss_latents``.
         """
-        loss: Tensor = self.contrast(audio, text)
-        if self.multi_layer_contrastive_learning is not None:
-            loss = loss + self.multi_layer_contrastive_learning.contrast(layer_audio, layer_text)
-        return loss
+        losses = []
+        sides = ((audio, text), (layer_audio, layer_text))
+        for (name, module), pair in zip(self._losses().items(), sides, strict=False):
+            if parameters is None:
+                losses.append(module(*pair))
+                continue
+            own = {n: parameters[f"{name}.{n}"] for n, _ in module.named_parameters()}
+            losses.append(torch.func.functional_call(module, own, pair))
+        total: Tensor = losses[0] if len(losses) == 1 else losses[0] + losses[1]
+        return total

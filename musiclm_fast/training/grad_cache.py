@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,14 +38,16 @@ def cached_step(
     In place of ``mulan(wavs, texts).backward()``, and equal to it: SpecAugment's masks (one for the
     whole batch by the reference's defaults) and patch dropout are drawn once for the whole batch,
     as the unchunked step draws them, and dropout is replayed, so that both passes see the same
-    network. Where ``lengths`` or a list of clips is given each chunk draws its own masks; the
-    dropout layers draw by chunk in any case.
+    network. Where ``lengths``, ``input_sample_hz`` or a list of clips is given each chunk draws its
+    own masks; the dropout layers draw by chunk in any case.
 
-    Under DistributedDataParallel gradients are exchanged once, with the last chunk; ranks may hold
-    different numbers of pairs, and the loss runs over all of them.
+    The loss runs over the pairs of all ranks, of which each may hold another number. Under
+    DistributedDataParallel (and accelerate, which wraps in it) gradients are exchanged once, with
+    the last chunk, whatever the number of chunks. Under ``torch.distributed.fsdp.fully_shard``
+    every chunk gathers weights and scatters gradients: all ranks need the same number of chunks.
 
     Args:
-        mulan: a :class:`MuLaN`, or one inside DistributedDataParallel.
+        mulan: a :class:`MuLaN`, alone, inside DistributedDataParallel, or after ``fully_shard``.
         wavs: ``(B, samples)`` or a list of B clips, as for MuLaN.
         texts: ``(B, n)`` token ids.
         raw_texts: B strings, in place of token ids.
@@ -58,18 +61,23 @@ def cached_step(
         The loss, a detached scalar.
 
     Raises:
-        ValueError, TypeError: a chunk size below 1, no clips, or as MuLaN raises.
+        ValueError, TypeError: a chunk size below 1, no clips, another number of chunks on another
+            rank where weights are sharded, a ``backward`` that calls none, or as MuLaN raises.
     """
     check_positive_int("chunk_size", chunk_size)
     batch = len(wavs)
     if batch == 0:
         fail("wavs", "an empty batch", "at least one clip")
+    for name, other in (("texts", texts), ("raw_texts", raw_texts), ("lengths", lengths)):
+        if other is not None and len(other) != batch:
+            fail(name, f"{len(other)} of them", f"as many as there are clips ({batch})")
     inner = cast(MuLaN, getattr(mulan, "module", mulan))
     starts = range(0, batch, chunk_size)
+    _check_chunks_of_ranks(mulan, inner, len(starts))
 
-    def run(model: nn.Module, start: int) -> tuple[Tensor, ...]:
+    def run(model: nn.Module, start: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         rows = slice(start, start + chunk_size)
-        latents: tuple[Tensor, ...] = model(
+        result: tuple[tuple[Tensor, ...], dict[str, Tensor]] = model(
             wavs[rows],
             None if texts is None else texts[rows],
             None if raw_texts is None else raw_texts[rows],
@@ -77,14 +85,14 @@ def cached_step(
             input_sample_hz=input_sample_hz,
             return_loss_latents=True,
         )
-        return latents
+        return result
 
-    for name, other in (("texts", texts), ("raw_texts", raw_texts)):
-        if other is not None and len(other) != batch:
-            fail(name, f"{len(other)} texts", f"as many as there are clips ({batch})")
     devices = [p.device for p in inner.parameters() if p.device.type == "cuda"][:1]
+    # The first pass needs nothing of DistributedDataParallel; what shards weights gathers them.
+    first = inner if isinstance(mulan, DistributedDataParallel) else mulan
     states = []
     parts = []
+    parameters: dict[str, Tensor] = {}
     whole = lengths is None and isinstance(wavs, Tensor) and input_sample_hz is None
     draws = _drawn_once(inner.audio, cast(Tensor, wavs)) if whole else contextlib.nullcontext()
     with draws as at:
@@ -93,14 +101,17 @@ def cached_step(
                 states.append(_random_state(devices))
                 if at is not None:
                     at(start)
-                parts.append(run(inner, start))
+                part, parameters = run(first, start)
+                parts.append(part)
         # The batch is a latent's last dimension but one: (B, d) or (layers, B, d).
         latents = [torch.cat(p, dim=-2).requires_grad_() for p in zip(*parts, strict=True)]
-        del parts
-        with _no_exchange(mulan):
-            loss = inner.loss_of_latents(*latents)
-            (Tensor.backward if backward is None else backward)(loss)
-        grads = [cast(Tensor, x.grad) for x in latents]
+        parameters = {name: p.requires_grad_() for name, p in parameters.items()}
+        del part, parts
+        # All that the loss depends on is a leaf: no gradient goes past a wrapper here.
+        loss = inner.loss_of_latents(*latents, parameters=parameters)
+        (Tensor.backward if backward is None else backward)(loss)
+        if latents[0].grad is None:
+            fail("backward", "a function that made no gradients", "one that calls loss.backward()")
 
         with torch.random.fork_rng(devices):
             for start, state in zip(starts, states, strict=True):
@@ -109,12 +120,40 @@ def cached_step(
                 if at is not None:
                     at(start)
                 with contextlib.nullcontext() if last else _no_exchange(mulan):
-                    surrogate = torch.zeros((), device=loss.device)
-                    for part, grad in zip(run(mulan, start), grads, strict=True):
-                        own = grad.narrow(-2, start, part.shape[-2])
-                        surrogate = surrogate + (part * own).sum()
-                    surrogate.backward()
+                    part, own = run(mulan, start)
+                    grads = [cast(Tensor, x.grad) for x in latents]
+                    ends = [
+                        (value, grad.narrow(-2, start, value.shape[-2]))
+                        for value, grad in zip(part, grads, strict=True)
+                    ]
+                    if last:  # the losses' parameters get theirs once
+                        ends += [(own[n], cast(Tensor, p.grad)) for n, p in parameters.items()]
+                    ends = [end for end in ends if end[0].requires_grad]
+                    torch.autograd.backward([e[0] for e in ends], [e[1] for e in ends])
+                    del part, own, ends  # a chunk's graph, before the next one's
     return loss.detach()
+
+
+def _check_chunks_of_ranks(mulan: nn.Module, inner: MuLaN, chunks: int) -> None:
+    """Where weights are sharded each chunk gathers them, so that ranks must go in step.
+
+    Raises:
+        ValueError: another rank has another number of chunks.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if not any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in mulan.modules()):
+        return
+    group = inner.contrast.process_group
+    device = next(mulan.parameters()).device
+    mine = torch.tensor(chunks, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    counts = [int(c) for c in everyone]
+    if len(set(counts)) > 1:
+        fail("chunk_size", f"{counts} chunks by rank", "as many on all ranks: weights are sharded")
 
 
 def _random_state(devices: list[torch.device]) -> list[Tensor]:

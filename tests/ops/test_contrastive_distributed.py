@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import itertools
 import os
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from musiclm_fast import _extension
 from musiclm_fast.ops import contrastive_loss, distributed_contrastive_loss
+from musiclm_fast.ops.contrastive import distributed
 
 KINDS = ("softmax", "decoupled", "sigmoid")
 STRATEGIES = ("all_gather", "ring")
@@ -26,6 +29,8 @@ SIZES = {2: (5, 3), 3: (4, 1, 6), 4: (3, 5, 2, 4)}
 EVEN = {2: (4, 4), 4: (2, 2, 2, 2)}
 WITH_EMPTY = {3: (4, 0, 2)}
 DEPTH, LAYERS, TIMEOUT_S = 12, 2, 20.0
+SHORT_TIMEOUT_S = 4.0
+PAIRS, WIDTH = 8, 16  # of a rank, where what passes is counted
 
 
 def cases() -> list[tuple[int, tuple[int, ...], str, str, str]]:
@@ -75,6 +80,56 @@ def error_of(call: Any) -> str:
     return "no error"
 
 
+def fully_sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (4,)), reshard_after_forward=True)
+
+
+def what_passes(strategy: str, kind: str) -> tuple[dict[str, int], int]:
+    """Bytes of a forward and backward by what they are, and how many of the other ranks' blocks
+    of text a rank held at once on the ring."""
+    counted: collections.Counter[str] = collections.Counter()
+    blocks: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Watched(distributed._Transfer):
+        def __init__(self, ranks: Any, leaving: Tensor, arriving: Tensor, what: str) -> None:
+            nonlocal most
+            counted[what] += leaving.nbytes
+            if what == "text":
+                blocks.append(weakref.ref(arriving))
+                most = max(most, sum(block() is not None for block in blocks))
+            super().__init__(ranks, leaving, arriving, what)
+
+    def watch(name: str, size_of: int) -> Any:
+        call = getattr(dist, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            counted[name] += arguments[size_of].nbytes
+            return call(*arguments, **options)
+
+        return watched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_Transfer", Watched)
+        patch.setattr(dist, "all_reduce", watch("all_reduce", 0))
+        for new, old, size_of in (
+            ("all_gather_single", "all_gather_into_tensor", 0),
+            ("reduce_scatter_single", "reduce_scatter_tensor", 1),
+        ):
+            patch.setattr(dist, new if hasattr(dist, new) else old, watch(
+                new if hasattr(dist, new) else old, size_of
+            ))  # fmt: skip
+        latents = [F.normalize(torch.randn(PAIRS, WIDTH), dim=-1).requires_grad_() for _ in "at"]
+        distributed_contrastive_loss(
+            *latents, torch.ones(1), kind=kind, strategy=strategy, batch_sizes=[PAIRS] * 4
+        ).backward()
+    return {name.split("_single")[0].split("_tensor")[0].removesuffix("_into"): size
+            for name, size in counted.items()}, most  # fmt: skip
+
+
 def worker(rank: int, folder: str) -> None:
     """All cases in one start of four processes; smaller worlds are subgroups."""
     torch.set_num_threads(1)
@@ -111,6 +166,10 @@ def worker(rank: int, folder: str) -> None:
         )
         found = loss_and_gradients(model, *mine, distributed_contrastive_loss)
         results["ddp", kind, strategy] = {n.removeprefix("module."): v for n, v in found.items()}
+        model = fully_sharded(Encoders(dict(kind=kind, strategy=strategy)))
+        found = loss_and_gradients(model, *mine, distributed_contrastive_loss)
+        gradients = {n: v.full_tensor() for n, v in found.items() if n != "loss"}
+        results["fully_shard", kind, strategy] = {"loss": found["loss"], **gradients}
         latents = F.normalize(torch.ones(sizes[rank], 4) + rank, dim=-1).bfloat16()
         results["bfloat16", kind, strategy] = distributed_contrastive_loss(
             latents, latents, torch.ones(1), kind=kind, strategy=strategy
@@ -133,6 +192,24 @@ def worker(rank: int, folder: str) -> None:
             *[torch.ones(int(rank == 0), 3)] * 2, one, kind="decoupled"
         )
     )
+    for strategy, kind in itertools.product(STRATEGIES, KINDS):
+        results["passes", strategy, kind] = what_passes(strategy, kind)
+
+    # Rank 3 is alive but does not come.
+    timeout = datetime.timedelta(seconds=SHORT_TIMEOUT_S)
+    for strategy in STRATEGIES:
+        group = dist.new_group(list(range(4)), timeout=timeout)
+        dist.barrier()
+        began = time.monotonic()
+        message = "late"
+        if rank == 3:
+            time.sleep(SHORT_TIMEOUT_S + 2)
+        else:
+            message = error_of(lambda s=strategy, g=group: distributed_contrastive_loss(
+                eye, eye, one, strategy=s, batch_sizes=[4, 4, 4, 4], group=g
+            ))  # fmt: skip
+        results["late", strategy] = (message, time.monotonic() - began)
+
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     if rank == 3:
@@ -196,6 +273,42 @@ def test_distributed_data_parallel(results: list[dict[Any, Any]], kind: str, str
         check(results[rank]["ddp", kind, strategy], expected)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fully_shard(results: list[dict[Any, Any]], kind: str, strategy: str) -> None:
+    """FSDP as torch has it on CPUs; its predecessor FullyShardedDataParallel wants a GPU."""
+    expected = one_process(sum(SIZES[4]), kind)
+    for rank in range(4):
+        check(results[rank]["fully_shard", kind, strategy], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ring_holds_two_neighbours_blocks(results: list[dict[Any, Any]], kind: str) -> None:
+    for result in results:
+        assert result["passes", "ring", kind][1] == 2  # of three: one in use, one in flight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_those_on_paper(results: list[dict[Any, Any]], kind: str) -> None:
+    """The table in the op's README, from its formulas with W = 4 and float32 latents."""
+    world, block, column = 4, PAIRS * WIDTH * 4, PAIRS * 4
+    if kind == "sigmoid":
+        ring = dict(text=(world - 1) * block, gradient=world * block)
+        gather = dict(all_gather=world * block, reduce_scatter=world * block, all_reduce=4)
+    else:
+        ring = dict(
+            text=2 * (world - 1) * block, statistics=world * column,
+            facts=(world - 1) * 2 * column, gradient=world * block,
+        )  # fmt: skip
+        gather = dict(
+            all_gather=world * (block + column), reduce_scatter=world * block,
+            all_reduce=2 * world * column + 4,
+        )  # fmt: skip
+    for result in results:
+        assert result["passes", "ring", kind][0] == {**ring, "all_reduce": 4}  # the loss
+        assert result["passes", "all_gather", kind][0] == gather
+
+
 def test_bfloat16_latents(results: list[dict[Any, Any]]) -> None:
     latents = torch.cat([torch.ones(size, 4) + rank for rank, size in enumerate(SIZES[4])])
     latents = F.normalize(latents, dim=-1).bfloat16()
@@ -228,6 +341,15 @@ def test_a_dead_rank_ends_the_others(folder: Path, results: list[dict[Any, Any]]
             assert message.startswith("RuntimeError: contrastive loss: rank")
             assert "has died" in message
             assert seconds < TIMEOUT_S + 5
+
+
+def test_a_rank_that_does_not_come_ends_the_others(results: list[dict[Any, Any]]) -> None:
+    for strategy in STRATEGIES:
+        for result in results[:3]:
+            message, seconds = result["late", strategy]
+            assert message.startswith("RuntimeError: contrastive loss: rank"), message
+            assert "did not come within the process group's timeout" in message
+            assert seconds < SHORT_TIMEOUT_S + 2
 
 
 def test_several_ranks_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

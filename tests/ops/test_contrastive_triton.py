@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from musiclm_fast.ops.contrastive import _triton
 from tests.ops.triton_resources import SHARED_LIMIT, Resources, compile_launch
@@ -81,6 +85,61 @@ def test_every_depth_and_dtype(arch: int, depth: int, dtype: torch.dtype) -> Non
         assert kernel.shared_bytes <= SHARED_LIMIT[arch], kernel
         if depth <= 128:
             assert kernel.spilled_bytes == 0, kernel
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that calls make, at most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if self.holds(t)}
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if self.holds(t)):
+            key = id(storage)
+            if key not in given and key not in self.live:
+                self.live[key] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, key)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+    @staticmethod
+    def holds(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type == "meta"
+
+
+def test_the_count_of_allocations() -> None:
+    with Allocations() as counted:
+        x = torch.empty(1000, device="meta")  # 4,000 bytes
+        y = x[:10].view(2, 5) + x[:10].view(2, 5)  # 40
+        del x
+        torch.empty(500, device="meta")  # 2,000, while y lives
+    assert y.shape == (2, 5)
+    assert counted.peak == 4040 and sum(counted.live.values()) == 40
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts what a launch on a device needs")
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_memory_of_65536_pairs(kind: str) -> None:
+    """Forward and backward in bfloat16, counted on meta tensors: below 200 MB beyond the inputs."""
+    latents = torch.empty(1, 65536, 128, dtype=torch.bfloat16, device="meta")
+    factor = torch.empty(1, device="meta")
+    with (
+        Allocations() as counted,
+        _triton.recorded_launches(lambda *_, **__: None, (9, 0)),
+    ):
+        if kind == "sigmoid":
+            loss, *kept = _triton.sigmoid(latents, latents, factor, factor, 0, True)
+            grads = [g * loss for g in kept]  # beside those that autograd keeps
+        else:
+            row, column, positive = _triton.logsumexp(latents, latents, factor, 0)
+            weights = [torch.empty_like(s) for s in (row, column, positive)]
+            grads = _triton.logsumexp_backward(*weights, latents, latents, factor, row, column, 0)
+        grads = [g.to(latents.dtype) for g in grads]
+    assert 2 * latents.nbytes < counted.peak < 200e6, counted.peak
 
 
 def test_importing_does_not_import_the_kernels() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -83,7 +81,7 @@ def test_dropout_is_replayed() -> None:
 
     def all_at_once(m: nn.Module) -> Tensor:
         chunks = [slice(i, i + 4) for i in range(0, len(wavs), 4)]
-        parts = [m(wavs[c], texts[c], return_loss_latents=True) for c in chunks]
+        parts = [m(wavs[c], texts[c], return_loss_latents=True)[0] for c in chunks]
         loss = m.loss_of_latents(*(torch.cat(p, dim=-2) for p in zip(*parts, strict=True)))
         loss.backward()
         return loss
@@ -156,31 +154,65 @@ def test_bad_input() -> None:
         cached_step(model, wavs, texts, chunk_size=0)
     with pytest.raises(ValueError, match="wavs"):
         cached_step(model, wavs[:0], texts[:0], chunk_size=4)
+    with pytest.raises(ValueError, match="lengths"):
+        cached_step(model, wavs, texts, chunk_size=4, lengths=torch.full((3,), 1500))
+    with pytest.raises(ValueError, match="backward"):
+        cached_step(model, wavs, texts, chunk_size=4, backward=lambda loss: None)
 
 
 @pytest.mark.slow
 def test_a_batch_of_1024_in_the_memory_of_64() -> None:
-    """Clips of 1 s: peak memory above that of the model, B = 1,024 by 64 against B = 64."""
-    script = """
-import resource, sys, torch
-from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
-from musiclm_fast.training.grad_cache import cached_step
-torch.manual_seed(0)
-size = dict(dim=128, depth=2, heads=4, dim_head=32)
-model = MuLaN(
-    AudioSpectrogramTransformer(
-        spec_n_fft=512, spec_win_length=400, spec_hop_length=160, **size),
-    TextTransformer(num_tokens=100, **size), dim_latent=64)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-batch = int(sys.argv[1])
-wavs, texts = torch.randn(batch, 16000), torch.randint(1, 100, (batch, 8))
-before = peak()
-cached_step(model, wavs, texts, chunk_size=64)
-print(peak() - before)
-"""
+    """Clips of 1 s, by the benchmark's own lines with a smaller model."""
+    from benchmarks.harness import MIB, in_fresh_process
 
-    def peak_kib(batch: int) -> int:
-        command = [sys.executable, "-c", script, str(batch)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    def peak(how: str, clips: int) -> int:
+        sizes = ("--dim=128", "--depth=2", "--chunk=64", f"--batch={clips}")
+        found = in_fresh_process("benchmarks.bench_grad_cache", f"--measure={how}", *sizes)
+        return int(found["bytes"])
 
-    assert peak_kib(1024) < 1.25 * peak_kib(64) + 20 * 1024
+    # Beyond it lie the latents and their gradients, two of 1,024 x 128 floats each: 2 MiB.
+    assert peak("cached", 1024) < 1.05 * peak("plain", 64) + 8 * MIB
+
+
+def test_the_memory_benchmark_compares_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_grad_cache as bench
+
+    bench.check_parity()
+    monkeypatch.setattr(bench, "step", _with_a_wrong_gradient(bench.step))
+    with pytest.raises(AssertionError, match="contrast"):
+        bench.check_parity()
+
+
+def _with_a_wrong_gradient(step: Any) -> Any:
+    def wrong(model: Any, wavs: Tensor, texts: Tensor, chunk: int | None) -> Tensor:
+        loss: Tensor = step(model, wavs, texts, chunk)
+        if chunk is not None:
+            model.contrast.temperatures.grad *= 1.0001
+        return loss
+
+    return wrong
+
+
+def test_under_autocast() -> None:
+    """Autocast keeps cast weights for its whole region: those of the pass without gradients must
+    not serve the one with. As near to float32 as the unchunked step."""
+    model = make().float().train()
+    wavs, texts = inputs()
+    wavs = wavs.float()
+
+    def whole(m: nn.Module) -> Tensor:
+        loss: Tensor = m(wavs, texts)
+        loss.backward()
+        return loss
+
+    exact = gradients(model, whole)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = gradients(model, whole)
+        found = gradients(model, lambda m: cached_step(m, wavs, texts, chunk_size=4))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=0)
+    assert found[1].keys() == exact.keys()
+    # Moves all of a row's scores alike, which softmax does not see: its gradient is rounding.
+    del exact["audio.dynamic_pos_bias_mlp.4.bias"]
+    for name, grad in exact.items():
+        allowed = 2 * (expected[1][name] - grad).norm() + 0.01 * grad.norm()  # bfloat16's eps
+        assert (found[1][name] - grad).norm() <= allowed, name

@@ -176,6 +176,11 @@ class _Ranks:
         return sum(self.sizes)
 
     @property
+    def even(self) -> bool:
+        """Whether all ranks have as many pairs."""
+        return len(set(self.sizes)) == 1
+
+    @property
     def start(self) -> int:
         """Global index of this rank's first pair."""
         return sum(self.sizes[: self.rank])
@@ -325,10 +330,10 @@ class _AllGather:
         padded = _pad(block, longest)
         out = block.new_empty(ranks.world, layers, longest, depth)
         with ranks.expect(doing):
-            dist.all_gather_into_tensor(
+            _collective("all_gather_single", "all_gather_into_tensor")(
                 out.view(-1, depth), padded.view(-1, depth), group=ranks.group
             )
-        if layers == 1 and len(set(ranks.sizes)) == 1:
+        if layers == 1 and ranks.even:
             return out.view(1, ranks.total, depth)
         return torch.cat([out[q, :, :size] for q, size in enumerate(ranks.sizes)], dim=1)
 
@@ -337,11 +342,16 @@ class _AllGather:
         ranks = self.ranks
         layers, _, depth = everyone.shape
         longest = max(ranks.sizes)
-        parts = [_pad(part, longest) for part in everyone.split(ranks.sizes, dim=1)]
+        if layers == 1 and ranks.even:
+            parts = everyone.contiguous()
+        else:
+            parts = everyone.new_zeros(ranks.world, layers, longest, depth)
+            for part, own in zip(parts, everyone.split(ranks.sizes, dim=1), strict=True):
+                part[:, : own.shape[1]] = own
         out = everyone.new_empty(layers, longest, depth)
         with ranks.expect("adding up the text's gradient"):
-            dist.reduce_scatter_tensor(
-                out.view(-1, depth), torch.stack(parts).view(-1, depth), group=ranks.group
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(
+                out.view(-1, depth), parts.view(-1, depth), group=ranks.group
             )
         return out[:, : ranks.sizes[ranks.rank]]
 
@@ -453,7 +463,8 @@ class _Transfer:
 
     def __init__(self, ranks: _Ranks, leaving: Tensor, arriving: Tensor, what: str) -> None:
         self.ranks, self.what = ranks, what
-        self.leaving, self.arriving = leaving, arriving  # kept alive until wait()
+        self.leaving: Tensor | None = leaving  # kept alive until wait()
+        self.arriving: Tensor | None = arriving
         tag = self._TAGS.index(what)
         # Empty tensors are not sent: both ends know the sizes.
         moves = [
@@ -468,11 +479,20 @@ class _Transfer:
             self.works = dist.batch_isend_irecv(moves) if moves else []
 
     def wait(self) -> Tensor:
-        """What has arrived."""
+        """What has arrived, once; what has left is let go, or a rank would hold a block more."""
         with self.ranks.expect(f"passing {self.what} round the ring"):
             for work in self.works:
                 work.wait()
-        return self.arriving
+        arrived = self.arriving
+        assert arrived is not None
+        self.leaving = self.arriving = None
+        self.works = []
+        return arrived
+
+
+def _collective(name: str, before: str) -> Any:
+    """A function of torch.distributed; torch 2.13 renames two, and warns of the names before."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _pad(block: Tensor, length: int) -> Tensor:
