@@ -8,6 +8,7 @@ fresh process each. The gradients of both are compared first; without agreement 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 
+MODULE = "benchmarks.bench_audio_tower"
 SAMPLE_HZ = 16_000
 TOWER = dict(dim=512, depth=6, heads=8, dim_head=64, patch_dropout_prob=0.25)
 FRONT = dict(spec_n_fft=512, spec_win_length=400, spec_hop_length=160)
@@ -135,6 +138,60 @@ def compare(seconds: float, batch: int, rounds: int) -> dict[str, float]:
         "ours_mib": memory["ours"] / harness.MIB,
         "reference_mib": memory["reference"] / harness.MIB,
     }
+
+
+def check(seconds: float, batch: int) -> None:
+    """Output and gradients are the reference's.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    wav = torch.randn(batch, int(seconds * SAMPLE_HZ))
+    ours, theirs = build("ours"), build("reference")
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(step(ours, wav)(), step(theirs, wav)(), atol=2e-4, rtol=2e-4)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name != "dynamic_pos_bias_mlp.4.bias":  # exactly zero in theory: softmax is invariant
+            assert a.grad is not None and b.grad is not None
+            error = (a.grad - b.grad).norm() / b.grad.norm()
+            assert error < 2e-3, f"gradient of {name} is off by {error:.1e}"
+
+
+def results(settings: Settings) -> list[Result]:
+    """Clips of several lengths, and batches of 10 s; a GPU's are those of the training step."""
+    if settings.mode == "gpu":
+        return []
+    found = []
+    sizes = settings.pick(
+        [(5, 1), (10, 1), (10, 2), (20, 1)], full=[(5, 1), (10, 1), (10, 2), (20, 1), (40, 1)],
+        tiny=[(1, 1)],
+    )  # fmt: skip
+    for seconds, batch in sizes:
+        wav = torch.randn(batch, int(seconds * SAMPLE_HZ))
+        operations = products(seconds, batch)[1]
+        contenders = {}
+        for name, kind in (("ours", "ours"), ("musiclm-pytorch", "reference")):
+            asked = ("--peak", kind, str(seconds), str(batch))
+            contenders[name] = Contender(
+                functools.partial(lambda kind, wav: step(build(kind), wav), kind, wav),
+                memory=functools.partial(harness.in_fresh_process, MODULE, *asked),
+                operations=operations if kind == "ours" else None,
+                once=kind == "reference" and settings.mode == "quick" and seconds * batch > 10,
+                role="ours" if kind == "ours" else "peer",
+            )
+        contenders["matrix products alone"] = Contender(
+            lambda s=seconds, b=batch: products(s, b)[0], role="bound"
+        )
+        # The reference is four times slower on 20 s than on 10: values are compared on 3.
+        found += harness.measure(
+            "audio tower, forward and backward", f"{seconds} s x {batch}", contenders, settings,
+            check=functools.partial(check, min(seconds, 3), batch), rounds=3,
+            axes={"seconds of audio": seconds} if batch == 1 else {},
+            headline=f"audio tower, dim 512, depth 6, {seconds} s x {batch}, forward and backward"
+            if batch == 2
+            else "",
+        )  # fmt: skip
+    return found
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import contrastive_loss
 
@@ -153,10 +154,44 @@ def contenders(batch: int, dtype: torch.dtype, device: str) -> dict[str, Callabl
     return make_ours | {name: functools.partial(peer, batch) for name, peer in peers.items()}
 
 
-def memory_of(name: str, build: Callable[[], Step], device: str) -> int:
+def results(settings: Settings) -> list[Result]:
+    """A batch of 8,192 on a CPU, of 65,536 on a GPU; twice as many and more for the charts."""
+    device = settings.device
+    _, dtype = SIZES[device]
+    found = []
+    for batch in settings.pick([2048, 8192], gpu=[16_384, 65_536], tiny=[1024]):
+        operations = 4 * 2.0 * batch**2 * DEPTH
+        made: dict[str, Contender] = {}
+        for name, build in contenders(batch, dtype, device).items():
+            role = "ours" if name.startswith("ours") else "bound" if name == "bound" else "peer"
+            asked = (name, build, device, batch)
+            made[_with_mode(name)] = Contender(
+                build, operations=operations, role=role,
+                memory=None if role == "bound" else functools.partial(memory_of, *asked),
+            )  # fmt: skip
+        found += harness.measure(
+            "contrastive loss, forward and backward", f"B = {batch:,}, d = {DEPTH}", made, settings,
+            check=functools.partial(check_parity, dtype, device), rounds=settings.pick(5),
+            axes={"pairs of a batch": batch},
+            headline=f"contrastive loss, B = {batch:,}, d = {DEPTH}, forward and backward"
+            if batch == SIZES[device][0]
+            else "",
+        )  # fmt: skip
+    return found
+
+
+def _with_mode(name: str) -> str:
+    # "ours sigmoid" -> "ours (sigmoid)": a peer is compared with ours of its own kind
+    who, _, kind = name.rpartition(" ")
+    return f"{who} ({kind})" if who else name
+
+
+def memory_of(name: str, build: Callable[[], Step], device: str, batch: int | None = None) -> int:
     """Bytes that a step needs beyond its inputs."""
     if device == "cpu":
-        return int(harness.in_fresh_process("benchmarks.bench_contrastive", "--memory", name))
+        size = () if batch is None else ("--batch", str(batch))
+        asked = ("--memory", name, *size)
+        return int(harness.in_fresh_process("benchmarks.bench_contrastive", *asked))
     step = build()
     step()
     torch.cuda.synchronize()

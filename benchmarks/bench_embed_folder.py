@@ -59,7 +59,7 @@ def build(kind: str, size: Size, device: str) -> torch.nn.Module:
 
     torch.manual_seed(0)
     tower = dict(dim=size.dim, depth=size.depth, heads=size.dim // 64, dim_head=64)
-    text = dict(dim=64, depth=1, heads=1)
+    text = dict(dim=64, depth=2, heads=1)
     if kind == "ours":
         from musiclm_fast.models.front_end import FrontEnd
 
@@ -133,7 +133,7 @@ def check(size: Size, device: str) -> None:
 def results(settings: Settings) -> list[Result]:
     """Recordings of 15 s; on a GPU, of three minutes."""
     size = settings.pick(
-        Size(2, 15), full=Size(4, 30), gpu=Size(8, 180), tiny=Size(1, 10, dim=64, depth=1)
+        Size(2, 15), full=Size(4, 30), gpu=Size(8, 180), tiny=Size(1, 10, dim=64, depth=2)
     )
     device = settings.device
     contenders = {

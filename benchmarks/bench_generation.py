@@ -17,6 +17,7 @@ Reading every weight once per token bounds the step: 80 MB at dim 512, depth 6.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 
 SIZES = dict(dim=512, depth=6, num_semantic_tokens=500, audio_text_condition=True)
 EMBEDS = torch.randn(1, 8, 512, generator=torch.Generator().manual_seed(0))
@@ -88,6 +90,51 @@ def train_step(model: Any) -> Callable[[], None]:
 def memory(which: str) -> int:
     theirs, ours = pair()
     return harness.extra_memory(lambda: train_step(theirs if which == "theirs" else ours))
+
+
+def check(theirs: Any, ours: Any) -> None:
+    """Both draw the same tokens from the same noise.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    same = torch.equal(theirs_generate(theirs, 12), ours_generate(ours, 12))
+    assert same, "other tokens than audiolm-pytorch from the same noise"
+
+
+def results(settings: Settings) -> list[Result]:
+    """Tokens of the semantic stage on one thread; traffic is every weight, read once a token."""
+    if settings.mode == "gpu":
+        return []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        theirs, ours = pair()
+        weights = sum(p.numel() * p.element_size() for p in ours.parameters())
+        found = []
+        for tokens in settings.pick([64, 256], full=[64, 256, 1024], tiny=[4]):
+            runs = {
+                "ours": (functools.partial(ours_generate, ours, tokens), "ours"),
+                "audiolm-pytorch": (functools.partial(theirs_generate, theirs, tokens), "peer"),
+            }
+            contenders = {
+                name: Contender(
+                    lambda run=run: run, traffic=1.0 * weights * tokens, role=role,
+                    once=role == "peer" and tokens > 64 and settings.mode == "quick",
+                )
+                for name, (run, role) in runs.items()
+            }  # fmt: skip
+            found += harness.measure(
+                "semantic generation, dim 512, depth 6, guidance 3, 1 thread", f"{tokens} tokens",
+                contenders, settings, check=functools.partial(check, theirs, ours), rounds=3,
+                axes={"tokens": tokens},
+                headline=f"semantic generation, {tokens} tokens, guidance 3, 1 thread"
+                if tokens == 256
+                else "",
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return found
 
 
 def main() -> None:

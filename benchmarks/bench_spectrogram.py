@@ -9,6 +9,7 @@ without it there is no row. On a CUDA device the bandwidth of a copy is measured
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from musiclm_fast.ops import mel_filters, spectrogram
+from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast.ops import mel_filters, spectrogram, use_backend
 
 CLIPS, SAMPLES = 64, 160_000
 FRONT_ENDS: dict[int, dict[str, Any]] = {
@@ -160,10 +162,70 @@ def main() -> None:
             print(n_fft, run, f"{used['extra'] / used['output']:.2f} of the output", flush=True)
 
 
-def test_spectrogram(benchmark: Any) -> None:
-    """For pytest-benchmark: the mulan front end, 8 clips."""
-    wav = torch.randn(8, SAMPLES)
-    benchmark(ours, 512, wav)
+def check_parity(n_fft: int, options: dict[str, bool]) -> None:
+    """One clip's values, or gradient, are torchaudio's; of log-mel the op's definition's, since
+    their chain has no masks after the logarithm.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    load_torchaudio()
+    wav = torch.randn(1, SAMPLES, requires_grad=options["backward"])
+    if options["log_mel"]:
+        with use_backend("torch"):
+            expected = ours(n_fft, wav, **options)
+    else:
+        expected = torchaudio_chain(n_fft, wav, **options)
+    tolerance = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(ours(n_fft, wav, **options), expected, atol=tolerance, rtol=1e-4)
+
+
+def results(settings: Settings) -> list[Result]:
+    """Both front ends, values and gradient; the GPU's are in bench_spectrogram_gpu."""
+    if settings.mode == "gpu":
+        return []
+    clips = settings.pick(CLIPS, tiny=1)
+    found = []
+    for n_fft in FRONT_ENDS:
+        for variant in settings.pick(["power", "power gradient", "log-mel"]):
+            if variant == "log-mel" and n_fft == 128:
+                continue
+            options = dict(log_mel="log-mel" in variant, backward="gradient" in variant)
+            wav = torch.randn(clips, SAMPLES, requires_grad=options["backward"])
+            frames = SAMPLES // FRONT_ENDS[n_fft]["hop_length"] + 1
+            bands = 64 if options["log_mel"] else n_fft // 2 + 1
+            passes = 2 if options["backward"] else 1
+            cost: dict[str, Any] = dict(
+                operations=passes * operations(n_fft) * clips * frames,
+                traffic=passes * 4.0 * clips * (SAMPLES + bands * frames),
+            )
+            contenders = {}
+            names = {"ours": ours, "torchaudio": torchaudio_chain}
+            if settings.mode == "full":
+                names["torchaudio (torch.compile)"] = torch.compile(torchaudio_chain)
+            for name, run in names.items():
+                which = "memory" if name == "ours" else "memory-torchaudio"
+                contenders[name] = Contender(
+                    functools.partial(functools.partial, run, n_fft, wav, **options),
+                    memory=functools.partial(_memory_of_a_batch, which, n_fft)
+                    if variant == "power" and "compile" not in name
+                    else None,
+                    role="ours" if name == "ours" else "peer", **cost,
+                )  # fmt: skip
+            window = f"window {FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
+            found += harness.measure(
+                "spectrogram", f"{window}, {variant}, {clips} x 10 s", contenders, settings,
+                check=functools.partial(check_parity, n_fft, options), rounds=5,
+                headline=f"spectrogram with masks, {clips} clips of 10 s, {window}"
+                if variant == "power"
+                else "",
+            )  # fmt: skip
+    return found
+
+
+def _memory_of_a_batch(which: str, n_fft: int) -> int:
+    # beyond the waveforms, of 8 clips
+    return int(harness.in_fresh_process("benchmarks.bench_spectrogram", which, str(n_fft))["extra"])
 
 
 if __name__ == "__main__":

@@ -100,7 +100,14 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
         environ = {**os.environ, "PYTHONPATH": str(root)}
         if settings.mode == "gpu" and settings.device == "cpu":
             environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels, line by line
-        done = subprocess.run(command, cwd=root, env=environ, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command,
+            cwd=root,
+            env=environ,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         if done.returncode or not out.exists():
             raise RuntimeError(f"{name}: {done.stderr[-3000:].strip() or 'no results'}")
         section: dict[str, Any] = json.loads(out.read_text())
