@@ -171,7 +171,8 @@ def results(settings: Settings) -> list[Result]:
             )  # fmt: skip
         found += harness.measure(
             "contrastive loss, forward and backward", f"B = {batch:,}, d = {DEPTH}", made, settings,
-            check=functools.partial(check_parity, dtype, device), rounds=settings.pick(5),
+            check=functools.partial(check_parity, dtype, device),
+            rounds=settings.pick(3, full=5, gpu=5),
             axes={"pairs of a batch": batch},
             headline=f"contrastive loss, B = {batch:,}, d = {DEPTH}, forward and backward"
             if batch == SIZES[device][0]

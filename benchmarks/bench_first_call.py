@@ -66,7 +66,7 @@ def results(settings: Settings) -> list[Result]:
             for state in caches:
                 times: dict[str, list[float]] = {"first": [], "second": []}
                 # An empty cache is empty once.
-                for _ in range(1 if state.startswith("empty") or settings.tiny else 3):
+                for _ in range(1 if state.startswith("empty") else settings.pick(1, full=3, gpu=3)):
                     told = harness.in_fresh_process(MODULE, kind, asked, settings.device)
                     for which, seconds in told.items():
                         times[which].append(seconds)

@@ -105,6 +105,8 @@ def check(size: Size, device: str) -> None:
         expected = gradients(theirs, few, device)()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name.endswith("rel_pos_bias.net.3.bias"):
+            continue  # exactly zero in theory: softmax is invariant
         if a.grad is None or b.grad is None:
             assert a.grad is b.grad, f"one of both has no gradient of {name}"
         elif b.grad.any() or a.grad.any():

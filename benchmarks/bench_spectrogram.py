@@ -215,7 +215,8 @@ def results(settings: Settings) -> list[Result]:
             window = f"window {FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
             found += harness.measure(
                 "spectrogram", f"{window}, {variant}, {clips} x 10 s", contenders, settings,
-                check=functools.partial(check_parity, n_fft, options), rounds=5,
+                check=functools.partial(check_parity, n_fft, options),
+                rounds=settings.pick(3, full=5),
                 headline=f"spectrogram with masks, {clips} clips of 10 s, {window}"
                 if variant == "power"
                 else "",

@@ -254,7 +254,11 @@ def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
             )
     if device == "cpu":
         for name, whole in (("matrix products alone", True), ("of these, ours has left", False)):
-            found[name] = Contender(functools.partial(products, counted, whole), role="bound")
+            found[name] = Contender(
+                functools.partial(products, counted, whole),
+                once=slow and settings.mode == "quick" and case.samples > 20 * SAMPLE_HZ,
+                role="bound",
+            )
     return found
 
 

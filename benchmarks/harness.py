@@ -78,12 +78,14 @@ class Settings:
         device: ``"cpu"`` or ``"cuda"``.
         tiny: the smallest sizes that still run every line, to test a benchmark and not the code.
         only_ours: leave the peers out, as a comparison of two commits does.
+        case: measure only cases whose name holds this text.
     """
 
     mode: str = "quick"
     device: str = "cpu"
     tiny: bool = False
     only_ours: bool = False
+    case: str = ""
 
     def pick(self, quick: Any, full: Any = None, gpu: Any = None, tiny: Any = None) -> Any:
         """The value for this mode; ``full`` and ``gpu`` are ``quick``'s unless given."""
@@ -188,6 +190,8 @@ def measure(
         headline: names the case in README's table, where the first of ours meets the first peer.
         prepare: called before each run, not timed; such as a seed.
     """
+    if settings.case not in case:
+        return []
     if settings.tiny:
         rounds, warmup = 1, 0
     if settings.only_ours:
@@ -342,7 +346,7 @@ def environment() -> dict[str, str]:
         ]
         device = f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads"
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     versions = {}
     for name in ("torch", "triton", "musiclm-pytorch", "audiolm-pytorch"):

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                       # every file, quick mode, on the CPU
     python -m benchmarks.run spectrogram           # one file; the others' results stay
+    python -m benchmarks.run training_step --case "10 s"    # cases whose name holds a text
     python -m benchmarks.run --mode full           # every peer and mode
     python -m benchmarks.run --mode gpu            # on the CUDA device
     python -m benchmarks.run --base HEAD~3         # this tree against another commit, ours alone
@@ -150,11 +151,23 @@ def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: boo
         broken = [r for r in results if r.reason.startswith(PARITY_FAILED)]
         if broken:
             failed.append(name)
+        if settings.case and name in sections:
+            section = merged(sections[name], section)
         sections[name] = section
         report.write(sections, store)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A section with some cases measured anew; alone where the others are another commit's."""
+    if before["facts"]["commit"] != now["facts"]["commit"]:
+        return now
+    anew = {(r["job"], r["case"]) for r in now["results"]}
+    kept = [r for r in before["results"] if (r["job"], r["case"]) not in anew]
+    seconds = before["wall_seconds"] + now["wall_seconds"]
+    return {**now, "results": kept + now["results"], "wall_seconds": seconds}
 
 
 def base_tree(revision: str, folder: Path) -> Path:
@@ -228,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=MODES, default="quick")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the mode's")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to test the suite")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases that hold this")
     parser.add_argument("--base", metavar="REV", help="compare with this commit")
     parser.add_argument("--rounds", type=int, default=3, help="of --base (default 3)")
     parser.add_argument("--resume", action="store_true", help="leave out what this commit has")
@@ -247,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("--device: got cuda, expected cpu: torch finds no CUDA device here")
-    settings = Settings(args.mode, device, args.tiny)
+    settings = Settings(args.mode, device, args.tiny, case=args.case)
     wanted = args.names or names()
     if args.base:
         return compare_with(args.base, wanted, settings, args.rounds)

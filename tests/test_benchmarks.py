@@ -161,6 +161,22 @@ def test_sections_are_merged_and_written_with_charts(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_cases_are_measured_one_by_one() -> None:
+    contenders = {"ours": Contender(always(), role="ours")}
+    wanted = Settings(case="10 s")
+    assert harness.measure("op", "20 s x 2", contenders, wanted, check=fail) == []
+    assert harness.measure("op", "10 s x 2", contenders, wanted, check=lambda: None)
+    before = section(results(), commit="a")
+    now = section([dataclasses.replace(results()[0], seconds=[7.0])], commit="a")
+    both = report.read(run.merged(before, now))
+    assert [(r.case, r.contender) for r in both] == [
+        ("20 s", "ours"), ("20 s", "peer"), ("10 s", "ours"),
+    ]  # fmt: skip
+    assert both[-1].seconds == [7.0]
+    later = section(results()[:1], commit="b")
+    assert len(report.read(run.merged(before, later))) == 1
+
+
 def test_resume_leaves_out_what_this_commit_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
