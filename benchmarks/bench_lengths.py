@@ -9,6 +9,7 @@ of clips alone first.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import AudioSpectrogramTransformer
 from musiclm_fast.models import audio
 
@@ -36,6 +38,43 @@ def step(tower: torch.nn.Module, clips: list[Tensor], spread: float) -> Callable
             audio._SPREAD = before
 
     return run
+
+
+def check(tower: torch.nn.Module, clips: list[Tensor]) -> None:
+    """A clip's embedding does not depend on those beside it.
+
+    Raises:
+        AssertionError: it does.
+    """
+    tower.eval()
+    with torch.no_grad():
+        alone = torch.cat([tower(clip[None]) for clip in clips])
+        torch.testing.assert_close(tower(clips), alone)
+    tower.train()
+
+
+def results(settings: Settings) -> list[Result]:
+    """15 clips of 1, 3, ..., 29 s against as many of 15 s; padded ones too where there is time."""
+    if settings.mode == "gpu":
+        return []
+    torch.manual_seed(0)
+    sizes = settings.pick(dict(dim=256, depth=3), full=dict(dim=512, depth=6),
+                          tiny=dict(dim=64, depth=1))  # fmt: skip
+    tower = AudioSpectrogramTransformer(**sizes, front_end="mulan", patch_dropout_prob=0.0)
+    seconds = range(1, settings.pick(30, tiny=4), 2)
+    different = [torch.randn(RATE * length) for length in seconds]
+    equal = [torch.randn(RATE * sum(seconds) // len(seconds)) for _ in seconds]
+    contenders = {
+        "ours": Contender(lambda: step(tower, different, audio._SPREAD), role="ours"),
+        "equal lengths": Contender(lambda: step(tower, equal, audio._SPREAD), role="bound"),
+    }
+    if settings.mode == "full":
+        contenders["padded to the longest"] = Contender(lambda: step(tower, different, 0.0))
+    return harness.measure(
+        "clips of different lengths, forward and backward",
+        f"{len(seconds)} clips of 1 to {max(seconds)} s, dim {sizes['dim']}",
+        contenders, settings, check=functools.partial(check, tower, different[:4]), rounds=3,
+    )  # fmt: skip
 
 
 def main() -> None:
