@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+class NonFiniteError(ValueError):
+    """A tensor holds NaN or infinity."""
+
+
 def fail(name: str, got: Any, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``error`` saying that argument ``name`` is ``got`` where ``allowed`` is allowed."""
     raise error(f"{name}: got {got}, expected {allowed}")
@@ -111,4 +115,9 @@ def check_finite(name: str, value: Tensor) -> None:
         return
     bad = ~torch.isfinite(value.detach()).flatten(1).all(dim=1)
     if bad.any():
-        fail(name, f"NaN or infinity in sample {int(bad.nonzero()[0])}", "finite values")
+        fail(
+            name,
+            f"NaN or infinity in sample {int(bad.nonzero()[0])}",
+            "finite values",
+            NonFiniteError,
+        )

@@ -120,4 +120,6 @@ def _build_tower(kind: str, arguments: dict[str, Any]) -> nn.Module:
     tower = tower_class(kind, arguments.pop("class", DEFAULT_TOWERS[kind]))
     if isinstance(arguments.get("front_end"), dict):
         arguments["front_end"] = FrontEnd(**arguments["front_end"])
+    if isinstance(arguments.get("patch_size"), list):  # JSON has no tuples
+        arguments["patch_size"] = tuple(arguments["patch_size"])
     return tower(**arguments)

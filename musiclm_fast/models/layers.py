@@ -8,6 +8,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from musiclm_fast.ops import attention
 
@@ -160,8 +161,29 @@ class Attention(nn.Module):
         return merged
 
 
+def _run_block(
+    block: nn.Module,
+    x: Tensor,
+    bias: OffsetBias | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    queries: int | None,
+) -> Tensor:
+    attn, ff = block.children()
+    attended = attn(x, bias=bias, mask=mask, lengths=lengths, queries=queries)
+    x = attended + (x if queries is None else x[:, :queries])
+    out: Tensor = ff(x) + x
+    return out
+
+
 class Transformer(nn.Module):
-    """A stack of attention and feed-forward blocks with residuals."""
+    """A stack of attention and feed-forward blocks with residuals.
+
+    With ``checkpoint_blocks`` set, the backward pass runs each block's forward again in place of
+    keeping what is inside it; dropout is replayed. https://arxiv.org/abs/1604.06174
+    """
+
+    checkpoint_blocks = False
 
     def __init__(
         self,
@@ -204,16 +226,17 @@ class Transformer(nn.Module):
             The last block's output ``(B, last_queries, dim)`` and, where asked for, all earlier
             blocks' outputs ``(depth - 1, B, n, dim)``, else None.
         """
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
         inputs = []
         last = len(self.layers) - 1
         for index, block in enumerate(self.layers):
-            attn, ff = block.children()
             if return_all_layers:
                 inputs.append(x)
-            queries = last_queries if index == last else None
-            attended = attn(x, bias=bias, mask=mask, lengths=lengths, queries=queries)
-            x = attended + (x if queries is None else x[:, :queries])
-            x = ff(x) + x
+            arguments = (block, x, bias, mask, lengths, last_queries if index == last else None)
+            if again:
+                x = checkpoint(_run_block, *arguments, use_reentrant=False)
+            else:
+                x = _run_block(*arguments)
         if not return_all_layers:
             return x, None
         # A block's input is the output of the one before.

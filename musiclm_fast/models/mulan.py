@@ -91,6 +91,47 @@ class MuLaN(nn.Module):
             sigmoid_contrastive_loss=sigmoid_contrastive_loss,
         )  # fmt: skip
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> MuLaN:
+        """A trained model, in evaluation mode on the CPU.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` or MuLaNTrainer wrote (such as
+                ``results/best``), or ``owner/name`` of such a repository on the Hugging Face Hub.
+            revision: branch, tag or commit of the repository.
+            local_files_only: of a repository, take only what was downloaded before.
+
+        Raises:
+            FileNotFoundError: no such folder, and no such repository.
+            CheckpointError: a file is damaged, or the weights are another architecture's.
+        """
+        from musiclm_fast.models.pretrained import from_pretrained
+
+        return from_pretrained(name, revision=revision, local_files_only=local_files_only)[0]
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **extra: Any) -> None:
+        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained`
+        rebuilds the model; each file atomically.
+
+        Args:
+            folder: is made if need be; what else is in it stays.
+            extra: further entries of ``config.json``: plain values, such as ``clip_seconds``, the
+                length of the clips that the model was trained with.
+
+        Raises:
+            OSError: it could not be written; an earlier model in the folder is as it was.
+            TypeError: a tower is of a class that no configuration can rebuild.
+        """
+        from musiclm_fast.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder, extra)
+
     @overload
     def get_audio_latents(
         self,

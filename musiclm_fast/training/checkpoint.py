@@ -13,15 +13,16 @@ file is ever executed.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from musiclm_fast._checks import describe
+from musiclm_fast._files import atomic_file
 from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.pretrained import from_pretrained
 
 __all__ = [
     "CheckpointError",
@@ -41,25 +42,11 @@ def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch's zip writer hides the operating system's error
-                raise OSError(f"{path}: could not be written, is the disk full? {error}") from error
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a checkpoint gets the permissions of any other new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's zip writer hides the operating system's error
+            raise OSError(f"{path}: could not be written, is the disk full? {error}") from error
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: MuLaN, **extra: Any) -> None:
@@ -103,16 +90,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_mulan(path: str | os.PathLike[str]) -> tuple[MuLaN, dict[str, Any]]:
-    """The model of a checkpoint of :func:`save_checkpoint`, in eval mode on the CPU.
+    """The model of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: a file of :func:`save_checkpoint`, or a folder of ``MuLaN.save_pretrained`` or of
+            MuLaNTrainer, such as ``results/latest``.
 
     Returns:
         The model and the checkpoint's further entries.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, is no such checkpoint, or its weights are not those
-            of its configuration.
+        FileNotFoundError: there is no such file or folder.
+        CheckpointError: it is damaged, is no such checkpoint, or its weights are not those of its
+            configuration.
     """
+    if Path(path).is_dir():
+        return from_pretrained(path)
     content = read_checkpoint(path)
     config, weights = content.pop("config", None), content.pop("model", None)
     if not isinstance(config, dict) or not isinstance(weights, dict):

@@ -11,12 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +49,7 @@ from musiclm_fast.training.metrics import (
     label_latents,
     zero_shot_accuracy,
 )
+from musiclm_fast.training.stopping import stop_requests
 
 EXAMPLE_PROGRAMS = (0, 24, 56)  # grand piano, nylon string guitar, trumpet
 MODEL_FILE, STATE_FILE, RESULTS_FILE = "mulan.pt", "training.pt", "results.json"
@@ -202,34 +200,6 @@ def _bar(iterable: Any = None, **options: Any) -> Any:
     return tqdm(iterable, mininterval=0.2 if live else 10.0, dynamic_ncols=live, **options)
 
 
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Tell whether Ctrl-C or SIGTERM came, so that a step is never cut in two.
-
-    A second one acts at once. Outside the main thread, where Python allows no handlers, nothing
-    is caught.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    earlier = {number: signal.getsignal(number) for number in signals}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        for each in signals:
-            signal.signal(each, earlier[each])
-
-    for number in signals:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number in signals:
-            signal.signal(number, earlier[number])
-
-
 class _Batches:
     """Draws batches; the same step gives the same batch, whatever came before it."""
 
@@ -377,7 +347,7 @@ class DemoRun:
         sample = np.random.default_rng(0).permutation(self.data.parts["held-out pitches"])[:256]
         saved_at = time.monotonic()
         bar = _bar(total=self.config.steps, initial=self.step, unit="step", desc="training")
-        with bar, _stop_requests() as stopped:
+        with bar, stop_requests() as stopped:
             while self.step < until and not stopped():
                 began = time.monotonic()
                 loss = self.train_step()

@@ -28,8 +28,8 @@ from musiclm_fast.audiolm.wrappers import (
 )
 from musiclm_fast.models.resample import resample
 from musiclm_fast.models.sound import read_sound
+from musiclm_fast.training.batches import EpochBatches, EveryNth
 from musiclm_fast.training.checkpoint import save_atomically
-from musiclm_fast.training.trainer import EpochBatches, _EveryNth
 
 Log = dict[str, float]
 
@@ -340,7 +340,7 @@ class _StageTrainer(nn.Module):
         processes = self.accelerator.num_processes
         start = int(self.steps.item()) * self.grad_accum_every * processes
         order = EpochBatches(len(self.ds), self.batch_size, self.seed, start)  # type: ignore[arg-type]
-        own = _EveryNth(order, processes, self.accelerator.process_index)
+        own = EveryNth(order, processes, self.accelerator.process_index)
         return iter(self._data(self.ds, batch_sampler=own))
 
     def _data(self, rows: Dataset[Any], **options: Any) -> DataLoader[Any]:

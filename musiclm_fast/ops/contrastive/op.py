@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import (
+    NonFiniteError,
     check_choice,
     check_floating,
     check_ndim,
@@ -138,7 +139,8 @@ def check_finite(
         if bad.any():
             rows = bad.nonzero().flatten().tolist()
             shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            fail(name, f"non-finite latents in {len(rows)} of {len(bad)} rows ({shown})", "finite")
+            found = f"non-finite latents in {len(rows)} of {len(bad)} rows ({shown})"
+            fail(name, found, "finite", NonFiniteError)
     if not (temperature.detach() > 0).all():
         fail("temperature", temperature.tolist(), "factors above 0")
 

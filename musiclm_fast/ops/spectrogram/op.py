@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import (
+    NonFiniteError,
     check_choice,
     check_dtype,
     check_floating,
@@ -212,7 +213,7 @@ def check_finite_clips(name: str, wav: Tensor, lengths: Tensor | None) -> None:
             return
         clip = _first_bad_clip(wav, lengths)
     if clip is not None:
-        fail(name, f"NaN or infinity in clip {clip}", "finite samples")
+        fail(name, f"NaN or infinity in clip {clip}", "finite samples", NonFiniteError)
 
 
 dispatcher = Dispatcher(
