@@ -746,7 +746,7 @@ class MuLaNTrainer(nn.Module):
         try:
             for batch in loader:
                 texts = batch.get("raw_texts") or [tuple(ids) for ids in batch["texts"].tolist()]
-                latents = model(**self._inputs(batch), return_loss_latents=True)
+                latents, _ = model(**self._inputs(batch), return_loss_latents=True)
                 found.append(([side.cpu() for side in latents], texts))
             everyone = gather_object([found])  # of each process, of each of its batches
             in_order = [everyone[i % processes][i // processes] for i in range(len(batches))]
