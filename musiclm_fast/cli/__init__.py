@@ -22,6 +22,7 @@ FAILED, INTERRUPTED = 2, 130
 _COMMANDS = {
     "demo": "demo",
     "similarity": "similarity",
+    "train mulan": "train_mulan",
     "train semantic": "train_stage",
     "train coarse": "train_stage",
     "train fine": "train_stage",

@@ -166,7 +166,8 @@ def read_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"checkpoint: {str(path)!r} is damaged ({error})") from error
     except RuntimeError as error:
         raise CheckpointError(
-            f"checkpoint: {str(path)!r} holds weights of another architecture: {error}"
+            f"checkpoint: {str(path)!r} holds weights of another architecture: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 

@@ -56,6 +56,7 @@ from musiclm_fast.training.optimizer import (
 )
 from musiclm_fast.training.run_folder import STATE_FILE, RunFolder
 from musiclm_fast.training.stopping import stop_requests
+from musiclm_fast.training.typed_config import plain_differences
 from musiclm_fast.training.watch import (
     CollapseWatch,
     Readings,
@@ -277,7 +278,9 @@ class MuLaNTrainer(nn.Module):
             self.average = WeightAverage(self.unwrapped, ema_decay)
         if compile_towers:
             for tower in (self.unwrapped.audio, self.unwrapped.text):
-                getattr(tower, "transformer", tower).compile()
+                # ours have a transformer, Hugging Face's a model
+                name = "transformer" if hasattr(tower, "transformer") else "model"
+                cast(nn.Module, getattr(tower, name, tower)).compile()
         if processes > 1:
             # Each process draws masks and dropout of its own.
             torch.manual_seed(torch.initial_seed() + self.accelerator.process_index)
@@ -355,6 +358,11 @@ class MuLaNTrainer(nn.Module):
     def evaluated(self) -> MuLaN:
         """The model that validation measures and checkpoints hold: the average, if there is one."""
         return self.unwrapped if self.average is None else cast(MuLaN, self.average.module)
+
+    @property
+    def collapsed_loss(self) -> float:
+        """The loss of a model whose similarities are all equal."""
+        return self._collapse.level
 
     @property
     def step(self) -> int:
@@ -510,6 +518,8 @@ class MuLaNTrainer(nn.Module):
         self._may_begin = True
         path = self.run.latest()
         if path is None:
+            if self.is_main:
+                self.run.cut_log(0)
             return
         self._check_same_run(path)
         state = self._load_folder(path)
@@ -522,7 +532,7 @@ class MuLaNTrainer(nn.Module):
         state = read_checkpoint(path / STATE_FILE)
         saved = state.get("options")
         saved = saved if isinstance(saved, dict) else {}
-        differing = _differences(saved, self.options)
+        differing = plain_differences(saved, self.options)
         config = path / CONFIG_FILE
         try:
             there = json.loads(config.read_text(encoding="utf-8")).get("model")
@@ -530,7 +540,7 @@ class MuLaNTrainer(nn.Module):
             raise CheckpointError(f"checkpoint: {str(config)!r} is damaged ({error})") from error
         here = json.loads(self._config)["model"]
         if isinstance(there, dict) and isinstance(here, dict):
-            differing += _differences(there, here)
+            differing += plain_differences(there, here)
         if differing:
             raise CheckpointError(
                 f"results_folder: {str(path)!r} is of another run ({'; '.join(differing)}); choose "
@@ -907,15 +917,3 @@ def _recall(similarity: Tensor, texts: Sequence[Any]) -> tuple[dict[int, float],
     others = by_text.masked_fill(own, -torch.inf)
     zeros = torch.zeros(len(number), dtype=torch.int64)
     return there, recall_at_k(torch.cat((best, others), dim=1), zeros, RECALL_AT)
-
-
-def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    # "name = saved, not wanted" of each entry that differs, nested ones by their path
-    found = []
-    for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        there, here = saved.get(name), wanted.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            found += _differences(there, here, f"{prefix}{name}.")
-        elif there != here:
-            found.append(f"{prefix}{name} = {there!r}, not {here!r}")
-    return found
