@@ -314,7 +314,7 @@ def results(settings: Settings) -> list[Result]:
             most = largest_batch(kind, case, settings.device, mode, limit)
             found.append(
                 Result(f"{JOB}: largest batch", "10 s", kind + mode,
-                       "ours" if kind == OURS else "peer", reason=f"{most} pairs fit")
+                       "ours" if kind == OURS else "peer", note=f"{most} pairs fit")
             )  # fmt: skip
     return found
 

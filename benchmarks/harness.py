@@ -128,6 +128,7 @@ class Result:
         operations, traffic: floating-point operations and bytes of one run, where they are counted.
         memory: peak memory in bytes beyond what is held before, where it was measured.
         reason: why it did not run.
+        note: what was found, where that is not a time.
         axes: numbers that a chart may be drawn over, such as seconds of audio or pairs of a batch.
         headline: of ours: what README's table of results calls this case; "" leaves it out there.
     """
@@ -141,6 +142,7 @@ class Result:
     traffic: float | None = None
     memory: int | None = None
     reason: str = ""
+    note: str = ""
     axes: dict[str, float] = field(default_factory=dict)
     headline: str = ""
 
@@ -244,7 +246,8 @@ def measure(
         if name in absent:
             found.append(result(name, reason=absent[name]))
         else:
-            memory = None if c.memory is None else attempt(name, c.memory)
+            measured = c.memory is not None and (c.role == "ours" or not settings.tiny)
+            memory = attempt(name, c.memory) if measured else None
             found.append(result(name, seconds=times[name], memory=memory))
     return found
 

@@ -75,7 +75,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
         for r in group:
             cells = [case, r.contender]
             if not r.seconds:
-                found.append([*cells, "", "", "", "", "", r.reason])
+                found.append([*cells, "", "", "", "", "", r.reason or r.note])
                 continue
             rates = (r.tflops, r.gigabytes_per_second)
             cells += [milliseconds(r), *("" if x is None else f"{x:.3g}" for x in rates)]
