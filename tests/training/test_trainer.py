@@ -585,3 +585,21 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["", "activation checkpointing"])
+def test_compiled_towers_are_the_same_steps(again: bool, tmp_path: Path) -> None:
+    """Losses, averages and checkpoints as without torch.compile; chance is off: it draws anew."""
+    ends = []
+    for compiled in (False, True):
+        mulan = quiet_mulan()
+        trainer = make_trainer(
+            tmp_path / str(compiled), mulan=mulan, num_train_steps=3,
+            compile_towers=compiled, activation_checkpointing=again and compiled,
+        )  # fmt: skip
+        losses: list[float] = []
+        trainer.train(log_fn=lambda log, losses=losses: losses.append(log["loss"]))
+        ends.append((losses, weights(MuLaN.from_pretrained(tmp_path / str(compiled) / "latest"))))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
+    assert ends[0][1].keys() == ends[1][1].keys()
