@@ -27,6 +27,7 @@ _COMMANDS = {
     "train coarse": "train_stage",
     "train fine": "train_stage",
     "generate": "generate",
+    "convert": "convert",
     "plan": "plan",
     "info": "info",
 }

@@ -43,6 +43,11 @@ def read_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
             message names it.
         ImportError: pyyaml is not installed.
     """
+    return from_plain(cls, read_values(file, overrides))
+
+
+def read_values(file: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Nested dictionaries from a YAML file and overrides; see :func:`read_config`."""
     values: dict[str, Any] = {}
     if file is not None:
         if not Path(file).is_file():
@@ -58,7 +63,7 @@ def read_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
                 f"set: got {override!r}, expected FIELD=VALUE, as in training.steps=9"
             )
         _put(values, path.strip(), _parse(text, f"set {path.strip()}"))
-    return from_plain(cls, values)
+    return values
 
 
 def _parse(text: str, where: str) -> Any:
