@@ -22,6 +22,8 @@ FAILED, INTERRUPTED = 2, 130
 _COMMANDS = {
     "demo": "demo",
     "similarity": "similarity",
+    "data check": "data_check",
+    "data titles": "data_titles",
     "train mulan": "train_mulan",
     "train semantic": "train_stage",
     "train coarse": "train_stage",
@@ -31,7 +33,10 @@ _COMMANDS = {
     "plan": "plan",
     "info": "info",
 }
-_GROUPS = {"train": "train a MuLaN or a stage of MusicLM"}
+_GROUPS = {
+    "data": "check or list a collection of music",
+    "train": "train a MuLaN or a stage of MusicLM",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

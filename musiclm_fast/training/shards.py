@@ -7,19 +7,26 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from musiclm_fast._checks import fail
-from musiclm_fast.training.sources import AUDIO_SUFFIXES, Entry, Listing, Skipped, captions_of
+from musiclm_fast._files import atomic_file
+from musiclm_fast.training.sources import (
+    AUDIO_SUFFIXES,
+    Entry,
+    Listing,
+    Skipped,
+    captions_of,
+)
 
 _FORMAT = 1
 _CAPTION_KEYS = ("caption", "captions", "text")
@@ -109,24 +116,10 @@ def _index(path: str, cache_folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or damaged: read the shard
     index = {"stamp": stamp, **_read_index(path)}
-    _write(cached, json.dumps(index, ensure_ascii=False))
+    # a cache that cannot be written only costs time
+    with contextlib.suppress(OSError), atomic_file(cached) as file:
+        file.write(json.dumps(index).encode())
     return index
-
-
-def _write(path: Path, text: str) -> None:
-    # A cache that cannot be written only costs time.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError:
-        pass
 
 
 def _read_index(path: str) -> dict[str, Any]:

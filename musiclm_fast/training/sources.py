@@ -406,13 +406,39 @@ def _list_folder(folder: str, captions: str) -> Listing:
     return listing
 
 
-def write_manifest(file: io.TextIOBase, folder: str, captions: str) -> int:
-    """Write a csv manifest of a folder's sound files, captioned by title; returns its rows."""
+def write_manifest(
+    file: io.TextIOBase,
+    folder: str | os.PathLike[str],
+    captions: str = "tags",
+    relative_to: str | os.PathLike[str] | None = None,
+) -> int:
+    """Write a csv manifest of a folder's sound files, captioned by title.
+
+    Args:
+        file: where it goes.
+        folder: the sounds.
+        captions: ``names`` or ``tags``, see :func:`title_captions`.
+        relative_to: the folder that paths are relative to; None is ``folder``. Sounds that do not
+            lie in it get absolute paths.
+
+    Returns:
+        How many sounds it lists.
+
+    Raises:
+        ValueError: the folder holds no sound files.
+    """
+    check_choice("captions", captions, CAPTIONS)
+    root = os.path.abspath(folder)
+    base = root if relative_to is None else os.path.abspath(relative_to)
+    listing = _list_folder(root, captions)
+    if not listing.entries:
+        fail("folder", f"{os.fspath(folder)!r} without sound files", "wav, flac, ogg, mp3 files")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "caption"])
-    listing = _list_folder(folder, captions)
     for entry in listing.entries:
         texts = entry.captions
+        inside = os.path.commonpath([base, entry.path]) == base
+        path = os.path.relpath(entry.path, base) if inside else entry.path
         cell = texts[0] if len(texts) == 1 else json.dumps(texts, ensure_ascii=False)
-        writer.writerow([entry.file, cell])
+        writer.writerow([path, cell])
     return len(listing.entries)

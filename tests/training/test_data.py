@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from musiclm_fast import cli
 from musiclm_fast.training import data
 from musiclm_fast.training.data import Skipped, collate, open_dataset, split
 from musiclm_fast.training.shards import shard_paths
@@ -557,3 +558,133 @@ def test_many_strings_travel_as_one_array():
     strings = ["", "a", "ünïcode", "\udcff", "long " * 100]
     table = pickle.loads(pickle.dumps(data._Strings(strings)))
     assert list(table) == strings
+
+
+def test_a_header_may_overstate_the_length_a_little(tmp_path):
+    """As some ogg files do: the last clip then ends where the sound ends."""
+    path = tmp_path / "a.ogg"
+    write(path, noise(4.0))
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"OggS")
+    # the last page's granule position: frames from the start, and the page's checksum
+    content[last + 6 : last + 14] = int(4.15 * RATE).to_bytes(8, "little")
+    content[last + 22 : last + 26] = bytes(4)
+    content[last + 22 : last + 26] = ogg_checksum(bytes(content[last:])).to_bytes(4, "little")
+    path.write_bytes(content)
+    with soundfile.SoundFile(path) as file:
+        assert file.frames == int(4.15 * RATE)
+        assert len(file.read()) < 4.1 * RATE
+    sounds = opened(tmp_path, captions="names")
+    rows = [sounds.draw(0, seed) for seed in range(100)]
+    assert all(len(row.wav) == RATE // 2 and not row.skipped for row in rows)
+    ends = [row.start + 0.5 for row in rows]
+    decoded = soundfile.read(path, dtype="float32")[0]
+    assert max(ends) <= len(decoded) / RATE + 1e-9
+    last = rows[int(np.argmax(ends))]
+    first = round(last.start * RATE)
+    np.testing.assert_allclose(last.wav, decoded[first : first + RATE // 2], atol=1e-6)
+
+
+def ogg_checksum(page):
+    """Ogg's CRC: polynomial 0x04c11db7, not reflected, no inversions."""
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc & 0x80000000 else 0)) & 0xFFFFFFFF
+    return crc
+
+
+def check(*argv):
+    return cli.main(["data", "check", *map(str, argv)])
+
+
+def test_check_says_what_is_wrong(folder, capsys):
+    reasons = spoil(folder)
+    sounds = folder / "sounds"
+    write(sounds / "silent.wav", np.zeros(RATE, np.float32))
+    write(sounds / "loud.wav", np.clip(30 * noise(1.0, 44_100, channels=2), -1, 1), 44_100)
+    write(sounds / "copy.wav", noise(1.0, seed=5))
+    rows = [[f"sounds/{name}.wav", f"sound {name}"] for name in range(6)]
+    rows += [["sounds/silent.wav", "nothing"], ["sounds/loud.wav", "sound 5"]]
+    rows += [["sounds/copy.wav", "long " * 257], ["sounds/gone.wav", "x"], ["sounds/4.wav", " "]]
+    write_csv(folder / "manifest.csv", ["path", "caption"], *rows)
+
+    assert check(folder, "--json", "--workers", 2) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["sounds"], report["usable"], report["captions"]) == (11, 5, 9)
+    assert report["rates"] == {"16000": 5, "44100": 1}  # the short one was read
+    assert report["channels"] == {"1": 5, "2": 1}
+    assert report["seconds"] == pytest.approx(5.1)
+    failing = {skip["name"]: (skip["reason"], skip["line"]) for skip in report["failing"]}
+    assert failing.pop("sounds/gone.wav") == ("no such file", 11)
+    assert failing.pop("sounds/4.wav") == ("empty caption", 12)
+    assert set(failing) == set(reasons)
+    assert all(reasons[name] in failing[name][0] for name in reasons)
+    notes = {(skip["name"], skip["reason"]) for skip in report["notes"]}
+    assert notes == {
+        ("sounds/silent.wav", "silent: peak below -60 dB"),
+        ("sounds/loud.wav", "clipped: over 0.1% of the samples at full scale"),
+        ("sounds/loud.wav", "the same caption as sounds/5.wav"),
+        ("sounds/copy.wav", "the same sound as sounds/5.wav"),
+        ("sounds/copy.wav", "caption cut to 256 tokens"),
+    }
+
+    assert check(folder, "--workers", 0) == 1
+    text = capsys.readouterr().out
+    assert "11 sounds, 5 of them usable; 9 captions, 0:00:05 of sound" in text
+    assert "training would leave out: 6" in text
+    assert "      sounds/gone.wav (line 11)\n" in text
+    assert "      sounds/copy.wav = sounds/5.wav\n" in text
+
+
+def test_check_of_a_good_collection(folder, capsys):
+    assert check(folder, "--batch-size", 6) == 0
+    assert "6 sounds, 6 of them usable; 7 captions" in capsys.readouterr().out
+    assert check(folder, "--batch-size", 7) == 1
+    assert "fewer than a batch of 7" in capsys.readouterr().out
+    assert check(folder, "--batch-size", 0) == 2
+    assert "batch_size: got 0" in capsys.readouterr().err
+
+
+def test_check_agrees_with_draws(folder, capsys):
+    """What the check calls failing is what draws skip, and nothing else."""
+    spoil(folder)
+    check(folder, "--json")
+    failing = {skip["name"] for skip in json.loads(capsys.readouterr().out)["failing"]}
+    sounds = opened(folder)
+    assert failing == {sounds.name(i) for i in range(6) if sounds.draw(i, 0).skipped}
+
+
+def test_check_of_shards(shards, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shards / "cache"))
+    assert check(shards / "music-*.tar", "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["sounds"], report["usable"], len(report["failing"])) == (8, 4, 4)
+
+
+def test_check_of_a_wrong_source(folder, capsys):
+    write_csv(folder / "manifest.csv", ["file", "caption"], ["a.wav", "x"])
+    assert check(folder) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "lacking: path" in error
+
+
+def test_titles_make_a_manifest(folder, capsys):
+    sounds = folder / "sounds"
+    (folder / "manifest.csv").unlink()
+    assert cli.main(["data", "titles", str(sounds), "--captions", "names"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[:2] == ["path,caption", "0.wav,0"]
+    (sounds / "manifest.csv").write_text(printed)
+    assert opened(sounds).name(5) == "5.wav"
+    (sounds / "manifest.csv").unlink()
+    for output in (folder / "all.csv", folder / "deep" / "er" / "all.csv"):
+        assert cli.main(["data", "titles", str(sounds), "--output", str(output)]) == 0
+        assert opened(output).whole(5).text == "5"
+    assert opened(folder / "all.csv").name(5) == "sounds/5.wav"
+    capsys.readouterr()
+    assert cli.main(["data", "titles", str(folder / "deep")]) == 2
+    assert "without sound files" in capsys.readouterr().err
+    assert cli.main(["data", "titles", str(sounds), "--output", "a.txt"]) == 2

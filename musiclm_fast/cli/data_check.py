@@ -1,0 +1,152 @@
+"""``musiclm-fast data check``: what is wrong with a collection, before training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+HELP = "read a whole collection and say what is wrong with it"
+SHOWN = 10  # names printed for each reason
+WOULD_FAIL = 1
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_source(parser)
+    parser.add_argument(
+        "--min-seconds",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="training skips shorter sounds (default: %(default)s; the audio tower needs a patch)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="the text tower cuts longer captions (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=2, metavar="N", help="training needs that many sounds"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read (default: one per core, none for a small collection)",
+    )
+    parser.add_argument("--all", action="store_true", help=f"name all, not {SHOWN} per reason")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that name a collection."""
+    parser.add_argument(
+        "source",
+        help="a manifest (csv, tsv, jsonl with path and caption), MusicCaps' csv, a folder with "
+        "one of these, or webdataset shards (a .tar, a folder or a quoted pattern of them)",
+    )
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        metavar="KIND",
+        help="manifest, musiccaps, folder or webdataset (default: look)",
+    )
+    parser.add_argument("--audio", metavar="FOLDER", help="the sounds, if not beside the manifest")
+    parser.add_argument(
+        "--captions",
+        choices=("names", "tags"),
+        help="a folder without a manifest: captions from the files' names or their tags",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read every sound and caption of a collection and report what is wrong.
+
+    Exit status: 0 where all can be used, 1 where training would leave something out or could not
+    start, 2 where the source itself is wrong.
+    """
+    for name in ("max_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected an integer above 0")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"workers: got {args.workers}, expected 0 or more")
+
+    from dataclasses import asdict
+
+    from musiclm_fast.training.data import CaptionedSounds, need_soundfile
+    from musiclm_fast.training.data_check import check_data
+    from musiclm_fast.training.sources import list_source
+
+    need_soundfile()
+    listing = list_source(args.source, args.kind, audio=args.audio, captions=args.captions)
+    # the rate is of no consequence: nothing is resampled
+    sounds = CaptionedSounds(
+        listing, sample_hz=16_000, clip_seconds=None, min_seconds=args.min_seconds
+    )
+    workers = args.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = (cores or 1) if (cores or 1) > 1 and len(sounds) >= 64 else 0
+    report = check_data(
+        sounds, workers=workers, max_tokens=args.max_tokens, progress=sys.stderr.isatty()
+    )
+    too_few = report.usable < args.batch_size
+    if args.json:
+        answer = asdict(report)
+        for part in ("failing", "notes"):
+            answer[part] = [skip._asdict() for skip in getattr(report, part)]
+        print(json.dumps({"source": args.source, **answer}, ensure_ascii=False))
+    else:
+        _print(args, report)
+        if too_few:
+            print(f"fewer than a batch of {args.batch_size}: training cannot start")
+    return WOULD_FAIL if report.failing or too_few else 0
+
+
+def _print(args: argparse.Namespace, report: Any) -> None:
+    print(
+        f"{args.source}: {report.sounds:,} sounds, {report.usable:,} of them usable; "
+        f"{report.captions:,} captions, {_clock(report.seconds)} of sound"
+    )
+    if report.rates:
+        print(
+            "  rates     " + ", ".join(f"{n:,} x {rate:,} Hz" for rate, n in report.rates.items())
+        )
+        print("  channels  " + ", ".join(f"{n:,} x {c}" for c, n in report.channels.items()))
+        print(
+            f"  lengths   {report.shortest:.2f} to {report.longest:.2f} s, "
+            f"half of them below {report.median:.2f} s"
+        )
+    shown = None if args.all else SHOWN
+    _print_reasons("training would leave out", report.failing, shown)
+    _print_reasons("worth a look", report.notes, shown)
+
+
+def _print_reasons(title: str, skipped: Sequence[Any], shown: int | None) -> None:
+    reasons: dict[str, list[Any]] = {}
+    for skip in skipped:
+        # what follows "the same" differs from sound to sound
+        reason, _, other = skip.reason.partition(" as ")
+        same = reason.startswith("the same ")
+        name = skip.name if skip.line is None else f"{skip.name} (line {skip.line})"
+        key = f"{reason} as another" if same else skip.reason
+        reasons.setdefault(key, []).append(f"{name} = {other}" if same else name)
+    if reasons:
+        print(f"{title}: {len(skipped):,}")
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        print(f"  {len(names):,} x {reason}")
+        for name in names[:shown]:
+            print(f"      {name}")
+        if shown is not None and len(names) > shown:
+            print(f"      and {len(names) - shown:,} more (--all names them)")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
