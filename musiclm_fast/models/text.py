@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class TextTransformer(nn.Module):
     """
 
     arguments: dict[str, Any]
+    _said_cut = False
 
     @record_arguments
     def __init__(
@@ -75,7 +77,7 @@ class TextTransformer(nn.Module):
         Args:
             x: ``(B, n)`` integer token ids.
             raw_texts: B strings, which the CLIP tokenizer encodes; longer ones than
-                ``max_seq_len`` tokens are cut with a warning.
+                ``max_seq_len`` tokens are cut, with a warning the first time.
             mask: ``(B, n)`` bool, True where a token takes part; None is ``x != pad_id``. The
                 class token always takes part.
             return_all_layers: also return the outputs of all blocks but the last.
@@ -90,7 +92,7 @@ class TextTransformer(nn.Module):
         if (x is None) == (raw_texts is None):
             fail("x, raw_texts", "both" if x is not None else "neither", "exactly one of them")
         if raw_texts is not None:
-            x = tokenizer.tokenize(raw_texts, context_length=self.max_seq_len).to(self.device)
+            x = self._tokens(raw_texts).to(self.device)
         assert x is not None
         self._check(x)
         if mask is None:
@@ -107,6 +109,18 @@ class TextTransformer(nn.Module):
         )
         out = self.norm(tokens[:, 0])
         return (out, layers) if return_all_layers else out
+
+    def _tokens(self, raw_texts: list[str]) -> Tensor:
+        # (B, n <= max_seq_len); texts that are cut are warned about once, not once per batch
+        most = self.max_seq_len
+        x = tokenizer.tokenize(raw_texts, context_length=most + 1, truncate_text=True)
+        if x.shape[1] > most and not self._said_cut:
+            self._said_cut = True
+            warnings.warn(
+                f"raw_texts: texts of more than max_seq_len = {most} tokens are cut (said once)",
+                stacklevel=3,
+            )
+        return x[:, :most]
 
     def _check(self, x: Tensor) -> None:
         check_ndim("x", x, 2, "(B, n) of token ids")

@@ -296,13 +296,13 @@ class CaptionedSounds(Dataset[Row]):
                 frames = min(frames, wanted)
             begin = first + int(where * (end - first - frames + 1))
             wav, missing = _read_mono(file, begin, frames, self.sample_hz)
-            if missing > slack(file.frames, rate) or missing >= end - first:
+            most = slack(file.frames, rate)
+            if 0 < missing <= most and begin > first:
+                # an earlier clip: near such an end decoders do not find a frame exactly
+                begin = max(first, end - most - frames)
+                wav, missing = _read_mono(file, begin, frames, self.sample_hz)
+            if missing > most or len(wav) < self.min_seconds * self.sample_hz - 1:
                 raise UnreadableSoundError(CUT_SHORT)
-            if missing:  # the clip that ends with the file
-                end -= missing
-                frames = min(frames, end - first)
-                begin = min(begin, end - frames)
-                wav, _ = _read_mono(file, begin, frames, self.sample_hz)
         return torch.from_numpy(wav[:samples]), begin / rate
 
 
@@ -348,9 +348,9 @@ def _message(error: Exception) -> str:
 CUT_SHORT = "cut short: holds fewer frames than its header says"
 
 
-def slack(frames: int, rate: int) -> float:
+def slack(frames: int, rate: int) -> int:
     """Frames that may be missing at the end of a file of ``frames`` by its header."""
-    return min(_SLACK_SECONDS * rate, _SLACK_SHARE * frames)
+    return int(min(_SLACK_SECONDS * rate, _SLACK_SHARE * frames))
 
 
 def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.ndarray, int]:
@@ -374,7 +374,11 @@ def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.n
     missing = max(0, before + frames - len(sound))
     if not len(sound):
         return np.zeros(0, np.float32), missing
-    mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(axis=1)  # (frames,)
+    # numpy's mean over an axis of 2 takes a third as long as decoding
+    mono = sound[:, 0].copy()  # (frames,)
+    for channel in range(1, sound.shape[1]):
+        mono += sound[:, channel]
+    mono /= sound.shape[1]
     if not np.isfinite(mono).all():
         raise UnreadableSoundError("holds NaN or infinity")
     if rate != sample_hz:
