@@ -30,9 +30,8 @@ class _LogMel(nn.Module):
         super().__init__()
         self.n_fft, self.hop, self.offset = n_fft, hop, offset
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        filters = mel_filters(sample_hz, n_fft, bands, 0.0, sample_hz / 2)
-        filters = filters if filters.shape[0] == bands else filters.t()  # (bands, bins)
-        self.register_buffer("filters", filters.contiguous(), persistent=False)
+        filters = mel_filters(sample_hz, n_fft, bands).t().contiguous()  # (bands, bins)
+        self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("inverse", torch.linalg.pinv(filters.double()).float(), False)
 
     def stft(self, wave: Tensor) -> Tensor:

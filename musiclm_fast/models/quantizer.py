@@ -25,6 +25,8 @@ from musiclm_fast.models.conditioner import AudioConditionerBase
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.resample import resample
 
+_WINDOWS_AT_ONCE = 64  # through MuLaN, so that a long clip takes no more memory than a batch
+
 
 class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-type]
     """Residual vector quantizer over a frozen MuLaN, with conditioning embeddings per namespace.
@@ -237,8 +239,9 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             latents: Tensor = self.mulan.get_audio_latents(wavs)
             return latents
         windows = wavs.unfold(1, int(window * rate), int(self.window_stride_seconds * rate))
-        means = [self.mulan.get_audio_latents(clip).mean(dim=0) for clip in windows]
-        return F.normalize(torch.stack(means), dim=-1)
+        flat = windows.flatten(0, 1).split(_WINDOWS_AT_ONCE)  # (B * windows, samples)
+        each = torch.cat([self.mulan.get_audio_latents(some) for some in flat])
+        return F.normalize(each.view(*windows.shape[:2], -1).mean(dim=1), dim=-1)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The conditioning embeddings alone: MuLaN is frozen and the codebooks have no gradient."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
@@ -49,6 +47,7 @@ from musiclm_fast.training.metrics import (
     label_latents,
     zero_shot_accuracy,
 )
+from musiclm_fast.training.progress import progress_bar
 from musiclm_fast.training.stopping import stop_requests
 
 EXAMPLE_PROGRAMS = (0, 24, 56)  # grand piano, nylon string guitar, trumpet
@@ -175,7 +174,9 @@ class Notes:
             sample_rate=16_000,
             seconds=config.clip_seconds,
             cache_folder=default_cache_folder(),
-            progress=(lambda it: _bar(it, desc="rendering instruments")) if progress else None,
+            progress=(lambda it: progress_bar(it, desc="rendering instruments"))
+            if progress
+            else None,
         )
         index = {item.program: i for i, item in enumerate(instruments)}
         label = torch.tensor([index[program] for program in notes.program.tolist()])
@@ -192,12 +193,6 @@ class Notes:
         audio = embed_clips(mulan, lambda part: self.notes.audio(clips[part]), len(clips))
         ks = [k for k in (1, 5) if k <= len(prompts)]
         return zero_shot_accuracy(audio, prompts, self.label[clips].to(audio.device), ks)
-
-
-def _bar(iterable: Any = None, **options: Any) -> Any:
-    # A log file gets a line now and then, a terminal a live bar.
-    live = sys.stderr.isatty()
-    return tqdm(iterable, mininterval=0.2 if live else 10.0, dynamic_ncols=live, **options)
 
 
 class _Batches:
@@ -346,7 +341,7 @@ class DemoRun:
         baseline = f"{collapsed_loss(self.config.batch_size):.2f}"
         sample = np.random.default_rng(0).permutation(self.data.parts["held-out pitches"])[:256]
         saved_at = time.monotonic()
-        bar = _bar(total=self.config.steps, initial=self.step, unit="step", desc="training")
+        bar = progress_bar(total=self.config.steps, initial=self.step, unit="step", desc="training")
         with bar, stop_requests() as stopped:
             while self.step < until and not stopped():
                 began = time.monotonic()
