@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from musiclm_fast.audiolm.wrappers import (
 from musiclm_fast.models.sound import read_sound
 
 STAGES = ("semantic", "coarse", "fine")
+_FADE_SECONDS = 0.02  # from one window of a long piece to the next
 
 
 class AudioLM(nn.Module):
@@ -146,7 +149,9 @@ class AudioLM(nn.Module):
         options: dict[str, dict[str, Any]] = {
             name: as_sampling((sampling or {}).get(name)) for name in STAGES
         }
-        embeds = self._embeds(text, text_embeds, prime_wave is not None or prime_wave_path)
+        primed = prime_wave is not None or prime_wave_path is not None
+        self._check_fitted(primed)
+        embeds = self._embeds(text, text_embeds, primed)
         prime_wave, prime_hz = self._prime(prime_wave, prime_wave_input_sample_hz, prime_wave_path)
         rows = [e.shape[0] for e in embeds.values() if e is not None]
         batch_size = max([batch_size, *rows, 0 if prime_wave is None else prime_wave.shape[0]])
@@ -182,8 +187,16 @@ class AudioLM(nn.Module):
         )  # fmt: skip
         return fine
 
+    def _check_fitted(self, primed: bool) -> None:
+        # What has to be fitted says so; an unfitted codec would only show after all the sampling.
+        parts = {"codec": self.fine.codec, **({"wav2vec": self.semantic.wav2vec} if primed else {})}
+        for name, part in parts.items():
+            if not getattr(part, "fitted", True):
+                fail(name, f"a {type(part).__name__} that is not fitted",
+                     "fit() or its checkpoint first")  # fmt: skip
+
     def _embeds(
-        self, text: list[str] | None, text_embeds: Any, primed: Any
+        self, text: list[str] | None, text_embeds: Any, primed: bool
     ) -> dict[str, Tensor | None]:
         # The condition of each stage, None where the stage has none or the prompt is embedded.
         conditioned = [name for name in STAGES if getattr(self, f"{name}_has_condition")]
@@ -226,7 +239,7 @@ class AudioLM(nn.Module):
         self, seconds: float, max_length: int | None, max_time_steps: int | None
     ) -> tuple[int, int]:
         # Semantic tokens and frames of the codec in so many seconds
-        check_positive("seconds", seconds)
+        check_seconds("seconds", seconds)
         if max_length is not None or max_time_steps is not None:
             fail("seconds", seconds, "None beside max_length or max_time_steps")
         parts: list[Any] = [self.semantic.wav2vec, self.fine.codec]
@@ -256,14 +269,16 @@ class AudioLM(nn.Module):
         Yields:
             ``(1, samples)``, the new audio of each window, at the codec's rate.
         """
-        check_positive("seconds", seconds)
-        check_positive("window_seconds", window_seconds)
-        check_positive("prime_seconds", prime_seconds)
+        check_seconds("seconds", seconds)
+        check_seconds("window_seconds", window_seconds)
+        check_seconds("prime_seconds", prime_seconds)
         rate = self.sample_hz
         if rate is None:
             fail("codec", "one without target_sample_hz", "a codec that says its rate")
         seed = kwargs.pop("seed", None)
         left, prime, index = seconds, None, 0
+        held: Tensor | None = None  # the end of the last piece, not yet given out
+        fade = round(_FADE_SECONDS * rate)
         while left > 0:
             new = min(window_seconds, left)
             wave = self(
@@ -271,32 +286,59 @@ class AudioLM(nn.Module):
                 prime_wave=prime, prime_wave_input_sample_hz=None if prime is None else rate,
             )  # fmt: skip
             wave = wave[0][None] if isinstance(wave, list) and wave[0] is not None else wave
-            if not isinstance(wave, Tensor):
-                return  # the model ended the piece
-            fresh = wave if prime is None else wave[:, prime.shape[1] :]
-            if fresh.shape[1] == 0:
-                return
-            yield fresh
-            wave = fresh if prime is None else torch.cat((prime, fresh), dim=1)
-            whole = _samples_per_token(self.fine.codec)
-            kept = min(int(prime_seconds * rate), wave.shape[1]) // whole * whole
-            prime = wave[:, wave.shape[1] - kept :]
+            known = 0 if prime is None else prime.shape[1]
+            if not isinstance(wave, Tensor) or wave.shape[1] <= known:
+                break  # the model ended the piece
+            fresh = wave[:, known:]
+            whole = fresh if prime is None else torch.cat((prime, fresh), dim=1)
+            if held is not None:
+                # What was decoded twice: from the last piece to this one without a click.
+                rise = torch.linspace(0, 1, held.shape[1], device=wave.device)
+                joint = torch.lerp(held, wave[:, known - held.shape[1] : known], rise)
+                fresh = torch.cat((joint, fresh), dim=1)
+            step = _samples_per_token(self.fine.codec)
+            kept = min(int(prime_seconds * rate), whole.shape[1]) // step * step
+            prime = whole[:, whole.shape[1] - kept :]
+            spare = min(fade, kept, fresh.shape[1])
+            fresh, held = fresh.split((fresh.shape[1] - spare, spare), dim=1)
+            if fresh.shape[1]:
+                yield fresh
             left -= new
             index += 1
+        if held is not None and held.shape[1]:
+            yield held
 
     def stream_to_file(self, path: str | Path, **kwargs: Any) -> float:
-        """Write :meth:`stream` to a sound file as it comes; returns the seconds written."""
+        """Write :meth:`stream` to a sound file as it comes; returns the seconds written.
+
+        Nothing is written before the first window is there, so that an error leaves no file.
+
+        Raises:
+            ValueError: the model ended at once.
+        """
         import soundfile
 
+        pieces = self.stream(**kwargs)
+        first = next(pieces, None)
+        if first is None:
+            fail("path", str(path), "another seed: the model ended at once")
         rate = self.sample_hz
+        assert rate is not None
         written = 0
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with soundfile.SoundFile(str(path), "w", samplerate=rate, channels=1) as file:
-            for wave in self.stream(**kwargs):
+            for wave in itertools.chain((first,), pieces):
                 file.write(wave[0].clamp(-1, 1).float().cpu().numpy())
                 file.flush()
                 written += wave.shape[1]
-        assert rate is not None
         return written / rate
+
+
+def check_seconds(name: str, value: float) -> None:
+    """``value`` is a finite number of seconds above zero."""
+    check_positive(name, value)
+    if value == math.inf:
+        fail(name, value, "a finite number of seconds")
 
 
 def _samples_per_token(part: Any) -> int:

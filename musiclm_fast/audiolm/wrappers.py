@@ -116,6 +116,10 @@ class _Wrapper(nn.Module):
         if text is not None or text_embeds is not None:
             fail("text, text_embeds", "given", "neither beside an audio_conditioner")
         rate = getattr(self.audio_conditioner, "sample_hz", None)
+        if input_sample_hz is None and rate is not None:
+            # by contract the rate of the tokenizer that reads the same wave
+            first = self.codec if self.wav2vec is None else self.wav2vec
+            input_sample_hz = getattr(first, "target_sample_hz", None)
         wave = resample(wave, input_sample_hz, rate)
         embeds: Tensor = self.audio_conditioner(wavs=wave, namespace=self.namespace)
         return embeds
@@ -293,7 +297,7 @@ class SemanticTransformerWrapper(_Wrapper):
             raw_wave: ``(B, samples)``, in place of the ids.
             text, text_embeds: the condition, where there is no audio_conditioner.
             return_loss: the mean cross entropy, in place of the logits.
-            input_sample_hz: rate of raw_wave; None is what tokenizer and conditioner expect.
+            input_sample_hz: rate of raw_wave; None is the tokenizer's.
 
         Returns:
             A scalar, or ``(B, 1 + n, num_semantic_tokens + 1)``.
@@ -604,6 +608,10 @@ def decode_rows(codec: Any, ids: Tensor, padding: Tensor) -> Tensor | list[Tenso
         fail("codec", None, "a codec, to make waves")
     if not bool(padding.any()):
         wave: Tensor = codec.decode_from_codebook_indices(ids)
+        if wave.shape[0] != ids.shape[0]:
+            # audiolm-pytorch's EncodecWrapper adds the rows of a batch up: one by one then
+            rows = [codec.decode_from_codebook_indices(row[None]) for row in ids]
+            wave = torch.cat(rows)
         return wave.reshape(ids.shape[0], -1)
     waves: list[Tensor | None] = []
     for row, left_out in zip(ids, padding, strict=True):
@@ -784,7 +792,7 @@ class FineTransformerWrapper(_Wrapper):
             coarse_token_ids, fine_token_ids: the same in two parts.
             text, text_embeds: the condition, where there is no audio_conditioner.
             return_loss: the mean cross entropy, in place of the logits.
-            input_sample_hz: rate of raw_wave; None is what codec and conditioner expect.
+            input_sample_hz: rate of raw_wave; None is the codec's.
 
         Returns:
             A scalar, or coarse and fine logits.

@@ -21,6 +21,7 @@ FAILED, INTERRUPTED = 2, 130
 # command, in words: its module in this package
 _COMMANDS = {
     "demo": "demo",
+    "demo-music": "demo_music",
     "similarity": "similarity",
     "data check": "data_check",
     "data titles": "data_titles",

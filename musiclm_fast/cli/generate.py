@@ -18,6 +18,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", default="music.wav", metavar="FILE", help="wav file")
     parser.add_argument("--all", action="store_true", help="write every sample, best first")
+    parser.add_argument(
+        "--window-seconds",
+        type=float,
+        metavar="S",
+        help="write a long piece S seconds at a time, each window going on from the one before",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="for the same music again")
     parser.add_argument(
         "--music",
@@ -35,12 +41,24 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"seconds: got {args.seconds}, expected a number above 0")
     if args.num_samples < 1:
         raise ValueError(f"num-samples: got {args.num_samples}, expected at least 1")
+    window = args.window_seconds
+    if window is not None and not window > 0:
+        raise ValueError(f"window-seconds: got {window}, expected a number above 0")
+    if window is not None and args.num_samples > 1:
+        raise ValueError(f"num-samples: got {args.num_samples}, expected 1 with --window-seconds")
 
     from pathlib import Path
 
     from musiclm_fast.training.music import MusicProject, write_wave
 
     project = MusicProject(args.music)
+    if window is not None:
+        written = project.musiclm().stream_to_file(
+            args.text, args.output, seconds=args.seconds, seed=args.seed,
+            window_seconds=window, prime_seconds=window,
+        )  # fmt: skip
+        print(f"{args.output}: {written:.2f} s")
+        return 0
     samples = project.musiclm()(
         args.text, args.num_samples, return_all=True, seconds=args.seconds, seed=args.seed
     )

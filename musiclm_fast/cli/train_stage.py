@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from musiclm_fast.cli import DEFAULT_CHECKPOINT, DEFAULT_MUSIC
+from musiclm_fast.cli import DEFAULT_CHECKPOINT, DEFAULT_MUSIC, INTERRUPTED
 
 HELP = "train a stage of MusicLM on a folder of sounds"
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Train a stage of MusicLM on a folder of sound files.
 
     The first stage that is trained in an output folder also fits the semantic tokenizer, the
-    codec and the quantizer of MuLaN's embeddings there; the other stages use the same.
+    codec and the quantizer of MuLaN's embeddings there; the other stages use the same. Ctrl-C
+    saves, and the same command goes on; a stage that is done is trained further by more steps.
     """
     stage = args.command.split()[-1]
     if not args.seconds > 0:
@@ -58,6 +60,13 @@ def run(args: argparse.Namespace) -> int:
             )
         project = MusicProject(args.output, mulan)
         project.fit([clips[i] for i in range(min(len(clips), 1024))], rate)
-    loss = project.train(stage, clips, rate, args.steps, args.batch_size)
-    print(f"{stage}: loss {loss:.3f} after {args.steps} steps, in {args.output}")
+    try:
+        log = project.train(stage, clips, rate, args.steps, args.batch_size)
+    except KeyboardInterrupt:
+        print("\nstopped and saved; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"{stage}: loss {log['loss']:.3f}, in validation {log['valid_loss']:.3f}, "
+        f"after {log['steps']} steps, in {args.output}"
+    )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -91,16 +92,11 @@ class MusicLM(nn.Module):
             ValueError, TypeError: an empty text or one that is too long, no samples, a quantizer
                 that is not fitted, stages that were trained with another MuLaN.
         """
-        if not isinstance(text, str):
-            fail("text", describe(text), "a string", TypeError)
-        if not text.strip():
-            fail("text", repr(text), "a text that says something")
         check_positive_int("num_samples", num_samples)
         stages = stages_of(self.audio_lm)
-        if stages:
-            self._check_stages(stages)
-        self.eval()
-        texts = self._texts(text)
+        texts = self._ready(text, stages)
+        if num_samples > 1 or return_all:
+            self._check_rates(stages)
         if not stages or single_namespace:
             text_embeds = self.mulan_embed_quantizer(**texts)
             samples = [
@@ -122,13 +118,56 @@ class MusicLM(nn.Module):
         best = int(scores.argmax())
         return waves[best] if samples is None else samples[best]
 
+    @torch.no_grad()
+    def stream_to_file(
+        self, text: str, path: str | Path, *, seconds: float, **kwargs: Any
+    ) -> float:
+        """Generate a long piece window by window and write it to a sound file as it comes.
+
+        Args:
+            text: what the music should be.
+            path: the file.
+            seconds: length of the piece.
+            **kwargs: see :meth:`musiclm_fast.audiolm.AudioLM.stream`: ``window_seconds``,
+                ``prime_seconds``, ``sampling``, ``seed``.
+
+        Returns:
+            The seconds written; fewer than asked for where the model ends the piece.
+
+        Raises:
+            ValueError, TypeError: as for a call; nothing is written then.
+        """
+        if not isinstance(self.audio_lm, AudioLM):
+            fail("audio_lm", f"a {type(self.audio_lm).__module__} object",
+                 "musiclm_fast.audiolm.AudioLM, which can go on from a prompt")  # fmt: skip
+        stages = stages_of(self.audio_lm)
+        embeds = self._embeds(stages, self._ready(text, stages), 1)
+        given: Any = {"text_embeds": embeds} if embeds else {}
+        return self.audio_lm.stream_to_file(path, seconds=seconds, **given, **kwargs)
+
+    def _ready(self, text: str, stages: dict[str, Any]) -> dict[str, Any]:
+        # Checks whatever can be wrong, and gives the text as the joint embedding takes it.
+        if not isinstance(text, str):
+            fail("text", describe(text), "a string", TypeError)
+        if not text.strip():
+            fail("text", repr(text), "a text that says something")
+        if stages:
+            self._check_stages(stages)
+        self.eval()
+        return self._texts(text)
+
     def _texts(self, text: str) -> dict[str, Any]:
         # The argument by which the joint embedding takes the text
         mulan = self.mulan_embed_quantizer.mulan
         length = getattr(getattr(mulan, "text", None), "max_seq_len", None)
         if length is None:
             return {"raw_texts": [text]}
-        return {"texts": tokenizer.tokenize([text], context_length=length).to(self.device)}
+        ids = tokenizer.encode(text)
+        if not ids:
+            fail("text", repr(text), "a text that says something")
+        if len(ids) > length:
+            fail("text", f"one of {len(ids)} tokens", f"at most MuLaN's {length}")
+        return {"texts": torch.tensor([ids], device=self.device)}
 
     def _check_stages(self, stages: dict[str, Any]) -> None:
         quantizer = self.mulan_embed_quantizer
@@ -149,22 +188,38 @@ class MusicLM(nn.Module):
                 fail("audio_lm", f"a {name} stage trained with MuLaN and codebooks {trained_with}",
                      f"one trained with these, {own}")  # fmt: skip
 
+    def _check_rates(self, stages: dict[str, Any]) -> None:
+        # What is generated is judged by MuLaN, which may hear at a rate of its own.
+        codec, hears = (
+            getattr(stages.get("fine"), "codec", None),
+            self.mulan_embed_quantizer.sample_hz,
+        )
+        if codec is not None and hears and getattr(codec, "target_sample_hz", None) is None:
+            fail("audio_lm", f"a {type(codec).__name__} without target_sample_hz",
+                 f"a codec that says its rate: MuLaN hears {hears} Hz")  # fmt: skip
+
     def _namespace(self, stage: str) -> str:
         quantizer = self.mulan_embed_quantizer
         default: str = quantizer._default_namespace
         return stage if stage in quantizer.namespaces else default
 
-    def _generate(
-        self, stages: dict[str, Any], texts: dict[str, Any], count: int, kwargs: dict[str, Any]
-    ) -> list[Tensor | None]:
-        # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
-        embeds = {
+    def _embeds(
+        self, stages: dict[str, Any], texts: dict[str, Any], count: int
+    ) -> dict[str, Tensor]:
+        # The condition (count, quantizers, dim) of each stage that has one, in its own namespace.
+        return {
             name: self.mulan_embed_quantizer(**texts, namespace=self._namespace(name)).expand(
                 count, -1, -1
             )
             for name, stage in stages.items()
             if stage.transformer.has_condition
         }
+
+    def _generate(
+        self, stages: dict[str, Any], texts: dict[str, Any], count: int, kwargs: dict[str, Any]
+    ) -> list[Tensor | None]:
+        # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
+        embeds = self._embeds(stages, texts, count)
         if isinstance(self.audio_lm, AudioLM):
             given: Any = {"text_embeds": embeds} if embeds else {}
             music = self.audio_lm(batch_size=count, **given, **kwargs)

@@ -34,8 +34,9 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
     Source: MusicLM, https://arxiv.org/abs/2301.11325.
 
     Args:
-        mulan: a trained MuLaN, or any module with ``dim_latent``, ``get_audio_latents(wavs)`` and
-            ``get_text_latents(texts=None, raw_texts=None)`` that give unit vectors.
+        mulan: a trained MuLaN, or any module with ``get_audio_latents(wavs)`` and
+            ``get_text_latents(texts=None, raw_texts=None)`` that give unit vectors
+            ``(B, dim_latent)``; where it has a ``sample_hz``, clips are resampled to it.
         conditioning_dims: width of the conditioning of each namespace.
         rq_num_quantizers: number of residual codebooks. MusicLM's are 12 x 1024: :meth:`paper`.
         rq_ema_decay: decay of the codebooks' moving averages.
@@ -44,6 +45,10 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         window_seconds: longer clips are embedded in windows of this length, and the mean counts;
             None embeds a clip as a whole. MusicLM's are 10 s. It needs a MuLaN that knows its rate.
         window_stride_seconds: from one window to the next.
+        dim_latent: width of the joint embedding, where mulan has no such attribute.
+
+    Raises:
+        ValueError: mulan lacks a method or its width, or there is not one width per namespace.
     """
 
     def __init__(
@@ -57,8 +62,15 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         *,
         window_seconds: float | None = None,
         window_stride_seconds: float = 1.0,
+        dim_latent: int | None = None,
     ) -> None:
         super().__init__()
+        for method in ("get_audio_latents", "get_text_latents"):
+            if not callable(getattr(mulan, method, None)):
+                fail("mulan", f"a {type(mulan).__name__} without {method}", "a joint embedding")
+        dim_latent = getattr(mulan, "dim_latent", dim_latent)
+        if dim_latent is None:
+            fail("dim_latent", None, f"its width: {type(mulan).__name__} has no dim_latent")
         if not namespaces:
             fail("namespaces", namespaces, "at least one name")
         if len(conditioning_dims) != len(namespaces):
@@ -71,7 +83,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         self.namespaces = tuple(namespaces)
         self.conditioning_dims = tuple(conditioning_dims)
         self.rq = ResidualVQ(
-            dim=mulan.dim_latent,
+            dim=dim_latent,
             num_quantizers=rq_num_quantizers,
             codebook_size=codebook_size,
             decay=rq_ema_decay,
@@ -80,7 +92,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             threshold_ema_dead_code=2,
             quantize_dropout=False,
         )
-        self.dim = mulan.dim_latent
+        self.dim = dim_latent
         self.num_codebooks = rq_num_quantizers
         self.codebook_size = codebook_size
         # Filled one by one: from a dict, ParameterDict would sort the names, and an optimizer's

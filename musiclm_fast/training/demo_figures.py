@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 INK, LINE, ACCENT, MUTED = "#222222", "#2a6f97", "#c8553d", "#8a8a8a"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot in the demo's style, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed, whatever the environment says
@@ -60,7 +61,7 @@ def _mel_ticks(config: Any, wanted: tuple[int, ...]) -> list[float]:
 @torch.no_grad()
 def spectrograms(run: DemoRun, count: int = 3) -> None:
     """What the audio tower sees of a few training notes, in evaluation and in training."""
-    plt = _pyplot()
+    plt = pyplot()
     audio, data = run.mulan.audio, run.data
     config = audio.front_end
     train = data.parts["train"]
@@ -108,7 +109,7 @@ def spectrograms(run: DemoRun, count: int = 3) -> None:
 
 def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
     """Loss of each step with the line at which a collapsed model stays, and accuracy below."""
-    plt = _pyplot()
+    plt = pyplot()
     losses = np.array(run.losses)
     steps = np.arange(1, len(losses) + 1)
     baseline = collapsed_loss(run.config.batch_size)
@@ -156,7 +157,7 @@ def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
 
 def similarity(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
     """Mean similarity of each instrument's held-out notes to each instrument's text."""
-    plt = _pyplot()
+    plt = pyplot()
     matrix = run.similarity_matrix(run.data.parts["held-out pitches"]).numpy()
     names = [item.name for item in run.data.instruments]
     count = len(names)

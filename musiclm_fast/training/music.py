@@ -6,6 +6,10 @@ All of it lives in one folder: ``parts.pt`` holds the sizes, tokenizer, codec an
 
 from __future__ import annotations
 
+import math
+import os
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from musiclm_fast._checks import check_choice, check_positive_int, fail
+from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
 from musiclm_fast.audiolm.audio_lm import STAGES, AudioLM
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.embedded import MelCodec, MelKmeans
@@ -26,6 +30,7 @@ from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.musiclm import MusicLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.training.checkpoint import read_checkpoint, save_atomically
+from musiclm_fast.training.progress import progress_bar, stop_requests
 from musiclm_fast.training.stages import (
     CoarseTransformerTrainer,
     FineTransformerTrainer,
@@ -41,25 +46,37 @@ class MusicConfig:
 
     Args:
         dim, depth, heads: of each stage.
+        residual_streams: of the stages' hyper-connections; 1 is a plain residual, and faster.
         semantic_tokens: clusters of the semantic tokenizer.
+        semantic_hop: samples at 16 kHz per semantic token.
         codebook_size: entries of each of the codec's codebooks.
+        codec_hop: samples at 16 kHz per time step of the codec.
         coarse_quantizers, fine_quantizers: how many the two stages write.
         condition_quantizers, condition_codes: codebooks of the quantizer of MuLaN's embeddings.
+        window_seconds: MuLaN hears longer clips in windows of this length, every half of it; 0
+            for as a whole.
     """
 
     dim: int = 256
     depth: int = 4
     heads: int = 4
+    residual_streams: int = 4
     semantic_tokens: int = 128
+    semantic_hop: int = 640
     codebook_size: int = 256
+    codec_hop: int = 320
     coarse_quantizers: int = 2
     fine_quantizers: int = 2
     condition_quantizers: int = 8
     condition_codes: int = 64
+    window_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            check_positive_int(name, value)
+            if name != "window_seconds":
+                check_positive_int(name, value)
+        if not 0 <= self.window_seconds < math.inf:
+            fail("window_seconds", self.window_seconds, "0 or a number of seconds")
 
 
 class MusicProject:
@@ -86,15 +103,16 @@ class MusicProject:
                 mulan, config = build_mulan(state["mulan"]), MusicConfig(**state["config"])
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{self.folder / PARTS} is no project's: {error}") from error
-        self.config = config or MusicConfig()
-        self.tokenizer = MelKmeans(self.config.semantic_tokens)
+        c = self.config = config or MusicConfig()
+        self.tokenizer = MelKmeans(c.semantic_tokens, downsample_factor=c.semantic_hop)
         self.codec = MelCodec(
-            self.config.coarse_quantizers + self.config.fine_quantizers, self.config.codebook_size
+            c.coarse_quantizers + c.fine_quantizers, c.codebook_size, downsample_factor=c.codec_hop
         )
+        window = c.window_seconds or None
         self.quantizer = MuLaNEmbedQuantizer(
-            mulan.eval(), (self.config.dim,) * 3,
-            rq_num_quantizers=self.config.condition_quantizers,
-            codebook_size=self.config.condition_codes,
+            mulan.eval(), (c.dim,) * 3,
+            rq_num_quantizers=c.condition_quantizers, codebook_size=c.condition_codes,
+            window_seconds=window, window_stride_seconds=(window or 2.0) / 2,
         )  # fmt: skip
         if state:
             for name in ("tokenizer", "codec", "quantizer"):
@@ -125,21 +143,30 @@ class MusicProject:
         check_choice("stage", name, STAGES)
         c = self.config
         shared: dict[str, Any] = dict(
-            dim=c.dim, depth=c.depth, heads=c.heads, audio_text_condition=True, cond_drop_prob=0.1
-        )
-        if name == "semantic":
-            return SemanticTransformer(
-                **shared, num_semantic_tokens=c.semantic_tokens, drop_text_embeds=True
-            )
+            dim=c.dim, depth=c.depth, heads=c.heads, audio_text_condition=True,
+            cond_drop_prob=0.1, num_residual_streams=c.residual_streams,
+        )  # fmt: skip
         acoustic: dict[str, Any] = dict(
             codebook_size=c.codebook_size, num_coarse_quantizers=c.coarse_quantizers
         )
-        if name == "coarse":
-            return CoarseTransformer(**shared, **acoustic, num_semantic_tokens=c.semantic_tokens)
-        return FineTransformer(
-            **shared, **acoustic, num_fine_quantizers=c.fine_quantizers, drop_text_embeds=True,
-            centred_pos_bias=True,
-        )  # fmt: skip
+        stage: Any
+        if name == "semantic":
+            stage = SemanticTransformer(
+                **shared, num_semantic_tokens=c.semantic_tokens, drop_text_embeds=True
+            )
+        elif name == "coarse":
+            stage = CoarseTransformer(**shared, **acoustic, num_semantic_tokens=c.semantic_tokens)
+        else:
+            stage = FineTransformer(
+                **shared, **acoustic, num_fine_quantizers=c.fine_quantizers,
+                drop_text_embeds=True, centred_pos_bias=True,
+            )  # fmt: skip
+        # The default, standard normal, starts at a loss of many nats and hardly moves at Adam's
+        # step sizes.
+        for key, weight in stage.named_parameters():
+            if key.endswith(("embedding.weight", "logit_weights")):
+                torch.nn.init.normal_(weight, std=0.05)
+        return stage
 
     def train(
         self,
@@ -148,27 +175,91 @@ class MusicProject:
         sample_hz: int,
         steps: int,
         batch_size: int = 16,
+        *,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 50,
+        save_every_seconds: float = 60.0,
+        seed: int = 0,
         **kwargs: Any,
-    ) -> float:
-        """Train a stage on clips and write it; returns the last loss."""
-        stage = self.stage(name)
+    ) -> dict[str, float]:
+        """Train a stage on clips and write it, or go on where an earlier call was stopped.
+
+        The learning rate rises linearly, then falls by a cosine to 2%. A run that was stopped and
+        goes on with the same arguments ends with the weights of one that never was.
+
+        Args:
+            name: semantic, coarse or fine.
+            dataset: clips ``(samples,)``, or tuples that start with one.
+            sample_hz: their rate.
+            steps: optimizer steps in all.
+            batch_size: clips per step.
+            learning_rate, warmup_steps: of Adam.
+            save_every_seconds: between two saves.
+            seed: of weights, masks and the order of the clips.
+            **kwargs: passed on to the stage's trainer.
+
+        Returns:
+            ``{"loss": mean of up to 50 last steps, "valid_loss": ..., "steps": ...,
+            "seconds": of this call's steps}``.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C (or SIGTERM) came; the step was finished and the stage saved.
+            FloatingPointError: the loss is not finite; the last saved state stays as it is.
+        """
+        check_positive_int("steps", steps)
+        check_positive("learning_rate", learning_rate)
         options: dict[str, Any] = dict(
             num_train_steps=steps, batch_size=batch_size, dataset=dataset,
             audio_conditioner=self.quantizer, data_sample_hz=sample_hz, save_model_every=10**9,
-            results_folder=self.folder, lr=1e-3,
+            save_results_every=10**9, results_folder=self.folder, lr=learning_rate,
+            random_split_seed=seed,
         )  # fmt: skip
         options.update(kwargs)
-        trainer: Any
-        if name == "semantic":
-            trainer = SemanticTransformerTrainer(self.tokenizer, stage, **options)
-        elif name == "coarse":
-            trainer = CoarseTransformerTrainer(stage, self.codec, self.tokenizer, **options)
-        else:
-            trainer = FineTransformerTrainer(stage, self.codec, **options)
-        losses: list[float] = []
-        trainer.train(lambda log: losses.append(log["loss"]))
-        trainer.save(self.folder / f"{name}.pt")
-        return losses[-1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = random.getstate()  # which stream a hyper-connection starts on
+            random.seed(seed)
+            stage = self.stage(name)
+            random.setstate(drawn)
+            trainer: Any
+            if name == "semantic":
+                trainer = SemanticTransformerTrainer(self.tokenizer, stage, **options)
+            elif name == "coarse":
+                trainer = CoarseTransformerTrainer(stage, self.codec, self.tokenizer, **options)
+            else:
+                trainer = FineTransformerTrainer(stage, self.codec, **options)
+            path = self.folder / f"{name}.pt"
+            if path.is_file():
+                trainer.load(path)
+            seconds = 0.0
+            losses: list[float] = []
+            done = saved = int(trainer.steps)
+            bar = progress_bar(total=steps, initial=done, unit="step", desc=f"training {name}")
+            saved_at = time.monotonic()
+            with bar, stop_requests() as stopped:
+                while done < steps and not stopped():
+                    rate = _learning_rate(learning_rate, done, warmup_steps, steps)
+                    for group in trainer.optim.param_groups:
+                        group["lr"] = rate
+                    began = time.monotonic()
+                    loss = trainer.train_step()["loss"]
+                    seconds += time.monotonic() - began
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(f"the loss is {loss} at step {done + 1}")
+                    done += 1
+                    losses = [*losses[-49:], loss]
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+                    bar.update()
+                    if time.monotonic() - saved_at > save_every_seconds:
+                        trainer.save(path)
+                        saved, saved_at = done, time.monotonic()
+                if saved < done or not path.is_file():
+                    trainer.save(path)
+                if stopped() and done < steps:
+                    raise KeyboardInterrupt
+            recent = sum(losses) / len(losses) if losses else math.nan
+            valid: float = trainer.validate()
+        return {"loss": recent, "valid_loss": valid, "steps": done, "seconds": seconds}
 
     def musiclm(self) -> MusicLM:
         """The MusicLM of the trained stages, in eval mode.
@@ -189,8 +280,15 @@ class MusicProject:
         return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=self.quantizer).eval()
 
 
+def _learning_rate(highest: float, step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
 def write_wave(path: str | Path, wave: Tensor | None, sample_hz: int) -> None:
-    """Write ``(1, samples)`` as a sound file, scaled down where it would clip.
+    """Write ``(1, samples)`` as a sound file of the name's kind, scaled down where it would clip.
 
     Raises:
         ValueError: there is nothing to write.
@@ -201,5 +299,11 @@ def write_wave(path: str | Path, wave: Tensor | None, sample_hz: int) -> None:
         fail("wave", "an empty one: the model ended at once", "sound; try another seed")
     flat = wave.detach().reshape(-1).float().cpu()
     flat = torch.nan_to_num(flat) / max(1.0, float(flat.abs().max()))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(str(path), flat.numpy(), sample_hz)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        soundfile.write(str(temporary), flat.numpy(), sample_hz, format=path.suffix[1:] or "wav")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

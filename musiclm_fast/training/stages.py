@@ -190,7 +190,8 @@ class _StageTrainer(nn.Module):
         conditioner = wrapper.audio_conditioner
         trained = list(wrapper.transformer.parameters())
         if hasattr(conditioner, "cond_embeddings"):
-            self._prepare(conditioner, fit_clips)
+            first = wrapper.codec if wrapper.wav2vec is None else wrapper.wav2vec
+            self._prepare(conditioner, first, fit_clips)
             trained.append(conditioner.cond_embeddings[self.stage_name])
         self.trained_parameters = trained
         optimizer: torch.optim.Optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99))
@@ -211,14 +212,16 @@ class _StageTrainer(nn.Module):
         self.results_folder.mkdir(parents=True, exist_ok=True)
         self._batches: Iterator[dict[str, Any]] | None = None
 
-    def _prepare(self, conditioner: Any, fit_clips: int) -> None:
-        # Codes that move during training would be others for each stage.
+    def _prepare(self, conditioner: Any, first: Any, fit_clips: int) -> None:
+        # Codes that move during training would be others for each stage. The data set's clips
+        # have the rate of first, the tokenizer or codec, where nothing else is said.
         if not conditioner.fitted:
             self.accelerator.print("fitting the quantizer's codebooks on the data set")
             conditioner.to(self.accelerator.device)
-            conditioner.fit(
-                self.ds, max_latents=fit_clips, input_sample_hz=self.data_sample_hz, progress=False
-            )
+            rate = self.data_sample_hz
+            if rate is None and conditioner.sample_hz is not None:
+                rate = getattr(first, "target_sample_hz", None)
+            conditioner.fit(self.ds, max_latents=fit_clips, input_sample_hz=rate, progress=False)
         conditioner.freeze()
 
     def _folder(

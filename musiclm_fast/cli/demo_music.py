@@ -1,0 +1,57 @@
+"""``musiclm-fast demo-music``: from the demo's MuLaN to sound."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from musiclm_fast.cli import DEFAULT_CHECKPOINT, INTERRUPTED
+
+HELP = "go on from the demo's MuLaN to music, here and now"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--output",
+        default="demo-output/music",
+        metavar="FOLDER",
+        help="where everything is written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        metavar="FILE",
+        help="the MuLaN that `musiclm-fast demo` wrote (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-samples", type=int, metavar="N", help="per prompt; MuLaN's favourite is kept"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of every random draw")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew, even where a stopped or finished run could go on",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train three small stages on melodies of rendered instruments, generate, and judge.
+
+    Each of 32 instruments is asked for in a text that training never read. A judge that knows
+    real melodies, and nothing of MuLaN, says which instrument it hears.
+    """
+    from musiclm_fast.training.music_demo import MusicDemoConfig, run_music_demo
+
+    chosen = {name: getattr(args, name) for name in ("num_samples", "seed")}
+    config = MusicDemoConfig(**{k: value for k, value in chosen.items() if value is not None})
+    try:
+        run_music_demo(args.output, config, checkpoint=args.checkpoint, restart=args.restart)
+    except FileNotFoundError as error:
+        if args.checkpoint != DEFAULT_CHECKPOINT or DEFAULT_CHECKPOINT not in str(error):
+            raise
+        raise FileNotFoundError(f"{error}; `musiclm-fast demo` trains one") from error
+    except KeyboardInterrupt:
+        print("\nstopped and saved; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
