@@ -96,6 +96,14 @@ demo: $(READY)  ## render instruments, train a small MuLaN on them, answer with 
 	$(VENV)/bin/musiclm-fast demo --output demo-output
 	$(VENV)/bin/musiclm-fast similarity demo-output/trumpet.wav "a trumpet" "a french horn" "a violin" "an acoustic grand piano"
 
+# Whatever made it, a MuLaN that is there is gone on from.
+demo-output/mulan.pt: | $(READY)
+	$(VENV)/bin/musiclm-fast demo --output demo-output
+
+.PHONY: demo-music
+demo-music: $(READY) demo-output/mulan.pt  ## go on from the demo's MuLaN to music, and judge it
+	$(VENV)/bin/musiclm-fast demo-music --checkpoint demo-output/mulan.pt --output demo-output/music
+
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -279,7 +279,7 @@ class AudioLM(nn.Module):
         left, prime, index = seconds, None, 0
         held: Tensor | None = None  # the end of the last piece, not yet given out
         fade = round(_FADE_SECONDS * rate)
-        while left > 0:
+        while round(left * rate) > 0:
             new = min(window_seconds, left)
             wave = self(
                 **kwargs, seconds=new, seed=None if seed is None else seed + 3 * index,

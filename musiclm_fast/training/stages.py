@@ -192,6 +192,7 @@ class _StageTrainer(nn.Module):
         if hasattr(conditioner, "cond_embeddings"):
             first = wrapper.codec if wrapper.wav2vec is None else wrapper.wav2vec
             self._prepare(conditioner, first, fit_clips)
+            wrapper.transformer.conditioner_fingerprint = conditioner.fingerprint()
             trained.append(conditioner.cond_embeddings[self.stage_name])
         self.trained_parameters = trained
         optimizer: torch.optim.Optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99))

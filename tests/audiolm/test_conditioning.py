@@ -18,6 +18,7 @@ from musiclm_fast.audiolm import (
     SemanticTransformerTrainer,
     SoundFolder,
 )
+from musiclm_fast.models.sound import resample
 from tests.audiolm.test_tokenizers import RATE, notes
 
 DIM = 32
@@ -298,3 +299,90 @@ def test_music_is_refused_before_any_sampling(parts, clips, monkeypatch):
     narrow.fit(clips, progress=False)
     with pytest.raises(ValueError, match="a condition of 32"):
         make_musiclm(parts, narrow)("waltz")
+
+
+def test_parts_of_three_rates(clips, monkeypatch, tmp_path):
+    """Tokenizer at 8 kHz, codec at 24 kHz, joint embedding at 16 kHz: each hears its own."""
+    slow = [resample(clip, RATE, 8000) for clip in clips]
+    tokenizer = MelKmeans(12, target_sample_hz=8000, downsample_factor=320).fit(slow)
+    codec = MelCodec(4, 10, target_sample_hz=24_000, downsample_factor=480)
+    codec.fit(clips, input_sample_hz=RATE)
+    heard = []
+    embed = Joint.get_audio_latents
+    monkeypatch.setattr(
+        Joint, "get_audio_latents", lambda self, w: heard.append(w.shape[1]) or embed(self, w)
+    )
+    for kind, wave in zip(TRAINERS, (slow[0], clips[0], slow[0]), strict=True):
+        heard.clear()
+        hz = {SemanticTransformerTrainer: None, CoarseTransformerTrainer: RATE}.get(kind, 8000)
+        learner = trainer(
+            kind, (tokenizer, codec), make_quantizer(), [wave] * 6, tmp_path, data_sample_hz=hz,
+            num_train_steps=1,
+        )  # fmt: skip
+        learner.train_step()
+        assert set(heard) == {8000}  # half a second at 16 kHz, for the fit and for the step
+    musiclm = make_musiclm((tokenizer, codec), make_quantizer().fit(clips, progress=False))
+    heard.clear()
+    wave = musiclm("waltz", 2, seconds=0.2, seed=0, progress=False)
+    assert wave.shape[1] <= 0.2 * 24_000
+    assert max(heard) <= 0.2 * RATE
+    monkeypatch.setattr(codec, "target_sample_hz", None)
+    with pytest.raises(ValueError, match="a codec that says its rate"):
+        musiclm("waltz", 2, max_length=4, progress=False)
+
+
+def test_any_joint_embedding(clips):
+    class Silent(nn.Module):
+        get_audio_latents, get_text_latents = Joint.get_audio_latents, Joint.get_text_latents
+
+        def __init__(self):
+            super().__init__()
+            self.heard, self.read = torch.randn(129, 16), torch.randn(128, 16)
+
+    with pytest.raises(ValueError, match="dim_latent"):
+        MuLaNEmbedQuantizer(Silent(), (DIM,) * 3)
+    quantizer = MuLaNEmbedQuantizer(
+        Silent(), (DIM,) * 3, rq_num_quantizers=2, codebook_size=4, dim_latent=16
+    ).fit(clips, progress=False)
+    assert quantizer(raw_texts=["a", "b"]).shape == (2, 2, DIM)
+    assert quantizer(wavs=torch.stack(clips[:3]), namespace="fine").shape == (3, 2, DIM)
+    with pytest.raises(ValueError, match="get_audio_latents"):
+        MuLaNEmbedQuantizer(nn.Linear(2, 2), (DIM,) * 3)
+
+
+def test_a_long_piece_for_a_text(parts, clips, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    musiclm = make_musiclm(parts, make_quantizer().fit(clips, progress=False))
+    musiclm.audio_lm.coarse.transformer.coarse_logit_weights.data[:, -1] = 0.0
+    options = dict(seconds=0.9, window_seconds=0.4, prime_seconds=0.2, seed=0, progress=False)
+    path = tmp_path / "out" / "long.wav"
+    written = musiclm.stream_to_file("a slow waltz", path, **options)
+    samples, rate = soundfile.read(path)
+    assert rate == RATE
+    assert len(samples) == written * RATE
+    assert written == pytest.approx(0.9, abs=0.02)
+    again = musiclm.stream_to_file("a slow waltz", tmp_path / "again.wav", **options)
+    assert again == written
+    assert (soundfile.read(tmp_path / "again.wav")[0] == samples).all()
+    for wrong in (dict(seconds=0), dict(prime_seconds=-1.0), dict(window_seconds=float("inf"))):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            musiclm.stream_to_file("waltz", tmp_path / "no.wav", **{**options, **wrong})
+    with pytest.raises(ValueError, match="text"):
+        musiclm.stream_to_file(" ", tmp_path / "no.wav", **options)
+    assert not (tmp_path / "no.wav").exists()
+
+
+def test_an_unfitted_codec_is_refused_before_any_sampling(parts, clips, monkeypatch):
+    quantizer = make_quantizer().fit(clips, progress=False)
+    monkeypatch.setattr(
+        "musiclm_fast.audiolm.wrappers.generate_tokens", lambda *a, **k: pytest.fail("sampled")
+    )
+    musiclm = make_musiclm((parts[0], MelCodec(4, 10)), quantizer)
+    with pytest.raises(ValueError, match="codec: got a MelCodec that is not fitted"):
+        musiclm("waltz", seconds=0.2)
+    musiclm = make_musiclm((MelKmeans(12), parts[1]), quantizer)
+    prime = dict(prime_wave=torch.randn(1, RATE), prime_wave_input_sample_hz=RATE)
+    with pytest.raises(ValueError, match="wav2vec: got a MelKmeans that is not fitted"):
+        musiclm("waltz", seconds=0.2, **prime)
+    with pytest.raises(ValueError, match="finite"):
+        make_musiclm(parts, quantizer)("waltz", seconds=float("inf"))

@@ -277,6 +277,24 @@ def test_a_prompt_of_another_rate_and_a_long_piece(parts, tmp_path):
         model(seconds=0.2, prime_wave=prime, progress=False)
 
 
+def test_windows_of_a_long_piece_meet_without_a_jump(parts, monkeypatch):
+    """Each window is a constant of its own: where two meet the value changes gradually."""
+    model = without_ends(audio_lm(parts))
+    levels = iter((0.5, -0.5, 0.25))
+
+    def forward(prime_wave=None, seconds=None, **_):
+        known = 0 if prime_wave is None else prime_wave.shape[1]
+        return torch.full((1, known + round(seconds * RATE)), next(levels))
+
+    monkeypatch.setattr(model, "forward", forward)
+    options = dict(seconds=0.6, window_seconds=0.2, prime_seconds=0.1)
+    pieces = list(model.stream(**options))
+    wave = torch.cat(pieces, dim=1)[0]
+    assert wave.shape == (int(0.6 * RATE),)
+    assert wave.diff().abs().max() < 1.1 / (0.02 * RATE)  # 20 ms from one level to the next
+    assert [wave[i].item() for i in (100, 5000, 9000)] == [0.5, -0.5, 0.25]
+
+
 def test_sizes_must_agree(parts):
     torch.manual_seed(0)
     kind, sizes = STAGES["semantic"]

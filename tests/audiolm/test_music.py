@@ -57,6 +57,31 @@ def test_the_command_line_generates(folder, tmp_path, capsys):
     assert 0 < len(samples) <= 0.31 * RATE
 
 
+def test_texts_that_say_nothing_or_too_much(folder):
+    musiclm = MusicProject(folder).musiclm()
+    for text in ("a flute " * 300, " ", "\u200b"):
+        with pytest.raises(ValueError, match="text: got"):
+            musiclm(text, seconds=0.3, progress=False)
+    with pytest.raises(TypeError, match="text"):
+        musiclm(["a flute"], seconds=0.3, progress=False)
+
+
+def test_the_command_line_streams(folder, tmp_path, capsys):
+    output = tmp_path / "long.wav"
+    command = ["generate", "a flute", "--seconds", "0.6", "--music", str(folder), "--seed", "3"]
+    code = main([*command, "--window-seconds", "0.2", "-o", str(output)])
+    out, err = capsys.readouterr()
+    if code:
+        assert "ended at once" in err  # an untrained model may
+        assert not output.exists()
+    else:
+        samples, _ = soundfile.read(output)
+        assert out == f"{output}: {len(samples) / RATE:.2f} s\n"
+    for wrong in (["--window-seconds", "0"], ["--window-seconds", "1", "--num-samples", "2"]):
+        assert main([*command, *wrong, "-o", str(output)]) == 2
+        assert wrong[-2][2:] in capsys.readouterr().err
+
+
 def test_the_command_line_trains(tmp_path, capsys):
     sounds = tmp_path / "sounds"
     for index, clip in enumerate(notes(6, 0.5)):
@@ -66,6 +91,8 @@ def test_the_command_line_trains(tmp_path, capsys):
     command += ["--output", str(tmp_path / "out"), "--steps", "1", "--batch-size", "2"]
     assert main([*command, "--seconds", "0.2"]) == 0
     assert "fine: loss" in capsys.readouterr().out
+    assert main([*command, "--seconds", "0.2", "--steps", "2"]) == 0  # further, not anew
+    assert "after 2 steps" in capsys.readouterr().out
     assert (tmp_path / "out" / "fine.pt").is_file()
     assert main(["generate", "a flute", "--music", str(tmp_path / "out")]) == 2
     assert "train the semantic stage first" in capsys.readouterr().err

@@ -94,6 +94,23 @@ def test_other_rates_are_resampled():
     assert ids.shape == (12, 50, 2)
 
 
+def test_the_codecs_blocks_are_the_cepstrum():
+    """The first quantizers give the envelope; a frame is the sum of all blocks and the mean."""
+    clips = notes()
+    codec = MelCodec(num_quantizers=4, codebook_size=32).fit(clips)
+    assert codec.edges == [0, 5, 16, 41, 96]
+    identity = codec.cosines.t() @ codec.cosines
+    torch.testing.assert_close(identity, torch.eye(96), atol=1e-5, rtol=0)
+    for book, a, b in zip(codec.books, codec.edges, codec.edges[1:], strict=False):
+        coefficients = book @ codec.cosines
+        outside = torch.cat((coefficients[:, :a], coefficients[:, b:]), dim=1)
+        assert outside.abs().max() < 1e-3
+        assert coefficients[:, a:b].abs().max() > 0.1
+    assert MelCodec(num_quantizers=12, codebook_size=2).edges[:4] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="num_quantizers"):
+        MelCodec(num_quantizers=97)
+
+
 def test_unfitted_and_too_short():
     with pytest.raises(ValueError, match="not fitted"):
         MelKmeans()(torch.randn(1, 16_000))
@@ -216,6 +233,22 @@ def test_hubert_from_a_folder_and_fitted(tmp_path):
         load_centres(tmp_path / "text.bin")
 
 
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "WavLM", "Hubert"])
+def test_any_audio_model_of_transformers(tmp_path, kind):
+    """A folder or a name: transformers finds the class by the configuration."""
+    model = transformers_class(f"{kind}Model")(transformers_class(f"{kind}Config")(**TINY)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = HubertWithKmeans(
+        tmp_path, output_layer=2, codebook_size=5, target_sample_hz=24_000
+    ).fit(notes(4, 0.25), input_sample_hz=RATE)
+    assert type(tokenizer.model).__name__ == f"{kind}Model"
+    wave = torch.stack(notes(3, 0.25, rate=24_000))
+    with torch.no_grad():
+        features = model(wave, output_hidden_states=True).hidden_states[2]
+    expected = torch.cdist(features, tokenizer.cluster_centers.expand(3, -1, -1)).argmin(-1)
+    assert torch.equal(tokenizer(wave), expected)
+
+
 # ---- EnCodec
 
 
@@ -251,3 +284,22 @@ def test_encodec_checks():
         EncodecWrapper(model=encodec(), bandwidth=7.0)
     with pytest.raises(ValueError, match="target_sample_hz"):
         EncodecWrapper(target_sample_hz=16_000)
+
+
+@pytest.mark.parametrize("rate", [24_000, 32_000])
+def test_encodec_by_rate(rate, monkeypatch):
+    """The model that is fetched, its rate and its codes."""
+    asked = []
+
+    def fetched(name):
+        asked.append(name)
+        model = encodec()
+        model.config.sampling_rate = rate
+        return model
+
+    monkeypatch.setattr(EncodecModel, "from_pretrained", fetched)
+    codec = EncodecWrapper(target_sample_hz=rate)
+    assert asked == [f"facebook/encodec_{rate // 1000}khz"]
+    assert codec.target_sample_hz == rate
+    _, ids, _ = codec(torch.stack(notes(2, 0.2)), input_sample_hz=RATE)
+    assert ids.shape[1] == -(-int(0.2 * rate) // codec.downsample_factor)
