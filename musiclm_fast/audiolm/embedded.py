@@ -1,13 +1,12 @@
 """A semantic tokenizer and a codec that need no download: fitted by k-means, in seconds.
 
 They are small stand-ins for HuBERT and EnCodec, good enough to hear whether the stages learned
-anything: the tokenizer clusters log-mel frames of 40 ms; the codec clusters log-mel frames of
-20 ms, envelope and fine structure apart, and gives them a phase by Griffin-Lim.
+anything: the tokenizer clusters log-mel frames of 40 ms, the codec quantizes log-mel frames of
+20 ms residually and gives them a phase by Griffin-Lim.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +22,6 @@ from musiclm_fast.ops import mel_filters
 # Added to mel magnitudes before the logarithm, about 60 dB below a loud note's: clusters are not
 # spent on what nobody hears.
 _OFFSET = 0.1
-_WIDER = 2.2  # a block of the cepstrum, than the one before
 
 
 class _LogMel(nn.Module):
@@ -183,29 +181,20 @@ class MelKmeans(_Fitted):
 
 
 class MelCodec(_Fitted):
-    """Acoustic tokens as clusters of log-mel frames, 50 a second; sound by Griffin-Lim.
-
-    Each quantizer has a block of the frame's cepstrum, a discrete cosine transform over the bands:
-    the first ones the envelope, which is most of an instrument's colour, the last ones the fine
-    structure, which is pitch. Few clusters then do for many instruments at many pitches, where a
-    residual quantizer of whole frames needs one per instrument and pitch.
+    """Acoustic tokens as residual clusters of log-mel frames, 50 a second; sound by Griffin-Lim.
 
     Args:
-        num_quantizers: blocks, each about twice as wide as the one before, with a codebook each.
+        num_quantizers: residual codebooks.
         codebook_size: entries of each.
         target_sample_hz: rate in Hz.
         downsample_factor: samples per time step; a frame has 1024 samples, or three steps'.
         bands: mel bands.
         iterations: of Griffin-Lim.
-
-    Raises:
-        ValueError: a size below 1, or more quantizers than bands.
     """
 
     rq_groups = 1
     books: Tensor
     mean: Tensor
-    cosines: Tensor
 
     def __init__(
         self,
@@ -213,25 +202,17 @@ class MelCodec(_Fitted):
         codebook_size: int = 256,
         target_sample_hz: int = 16_000,
         downsample_factor: int = 320,
-        bands: int = 96,
+        bands: int = 64,
         iterations: int = 32,
     ) -> None:
         super().__init__()
         check_positive_int("num_quantizers", num_quantizers)
         check_positive_int("codebook_size", codebook_size)
-        if num_quantizers > bands:
-            fail("num_quantizers", num_quantizers, f"at most the number of bands, {bands}")
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.target_sample_hz, self.downsample_factor = target_sample_hz, downsample_factor
         self.codebook_dim, self.iterations = bands, iterations
         n_fft = max(1024, 3 * downsample_factor)
         self.mel = _LogMel(target_sample_hz, n_fft, downsample_factor, bands, _OFFSET)
-        total = _WIDER**num_quantizers - 1
-        edges = [round(bands * (_WIDER**i - 1) / total) for i in range(num_quantizers + 1)]
-        self.edges = [max(edge, i) for i, edge in enumerate(edges)]
-        angles = (torch.arange(bands)[:, None] + 0.5) * torch.arange(bands) * (torch.pi / bands)
-        self.register_buffer("cosines", F.normalize(angles.cos(), dim=0), persistent=False)
-        # Entries as log-mel frames, so that a frame is the sum of its entries and the mean
         self.register_buffer("books", torch.zeros(num_quantizers, codebook_size, bands))
         self.register_buffer("mean", torch.zeros(bands))
         self.register_buffer("is_fitted", torch.tensor(False))
@@ -239,11 +220,6 @@ class MelCodec(_Fitted):
     def _features(self, wave: Tensor) -> Tensor:
         frames: Tensor = self.mel(wave)
         return frames
-
-    def _blocks(self, frames: Tensor) -> list[tuple[Tensor, Tensor]]:
-        # Of frames (N, bands): each quantizer's coefficients (N, width) and their basis
-        bases = [self.cosines[:, a:b] for a, b in itertools.pairwise(self.edges)]
-        return [((frames - self.mean) @ basis, basis) for basis in bases]
 
     @torch.no_grad()
     def fit(
@@ -254,11 +230,13 @@ class MelCodec(_Fitted):
         seed: int = 0,
     ) -> MelCodec:
         """Fit the codebooks to clips ``(samples,)``, or tuples that start with one."""
-        frames = self._collect(clips, input_sample_hz, max_frames)
-        self.mean.copy_(frames.mean(dim=0))
+        rest = self._collect(clips, input_sample_hz, max_frames)
+        self.mean.copy_(rest.mean(dim=0))
+        rest = rest - self.mean
         generator = torch.Generator().manual_seed(seed)
-        for book, (block, basis) in zip(self.books, self._blocks(frames), strict=True):
-            book.copy_(kmeans(block, self.codebook_size, 20, generator)[0] @ basis.t())
+        for book in self.books:
+            book.copy_(kmeans(rest, self.codebook_size, 20, generator)[0])
+            rest = rest - book[nearest(rest, book)[0]]
         self.is_fitted.fill_(True)
         return self
 
@@ -278,8 +256,12 @@ class MelCodec(_Fitted):
         """
         self._check_fitted()
         frames = self._features(self._wave(x, input_sample_hz))
-        blocks = zip(self.books, self._blocks(frames.flatten(0, 1)), strict=True)
-        codes = [nearest(block, book @ basis)[0] for book, (block, basis) in blocks]
+        rest = frames.flatten(0, 1) - self.mean
+        codes: list[Tensor] = []
+        for book in self.books:
+            index, _ = nearest(rest, book)
+            rest = rest - book[index]
+            codes.append(index)
         ids = torch.stack(codes, dim=-1).view(*frames.shape[:2], -1)
         embeds = self.get_emb_from_indices(ids) if return_encoded else None
         return embeds, ids, None

@@ -70,13 +70,13 @@ class MusicDemoConfig:
     seconds: float = 2.0
     sizes: MusicConfig = field(
         default_factory=lambda: MusicConfig(
-            dim=128, depth=3, heads=2, residual_streams=1, codec_hop=512, condition_quantizers=2,
-            condition_codes=128, window_seconds=1.0,
+            dim=128, depth=3, heads=2, residual_streams=1, codebook_size=512, codec_hop=512,
+            condition_quantizers=1, condition_codes=64, window_seconds=1.0,
         )
     )  # fmt: skip
-    semantic_steps: int = 1500
-    coarse_steps: int = 1000
-    fine_steps: int = 600
+    semantic_steps: int = 1200
+    coarse_steps: int = 800
+    fine_steps: int = 500
     batch_size: int = 16
     learning_rate: float = 2e-3
     semantic_sampling: Sampling = _SEMANTIC

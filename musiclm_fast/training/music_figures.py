@@ -33,7 +33,8 @@ def write_all(demo: MusicDemo, waves: Tensor, ranks: list[int]) -> list[Path]:
     count = len(waves)
     written = []
     sounds = sorted((demo.folder / "generated").glob("*.wav"))
-    for index in sorted({i * count // SHOWN for i in range(min(SHOWN, count))}):
+    shown = min(SHOWN, count)
+    for index in (i * count // shown for i in range(shown)):
         item = demo.instruments[index]
         path = demo.folder / f"{item.name.replace(' ', '-')}.wav"
         shutil.copyfile(sounds[index], path)

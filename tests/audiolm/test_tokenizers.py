@@ -94,23 +94,6 @@ def test_other_rates_are_resampled():
     assert ids.shape == (12, 50, 2)
 
 
-def test_the_codecs_blocks_are_the_cepstrum():
-    """The first quantizers give the envelope; a frame is the sum of all blocks and the mean."""
-    clips = notes()
-    codec = MelCodec(num_quantizers=4, codebook_size=32).fit(clips)
-    assert codec.edges == [0, 5, 16, 41, 96]
-    identity = codec.cosines.t() @ codec.cosines
-    torch.testing.assert_close(identity, torch.eye(96), atol=1e-5, rtol=0)
-    for book, a, b in zip(codec.books, codec.edges, codec.edges[1:], strict=False):
-        coefficients = book @ codec.cosines
-        outside = torch.cat((coefficients[:, :a], coefficients[:, b:]), dim=1)
-        assert outside.abs().max() < 1e-3
-        assert coefficients[:, a:b].abs().max() > 0.1
-    assert MelCodec(num_quantizers=12, codebook_size=2).edges[:4] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="num_quantizers"):
-        MelCodec(num_quantizers=97)
-
-
 def test_unfitted_and_too_short():
     with pytest.raises(ValueError, match="not fitted"):
         MelKmeans()(torch.randn(1, 16_000))

@@ -6,6 +6,9 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +161,28 @@ def test_a_stage_that_was_stopped_ends_as_one_that_never_was(tmp_path, monkeypat
     for name, value in weights[0]["model"].items():
         assert torch.equal(value, weights[1]["model"][name]), name
     assert torch.equal(*(part["conditioning"]["embeds"] for part in weights))
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_one_that_never_was(finished, checkpoint, tmp_path):
+    """SIGKILL as soon as each file is there; the same call goes on, and ends with the same."""
+    _, results, _ = finished
+    script = (
+        "from tests.training.test_music_demo import SMALL, run_music_demo\n"
+        f"run_music_demo({str(tmp_path)!r}, SMALL, checkpoint={str(checkpoint)!r})"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for awaited in ("parts.pt", "coarse.pt", "generated/*.wav", "nothing"):
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+        while process.poll() is None and not list(tmp_path.glob(awaited)):
+            time.sleep(0.02)
+        process.kill()
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+    assert code == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["judge"] == results["judge"]
+    assert again["prompts"] == results["prompts"]
 
 
 def test_prompts_are_unseen():
