@@ -30,12 +30,13 @@ from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.musiclm import MusicLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.training.checkpoint import read_checkpoint, save_atomically
-from musiclm_fast.training.progress import progress_bar, stop_requests
+from musiclm_fast.training.progress import progress_bar
 from musiclm_fast.training.stages import (
     CoarseTransformerTrainer,
     FineTransformerTrainer,
     SemanticTransformerTrainer,
 )
+from musiclm_fast.training.stopping import stop_requests
 
 PARTS = "parts.pt"
 

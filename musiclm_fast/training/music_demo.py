@@ -36,7 +36,8 @@ from musiclm_fast.training.general_midi import (
 from musiclm_fast.training.judge import InstrumentJudge, nearest_clip
 from musiclm_fast.training.music import PARTS, MusicConfig, MusicProject, write_wave
 from musiclm_fast.training.phrases import Phrases, compose_phrases
-from musiclm_fast.training.progress import progress_bar, stop_requests
+from musiclm_fast.training.progress import progress_bar
+from musiclm_fast.training.stopping import stop_requests
 
 RESULTS_FILE = "results.json"
 _SEMANTIC, _COARSE, _FINE = (
