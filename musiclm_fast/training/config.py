@@ -172,7 +172,7 @@ class OptimizerConfig:
     """The optimizer.
 
     Args:
-        name: adamw (fused), lion (wants a third of the learning rate or less), or adam
+        name: adamw, lion (wants a third of the learning rate or less), or adam
         learning_rate: the highest, after the warm-up
         betas: of the moments
         weight_decay: of weight matrices; norms, biases, scales and embeddings do not decay

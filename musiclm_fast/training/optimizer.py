@@ -28,7 +28,7 @@ def make_optimizer(
 
     Args:
         model: whose parameters; those that need no gradient are left out.
-        name: ``"adam"`` (decay is added to the gradient), ``"adamw"`` (decoupled, fused) or
+        name: ``"adam"`` (decay is added to the gradient), ``"adamw"`` (decoupled), both fused, or
             ``"lion"``. https://arxiv.org/abs/1711.05101, https://arxiv.org/abs/2302.06675
         lr, betas: of the optimizer.
         weight_decay: of matrices; see :func:`weight_groups`.
@@ -52,9 +52,8 @@ def make_optimizer(
         from lion_pytorch import Lion
 
         return Lion(trained, lr=lr, betas=betas, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    return torch.optim.Adam(trained, lr=lr, betas=betas, weight_decay=weight_decay)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return kind(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from musiclm_fast.training.config import (
     TrainMuLaNConfig,
 )
 from musiclm_fast.training.data import open_dataset, split
+from musiclm_fast.training.preparation import processes_on_cpu
 from musiclm_fast.training.run_folder import BEST, LATEST, RunFolder
 from musiclm_fast.training.trainer import MuLaNTrainer
 from musiclm_fast.training.typed_config import (
@@ -150,7 +151,7 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
         audio=data.audio_folder, captions=data.captions, min_seconds=data.min_seconds,
     )  # fmt: skip
     train, valid = split(dataset, validation.share, training.seed)
-    needed = training.batch_size * PartialState().num_processes
+    needed = training.batch_size * PartialState(cpu=processes_on_cpu()).num_processes
     if len(train) < needed:
         raise ConfigError(
             f"training.batch_size: got {training.batch_size}, {needed} pairs a step, expected at "
@@ -220,7 +221,7 @@ def train_mulan(
         ConfigError, CheckpointError, OSError, FloatingPointError: see :func:`make_trainer` and
             :meth:`MuLaNTrainer.train`.
     """
-    state = PartialState()
+    state = PartialState(cpu=processes_on_cpu())
     if restart and state.is_main_process:
         RunFolder(config.training.output).clear()
         (Path(config.training.output) / CONFIG_FILE).unlink(missing_ok=True)

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import Dataset, random_split
 from tqdm.auto import tqdm
 
 from musiclm_fast._checks import (
@@ -25,10 +25,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._files import atomic_folder
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.configuration import CheckpointError
-from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
-from musiclm_fast.models.layers import Transformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.pretrained import (
     CONFIG_FILE,
@@ -37,9 +34,7 @@ from musiclm_fast.models.pretrained import (
     read_weights,
     write_weights,
 )
-from musiclm_fast.models.text import TextTransformer
 from musiclm_fast.training.batches import (
-    SeededRows,
     random_state,
     set_random_state,
     training_loader,
@@ -47,16 +42,18 @@ from musiclm_fast.training.batches import (
 from musiclm_fast.training.checkpoint import read_checkpoint, save_atomically
 from musiclm_fast.training.data import collate
 from musiclm_fast.training.grad_cache import cached_step
-from musiclm_fast.training.metrics import recall_at_k
 from musiclm_fast.training.optimizer import (
     SCHEDULES,
     WeightAverage,
     make_optimizer,
     schedule_factor,
 )
+from musiclm_fast.training.preparation import accelerator_arguments, checkpoint_activations
+from musiclm_fast.training.preparation import compile_towers as _compile_towers
 from musiclm_fast.training.run_folder import STATE_FILE, RunFolder
 from musiclm_fast.training.stopping import stop_requests
 from musiclm_fast.training.typed_config import plain_differences
+from musiclm_fast.training.validation import SCORES, validate
 from musiclm_fast.training.watch import (
     CollapseWatch,
     Readings,
@@ -66,8 +63,6 @@ from musiclm_fast.training.watch import (
 )
 
 Log = dict[str, float]
-RECALL_AT = (1, 5, 10)
-SCORES = ("valid_loss", *(f"valid_recall@{k}" for k in RECALL_AT))
 PRECISIONS = ("no", "bf16", "fp16")
 STATE_FORMAT = 1
 _AGREE_EVERY = 10  # steps between the processes' agreeing whether to stop
@@ -108,7 +103,7 @@ class MuLaNTrainer(nn.Module):
         force_clear_prev_results: True deletes what is in results_folder. Nothing else does, and
             nothing ever prompts. Without it and without ``resume``, training refuses to begin where
             another run's checkpoints are; False lets it, and replaces those of the same steps.
-        optimizer: ``"adam"``, ``"adamw"`` (fused) or ``"lion"``; None is what ``use_lion`` says.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"lion"``; None is what ``use_lion`` says.
         weight_decay: of weight matrices; not of norms, biases, scales, temperatures, embeddings.
         schedule: of the learning rate after the warm-up: ``"constant"``, ``"linear"``,
             ``"cosine"``.
@@ -222,7 +217,7 @@ class MuLaNTrainer(nn.Module):
         self.run = RunFolder(results_folder, keep_last, keep_best, best_by != "valid_loss")
         self.skipped_steps = SkippedSteps(max_skipped_steps)
         self.accelerator = Accelerator(
-            **_accelerator_arguments(
+            **accelerator_arguments(
                 mulan, mixed_precision, log_with, self.run.folder, accelerate_kwargs or {}
             )
         )
@@ -267,7 +262,7 @@ class MuLaNTrainer(nn.Module):
 
         mulan.to(self.accelerator.device)
         if activation_checkpointing:
-            _checkpoint_activations(mulan)
+            checkpoint_activations(mulan)
         raw_optimizer = make_optimizer(
             mulan, optimizer, lr=lr, betas=betas, weight_decay=weight_decay
         )
@@ -277,10 +272,7 @@ class MuLaNTrainer(nn.Module):
         if ema_decay is not None:
             self.average = WeightAverage(self.unwrapped, ema_decay)
         if compile_towers:
-            for tower in (self.unwrapped.audio, self.unwrapped.text):
-                # ours have a transformer, Hugging Face's a model
-                name = "transformer" if hasattr(tower, "transformer") else "model"
-                cast(nn.Module, getattr(tower, name, tower)).compile()
+            _compile_towers(self.unwrapped)
         if processes > 1:
             # Each process draws masks and dropout of its own.
             torch.manual_seed(torch.initial_seed() + self.accelerator.process_index)
@@ -724,59 +716,16 @@ class MuLaNTrainer(nn.Module):
         """
         return self._advance(wait=True)[-1]
 
-    @torch.no_grad()
     def validate(self) -> Log:
         """Loss and recall over the validation set in evaluation mode; all processes must call it.
 
         Returns:
-            ``valid_loss``, the mean over full batches; ``valid_audio_to_text_recall@k`` and
-            ``valid_text_to_audio_recall@k``, the share of clips whose text, and of texts one of
-            whose clips, is among the k nearest, and ``valid_recall@k``, their mean. The loss is
-            NaN, and there is no recall, if the set holds fewer than two rows.
+            See :func:`musiclm_fast.training.validation.validate`.
         """
-        size = len(self.valid_ds)  # type: ignore[arg-type]
-        count = min(size, self.valid_rows)
-        if count < 2:
-            return {"valid_loss": float("nan")}
-        rows = [index * size // count for index in range(count)]
-        each = min(self.batch_size, count)
-        batches = [rows[start : start + each] for start in range(0, count, each)]
-        index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        loader = DataLoader(
-            SeededRows(self.valid_ds, self.seed),
-            batch_sampler=[[(row, row) for row in batch] for batch in batches[index::processes]],
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
-        model = self.evaluated
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        found = []
-        try:
-            for batch in loader:
-                texts = batch.get("raw_texts") or [tuple(ids) for ids in batch["texts"].tolist()]
-                latents, _ = model(**self._inputs(batch), return_loss_latents=True)
-                found.append(([side.cpu() for side in latents], texts))
-            everyone = gather_object([found])  # of each process, of each of its batches
-            in_order = [everyone[i % processes][i // processes] for i in range(len(batches))]
-            with _local_losses(model):
-                losses = [
-                    model.loss_of_latents(*(side.to(self.device) for side in latents)).item()
-                    for latents, texts in in_order
-                    if len(texts) == each
-                ]
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        audio, text = (torch.cat([pair[side] for pair, _ in in_order]).float() for side in (0, 1))
-        there, back = _recall(audio @ text.t(), [text for _, texts in in_order for text in texts])
-        result = {"valid_loss": sum(losses) / len(losses)}
-        for k in RECALL_AT:
-            result[f"valid_recall@{k}"] = (there[k] + back[k]) / 2
-            result[f"valid_audio_to_text_recall@{k}"] = there[k]
-            result[f"valid_text_to_audio_recall@{k}"] = back[k]
-        return result
+        return validate(
+            self.evaluated, self.valid_ds, self._inputs, self.accelerator, rows=self.valid_rows,
+            batch_size=self.batch_size, seed=self.seed, num_workers=self.num_workers,
+        )  # fmt: skip
 
     def train(self, log_fn: Callable[[Log], Any] | None = None) -> None:  # type: ignore[override]
         """Train to ``num_train_steps`` with a progress bar, and write a checkpoint at the end.
@@ -847,73 +796,3 @@ class MuLaNTrainer(nn.Module):
             self.print("\n".join([f"{len(rows)} sounds could not be read:", *lines]))
             entry = [[name, reason, times] for (name, reason), times in sorted(rows.items())]
             self._log_line({"step": self.step, "skipped_sounds": entry})
-
-
-def _accelerator_arguments(
-    mulan: MuLaN, mixed_precision: str | None, log_with: Any, folder: Path, own: dict[str, Any]
-) -> dict[str, Any]:
-    # What the caller passes to accelerate himself goes before ours.
-    arguments = dict(own)
-    for name, value in (("mixed_precision", mixed_precision), ("log_with", log_with)):
-        if value is not None and own.get(name, value) != value:
-            fail(name, f"{value!r} beside {own[name]!r} in accelerate_kwargs", "one of them")
-        if value is not None:
-            arguments[name] = value
-    if arguments.get("log_with") is not None:
-        arguments.setdefault("project_dir", str(folder))
-    handlers = list(arguments.get("kwargs_handlers") or [])
-    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        # Ours use every parameter in every step; a Hugging Face model may have a head that idles.
-        towers = (AudioSpectrogramTransformer, TextTransformer)
-        foreign = not (isinstance(mulan.audio, towers) and isinstance(mulan.text, towers))
-        handlers.append(
-            DistributedDataParallelKwargs(find_unused_parameters=foreign, broadcast_buffers=False)
-        )
-    arguments["kwargs_handlers"] = handlers
-    return arguments
-
-
-def _checkpoint_activations(mulan: MuLaN) -> None:
-    for tower in (mulan.audio, mulan.text):
-        found = False
-        for module in tower.modules():
-            if isinstance(module, Transformer):
-                module.checkpoint_blocks = True
-                found = True
-            elif enable := getattr(module, "gradient_checkpointing_enable", None):
-                cast(Any, enable)({"use_reentrant": False})
-                found = True
-                break
-        if not found:
-            name = type(tower).__name__
-            fail("activation_checkpointing", f"True for a {name}", "False: it has no such blocks")
-
-
-@contextlib.contextmanager
-def _local_losses(mulan: MuLaN) -> Iterator[None]:
-    # Every process has all latents, so the loss is its own affair.
-    kinds = (SoftmaxContrastiveLearning, SigmoidContrastiveLearning)
-    losses = [module for module in mulan.modules() if isinstance(module, kinds)]
-    strategies = [loss.strategy for loss in losses]
-    for loss in losses:
-        loss.strategy = "local"
-    try:
-        yield
-    finally:
-        for loss, strategy in zip(losses, strategies, strict=True):
-            loss.strategy = strategy
-
-
-def _recall(similarity: Tensor, texts: Sequence[Any]) -> tuple[dict[int, float], dict[int, float]]:
-    # Of clips for their text among all different ones, and of different texts for a clip of theirs;
-    # similarity (clips, texts), texts may repeat.
-    number: dict[Any, int] = {}
-    of_clip = torch.tensor([number.setdefault(text, len(number)) for text in texts])  # (n,)
-    first = torch.tensor([texts.index(text) for text in number])  # (u,)
-    there = recall_at_k(similarity[:, first], of_clip, RECALL_AT)
-    by_text = similarity.t()[first]  # (u, n)
-    own = of_clip == torch.arange(len(number))[:, None]
-    best = by_text.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-    others = by_text.masked_fill(own, -torch.inf)
-    zeros = torch.zeros(len(number), dtype=torch.int64)
-    return there, recall_at_k(torch.cat((best, others), dim=1), zeros, RECALL_AT)

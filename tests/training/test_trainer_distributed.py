@@ -26,8 +26,10 @@ def free_port() -> int:
 
 def launch(arguments: list[str], processes: int = 2) -> list[str]:
     """Run a program in several processes with torchrun's environment; what each printed."""
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-              "OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    port, threads = free_port(), 1
+    shared = dict(
+        WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=threads
+    )
     running = []
     for rank in range(processes):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}

@@ -1,0 +1,88 @@
+"""What is done to accelerate and to a model's towers before training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from musiclm_fast._checks import fail
+from musiclm_fast.models.audio import AudioSpectrogramTransformer
+from musiclm_fast.models.layers import Transformer
+from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.text import TextTransformer
+
+
+def processes_on_cpu() -> bool:
+    """Whether torchrun started several processes on a machine without an accelerator.
+
+    accelerate must be told, or each of them trains alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def accelerator_arguments(
+    mulan: MuLaN, mixed_precision: str | None, log_with: Any, folder: Path, own: dict[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of an Accelerator.
+
+    Args:
+        mulan: the model.
+        mixed_precision, log_with: as MuLaNTrainer takes them.
+        folder: of the run, for trackers that write files.
+        own: what the caller passes to accelerate himself, which goes before ours.
+
+    Raises:
+        ValueError: one of the two stands in ``own`` too, and otherwise.
+    """
+    arguments = dict(own)
+    for name, value in (("mixed_precision", mixed_precision), ("log_with", log_with)):
+        if value is not None and own.get(name, value) != value:
+            fail(name, f"{value!r} beside {own[name]!r} in accelerate_kwargs", "one of them")
+        if value is not None:
+            arguments[name] = value
+    if arguments.get("log_with") is not None:
+        arguments.setdefault("project_dir", str(folder))
+    handlers = list(arguments.get("kwargs_handlers") or [])
+    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
+        # Ours use every parameter in every step; a Hugging Face model may have a head that idles.
+        towers = (AudioSpectrogramTransformer, TextTransformer)
+        foreign = not (isinstance(mulan.audio, towers) and isinstance(mulan.text, towers))
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=foreign))
+    arguments["kwargs_handlers"] = handlers
+    if processes_on_cpu():
+        arguments.setdefault("cpu", True)
+    return arguments
+
+
+def checkpoint_activations(mulan: MuLaN) -> None:
+    """Let both towers compute each block again in the backward pass.
+
+    Raises:
+        ValueError: a tower has no blocks that can.
+    """
+    for tower in (mulan.audio, mulan.text):
+        found = False
+        for module in tower.modules():
+            if isinstance(module, Transformer):
+                module.checkpoint_blocks = True
+                found = True
+            elif enable := getattr(module, "gradient_checkpointing_enable", None):
+                cast(Any, enable)({"use_reentrant": False})
+                found = True
+                break
+        if not found:
+            name = type(tower).__name__
+            fail("activation_checkpointing", f"True for a {name}", "False: it has no such blocks")
+
+
+def compile_towers(mulan: MuLaN) -> None:
+    """``torch.compile`` what is heavy in both towers, in place: names of weights stay."""
+    for tower in (mulan.audio, mulan.text):
+        # Ours have a transformer, Hugging Face's a model; reading texts stays outside.
+        name = "transformer" if hasattr(tower, "transformer") else "model"
+        cast(nn.Module, getattr(tower, name, tower)).compile()
