@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness, readme_table, report, run
+from benchmarks import harness, readme_table, report, roofline, run
 from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast.training import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("matplotlib", reason="needs the bench extra")
@@ -206,6 +207,29 @@ def test_readme_table_holds_the_headlines(tmp_path: Path) -> None:
     assert readme_table.insert(marked, "new") == marked.replace("old", "new")
     with pytest.raises(ValueError, match="got 0 of"):
         readme_table.insert("no markers", "new")
+
+
+def test_readme_is_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme_table.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_roofline_stands_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = cost.Device("Some GPU", {"bf16": 2e15, "float32": 1e15}, 1e15, 1e12)
+    measured = [Result("MuLaN training step", "README", "ours", "ours", [1.25])]
+    (tmp_path / "some-gpu.json").write_text(json.dumps({"training_step": section(measured)}))
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    head, _, readme, *others = roofline.table_of_steps([device]).splitlines()
+    assert head.endswith("| Some GPU float32, ms | Some GPU bf16, ms | Some GPU, measured ms |")
+    assert readme.startswith("| README | 0.23")
+    assert readme.endswith("| 1250 |")
+    assert all(line.endswith("|  |") for line in others)
+    ops = roofline.table_of_ops("README", device)
+    assert "| text: up |" in ops
+    assert "| optimizer |" in ops
+    slow = cost.Device("slow", {"float32": 1e9}, 1e9, 1e15)
+    assert "memory |" not in roofline.table_of_ops("README", slow)
 
 
 @pytest.mark.parametrize(
