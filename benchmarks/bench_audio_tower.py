@@ -163,7 +163,7 @@ def results(settings: Settings) -> list[Result]:
         return []
     found = []
     sizes = settings.pick(
-        [(5, 1), (10, 2), (20, 1)], full=[(5, 1), (10, 1), (10, 2), (20, 1), (40, 1)],
+        [(2, 1), (5, 1), (10, 2)], full=[(5, 1), (10, 1), (10, 2), (20, 1), (40, 1)],
         tiny=[(1, 1)],
     )  # fmt: skip
     for seconds, batch in sizes:

@@ -167,7 +167,10 @@ def results(settings: Settings) -> list[Result]:
             asked = (name, build, device, batch)
             made[_with_mode(name)] = Contender(
                 build, operations=operations, role=role,
-                memory=None if role == "bound" else functools.partial(memory_of, *asked),
+                memory=None
+                if role == "bound" or (settings.mode == "quick" and batch != SIZES[device][0])
+                else functools.partial(memory_of, *asked),
+                once=role == "peer" and settings.mode == "quick" and batch > 4096,
             )  # fmt: skip
         found += harness.measure(
             "contrastive loss, forward and backward", f"B = {batch:,}, d = {DEPTH}", made, settings,

@@ -133,7 +133,7 @@ def check(size: Size, device: str) -> None:
 def results(settings: Settings) -> list[Result]:
     """Recordings of 12 s; on a GPU, of a minute."""
     size = settings.pick(
-        Size(2, 12), full=Size(4, 30), gpu=Size(2, 60), tiny=Size(1, 10, dim=64, depth=2)
+        Size(1, 12), full=Size(4, 30), gpu=Size(2, 60), tiny=Size(1, 10, dim=64, depth=2)
     )
     device = settings.device
     contenders = {

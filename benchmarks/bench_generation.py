@@ -112,7 +112,7 @@ def results(settings: Settings) -> list[Result]:
         theirs, ours = pair()
         weights = sum(p.numel() * p.element_size() for p in ours.parameters())
         found = []
-        for tokens in settings.pick([64, 256], full=[64, 256, 1024], tiny=[4]):
+        for tokens in settings.pick([128], full=[64, 256, 1024], tiny=[4]):
             runs = {
                 "ours": (functools.partial(ours_generate, ours, tokens), "ours"),
                 "audiolm-pytorch": (functools.partial(theirs_generate, theirs, tokens), "peer"),
@@ -120,7 +120,7 @@ def results(settings: Settings) -> list[Result]:
             contenders = {
                 name: Contender(
                     lambda run=run: run, traffic=1.0 * weights * tokens, role=role,
-                    once=role == "peer" and tokens > 64 and settings.mode == "quick",
+                    once=role == "peer" and settings.mode == "quick",
                 )
                 for name, (run, role) in runs.items()
             }  # fmt: skip
@@ -129,7 +129,7 @@ def results(settings: Settings) -> list[Result]:
                 contenders, settings, check=functools.partial(check, theirs, ours), rounds=3,
                 axes={"tokens": tokens},
                 headline=f"semantic generation, {tokens} tokens, guidance 3, 1 thread"
-                if tokens == 256
+                if tokens == 128
                 else "",
             )  # fmt: skip
     finally:

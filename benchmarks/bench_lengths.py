@@ -58,7 +58,7 @@ def results(settings: Settings) -> list[Result]:
     if settings.mode == "gpu":
         return []
     torch.manual_seed(0)
-    sizes = settings.pick(dict(dim=256, depth=3), full=dict(dim=512, depth=6),
+    sizes = settings.pick(dict(dim=128, depth=2), full=dict(dim=512, depth=6),
                           tiny=dict(dim=64, depth=1))  # fmt: skip
     tower = AudioSpectrogramTransformer(**sizes, front_end="mulan", patch_dropout_prob=0.0)
     seconds = range(1, settings.pick(30, tiny=4), 2)

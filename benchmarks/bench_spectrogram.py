@@ -210,7 +210,8 @@ def results(settings: Settings) -> list[Result]:
                     memory=functools.partial(_memory_of_a_batch, which, n_fft)
                     if variant == "power" and "compile" not in name
                     else None,
-                    role="ours" if name == "ours" else "peer", **cost,
+                    role="ours" if name == "ours" else "peer",
+                    once=name != "ours" and settings.mode == "quick" and variant != "power", **cost,
                 )  # fmt: skip
             window = f"window {FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
             found += harness.measure(

@@ -96,5 +96,5 @@ def results(settings: Settings) -> list[Result]:
     }
     return harness.measure(
         "a step of MuLaNTrainer", name, contenders, settings,
-        check=functools.partial(check, *arguments), rounds=settings.pick(7, tiny=1),
+        check=functools.partial(check, *arguments), rounds=settings.pick(5),
     )  # fmt: skip

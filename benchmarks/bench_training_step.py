@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -131,13 +132,18 @@ def gradients(
     return run
 
 
+def adam(kind: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """As either trainer makes it."""
+    return torch.optim.Adam(model.parameters(), **ADAM, fused=kind == OURS or None)
+
+
 def step(
     kind: str, case: Case, device: str = "cpu", mode: str = "", model: torch.nn.Module | None = None
 ) -> Callable[[], Any]:
-    """A whole step, with Adam as either trainer makes it."""
+    """A whole step."""
     model = build(kind, case, device) if model is None else model
     run = gradients(model, inputs(case, device), mode)
-    update = torch.optim.Adam(model.parameters(), **ADAM, fused=kind == OURS or None)
+    update = adam(kind, model)
 
     def both() -> torch.Tensor:
         loss: torch.Tensor = run()
@@ -188,18 +194,23 @@ def _runs(p: cost.Product) -> list[Callable[[], Any]]:
     return [attention] * p.count
 
 
-def peak(kind: str, case: Case) -> int:
-    """Peak memory of forward and backward in bytes; call in a fresh process."""
+def alone(kind: str, case: Case) -> dict[str, float]:
+    """Seconds of a step and the peak memory of its forward and backward in bytes; call in a fresh
+    process."""
+    model = build(kind, case)
 
     def prepare() -> Callable[[], Any]:
-        model = build(kind, case)
         samples = max(16 * case.hop_length, 1024)
         short = dataclasses.replace(case, samples=samples, batch=2, text_tokens=8)
         gradients(model, inputs(short))()  # threads and code pages are there
         model.zero_grad(set_to_none=True)
         return gradients(model, inputs(case))
 
-    return harness.extra_memory(prepare)
+    seconds, peak = harness.time_and_memory(prepare)
+    update = adam(kind, model)
+    start = time.perf_counter()
+    update.step()
+    return {"seconds": seconds + time.perf_counter() - start, "bytes": peak}
 
 
 def memory(kind: str, case: Case, device: str, mode: str) -> int:
@@ -208,10 +219,16 @@ def memory(kind: str, case: Case, device: str, mode: str) -> int:
         return harness.gpu_memory(
             lambda: gradients(build(kind, case, device), inputs(case, device), mode)
         )
-    asked = json.dumps(dataclasses.asdict(case))
-    return int(harness.in_fresh_process(MODULE, "--peak", kind, asked))
+    return apart(kind, case)[1]
 
 
+def apart(kind: str, case: Case) -> tuple[float, int]:
+    """Seconds and peak memory of a step in a process of its own."""
+    told = harness.in_fresh_process(MODULE, kind, json.dumps(dataclasses.asdict(case)))
+    return told["seconds"], told["bytes"]
+
+
+@functools.cache
 def check(case: Case, device: str) -> None:
     """Loss and gradients agree with the reference's.
 
@@ -265,7 +282,9 @@ def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
                 functools.partial(step, kind, case, device, mode),
                 memory=functools.partial(memory, kind, case, device, mode),
                 operations=operations if kind == OURS else None,
-                once=kind == THEIRS and slow and settings.mode == "quick",
+                apart=functools.partial(apart, kind, case)
+                if kind == THEIRS and slow and settings.mode == "quick"
+                else None,
                 role="ours" if kind == OURS else "peer",
             )
     if device == "cpu":
@@ -318,8 +337,8 @@ def results(settings: Settings) -> list[Result]:
         found += harness.measure(
             JOB, name, contenders(case, settings), settings,
             check=functools.partial(check, small, settings.device),
-            rounds=settings.pick(3, gpu=5),
-            warmup=0 if case.samples >= 20 * SAMPLE_HZ else 1, axes=axes,
+            # The check has run both; a GPU compiles its kernels in the first round.
+            rounds=settings.pick(3, gpu=5), warmup=settings.pick(0, gpu=1), axes=axes,
         )  # fmt: skip
     if settings.mode == "gpu":
         case = next(iter(cases.values()))
@@ -340,7 +359,8 @@ def results(settings: Settings) -> list[Result]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peak", nargs=2, required=True, metavar=("KIND", "CASE"))
-    which, asked = parser.parse_args().peak
+    parser.add_argument("kind", choices=(OURS, THEIRS))
+    parser.add_argument("case", help="a Case as JSON")
+    asked = parser.parse_args()
     torch.set_num_threads(2)
-    print(json.dumps(peak(which, Case(**json.loads(asked)))))
+    print(json.dumps(alone(asked.kind, Case(**json.loads(asked.case)))))

@@ -104,6 +104,8 @@ class Contender:
         memory: peak memory of one run in bytes, measured apart; None where it is not measured.
         operations: floating-point operations of one run; traffic: bytes that it must move.
         once: too slow to repeat; runs in the first round alone, without a warm-up.
+        apart: for what is slow and large: seconds and peak memory in bytes of one run in a process
+            of its own, which takes the place of ``build`` and ``memory``.
         role: ``"ours"``, ``"peer"``, or ``"bound"``: a part of the work that nobody can do without.
     """
 
@@ -112,6 +114,7 @@ class Contender:
     operations: float | None = None
     traffic: float | None = None
     once: bool = False
+    apart: Callable[[], tuple[float, int]] | None = None
     role: str = "peer"
 
 
@@ -226,7 +229,13 @@ def measure(
             absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             runs.pop(name, None)
 
+    alone: dict[str, tuple[float, int]] = {}
     for name, c in contenders.items():
+        if c.apart is not None:
+            measured = attempt(name, c.apart)
+            if measured is not None:
+                alone[name] = measured
+            continue
         run = attempt(name, c.build)
         if run is not None:
             runs[name] = run
@@ -243,6 +252,10 @@ def measure(
     for name, c in contenders.items():
         if name in absent:
             found.append(result(name, reason=absent[name]))
+        elif name in alone:
+            seconds, memory = alone[name]
+            note = "once, in a process of its own"
+            found.append(result(name, seconds=[seconds], memory=memory, note=note))
         else:
             measured = c.memory is not None and (c.role == "ours" or not settings.tiny)
             memory = attempt(name, c.memory) if measured else None
@@ -297,14 +310,21 @@ def extra_memory(build: Callable[[], Callable[[], Any]]) -> int:
     Call it once, in a fresh process (:func:`in_fresh_process`): what an earlier run left resident
     would hide what this one needs.
     """
+    return time_and_memory(build)[1]
+
+
+def time_and_memory(build: Callable[[], Callable[[], Any]]) -> tuple[float, int]:
+    """Seconds of ``build()()`` and what :func:`extra_memory` says of it."""
     run = build()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc: what was freed is resident no more
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     before = current()
+    start = time.perf_counter()
     run()
-    return max(0, high_water() - before)
+    seconds = time.perf_counter() - start
+    return seconds, max(0, high_water() - before)
 
 
 def gpu_memory(build: Callable[[], Callable[[], Any]]) -> int:

@@ -80,8 +80,8 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
             rates = (r.tflops, r.gigabytes_per_second)
             cells += [milliseconds(r), *("" if x is None else f"{x:.3g}" for x in rates)]
             cells.append("" if r.memory is None else f"{r.memory / MIB:.0f}")
-            note = "once" if len(r.seconds) == 1 else ""
-            found.append([*cells, speedup(group, r), r.reason or note])
+            note = r.reason or r.note or ("once" if len(r.seconds) == 1 else "")
+            found.append([*cells, speedup(group, r), note])
     used = [c for c in range(len(heads)) if c < 3 or any(row[c] for row in found[1:])]
     return [[row[c] for c in used] for row in found]
 

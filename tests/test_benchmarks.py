@@ -104,6 +104,23 @@ def test_contenders_run_in_turn_and_slow_ones_once() -> None:
     assert [r.contender for r in only] == ["ours"]
 
 
+def test_what_is_slow_and_large_runs_in_a_process_of_its_own() -> None:
+    def breaks() -> tuple[float, int]:
+        raise RuntimeError("out of memory")
+
+    ours = Contender(always(), role="ours")
+    contenders = {
+        "ours": ours,
+        "large": Contender(always(fail), apart=lambda: (9.0, 2**30)),
+        "too large": Contender(always(fail), apart=breaks),
+    }
+    found = harness.measure("op", "case", contenders, Settings(), check=lambda: None)
+    large, too_large = found[1:]
+    assert (large.seconds, large.memory) == ([9.0], 2**30)
+    assert "process of its own" in report.table(found)
+    assert (too_large.seconds, too_large.reason) == ([], "RuntimeError: out of memory")
+
+
 def test_ratio_is_taken_round_by_round() -> None:
     slow, fast = harness.Timing([2.0, 8.0, 9.0]), harness.Timing([1.0, 2.0, 3.0])
     assert harness.ratio(slow, fast) == (3.0, 2.0, 4.0)

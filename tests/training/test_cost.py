@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -67,11 +66,9 @@ def test_only_the_class_token_leaves_the_last_text_block() -> None:
 @pytest.mark.parametrize("case", ["README", "10 s x 2"])
 def test_memory_is_within_15_percent_of_the_measured_peak(case: str) -> None:
     from benchmarks import bench_training_step as bench
-    from benchmarks import harness
 
     shapes = bench.CASES[case]
-    asked = json.dumps(dataclasses.asdict(shapes))
-    measured = harness.in_fresh_process(bench.MODULE, "--peak", "ours", asked)
+    measured = bench.apart(bench.OURS, shapes)[1]
     predicted = cost.memory(shapes.counted()).forward_backward
     print(f"{case}: {measured / 2**20:.0f} MiB measured, {predicted / 2**20:.0f} predicted")
     assert predicted == pytest.approx(measured, rel=WITHIN)
