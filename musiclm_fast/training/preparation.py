@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
@@ -57,6 +58,19 @@ def accelerator_arguments(
     if processes_on_cpu():
         arguments.setdefault("cpu", True)
     return arguments
+
+
+def check_trackers(accelerator: Accelerator, log_with: Any) -> None:
+    """All trackers that were asked for are there: accelerate leaves out what is not installed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    asked = [] if log_with is None else log_with if isinstance(log_with, list) else [log_with]
+    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    for tracker in asked:
+        if isinstance(tracker, str) and tracker not in {*there, "all"}:
+            fail("log_with", repr(tracker), "a tracker of accelerate that is installed")
 
 
 def checkpoint_activations(mulan: MuLaN) -> None:

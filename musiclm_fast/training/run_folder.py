@@ -156,7 +156,11 @@ class RunFolder:
         self.scores, self.own = {}, set()
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Append a line to ``log.jsonl``."""
+        """Append a line to ``log.jsonl``; numbers that are not finite become null."""
+        entry = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
         with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -48,7 +48,11 @@ from musiclm_fast.training.optimizer import (
     make_optimizer,
     schedule_factor,
 )
-from musiclm_fast.training.preparation import accelerator_arguments, checkpoint_activations
+from musiclm_fast.training.preparation import (
+    accelerator_arguments,
+    check_trackers,
+    checkpoint_activations,
+)
 from musiclm_fast.training.preparation import compile_towers as _compile_towers
 from musiclm_fast.training.run_folder import STATE_FILE, RunFolder
 from musiclm_fast.training.stopping import stop_requests
@@ -211,7 +215,11 @@ class MuLaNTrainer(nn.Module):
             fail("use_lion", True, f"False beside optimizer={optimizer!r}")
         optimizer = optimizer or ("lion" if use_lion else "adam")
 
-        rows = len(dataset)  # type: ignore[arg-type]
+        if not hasattr(dataset, "__len__"):
+            fail(
+                "dataset", type(dataset).__name__, "one with a length and rows by index", TypeError
+            )
+        rows = len(dataset)
         valid_share = valid_frac if valid_dataset is None else 0.0
         valid_part = rows - int((1 - valid_share) * rows) if valid_share > 0 else 0
         self.run = RunFolder(results_folder, keep_last, keep_best, best_by != "valid_loss")
@@ -221,6 +229,7 @@ class MuLaNTrainer(nn.Module):
                 mulan, mixed_precision, log_with, self.run.folder, accelerate_kwargs or {}
             )
         )
+        check_trackers(self.accelerator, log_with)
         processes = self.accelerator.num_processes
         if rows - valid_part < batch_size * processes:
             shared = f" for each of {processes} processes" if processes > 1 else ""

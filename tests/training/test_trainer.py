@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from musiclm_fast import MuLaN
 from musiclm_fast.models.layers import Transformer
@@ -575,6 +575,10 @@ def test_sounds_that_could_not_be_read_are_reported(tmp_path: Path, capsys: Any)
         (dict(ema_decay=1.5), "ema_decay"),
         (dict(grad_cache_chunk=0), "grad_cache_chunk"),
         (dict(best_by="loss"), "best_by"),
+        (
+            dict(log_with=["aim"]),
+            "log_with: got 'aim', expected a tracker of accelerate that is ins",
+        ),
         (dict(keep_last=0), "keep_last: got 0"),
         (dict(keep_best=-1), "keep_best: got -1"),
         (dict(num_train_steps=0), "num_train_steps"),
@@ -586,6 +590,15 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_is_refused(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    with pytest.raises(TypeError, match="dataset: got Stream, expected one with a length"):
+        make_trainer(tmp_path, dataset=Stream())
 
 
 @pytest.mark.slow
