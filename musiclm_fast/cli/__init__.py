@@ -25,6 +25,7 @@ _COMMANDS = {
     "similarity": "similarity",
     "data check": "data_check",
     "data titles": "data_titles",
+    "data convert": "data_convert",
     "train mulan": "train_mulan",
     "train semantic": "train_stage",
     "train coarse": "train_stage",
@@ -35,7 +36,7 @@ _COMMANDS = {
     "info": "info",
 }
 _GROUPS = {
-    "data": "check or list a collection of music",
+    "data": "check, list or convert a collection of music",
     "train": "train a MuLaN or a stage of MusicLM",
 }
 

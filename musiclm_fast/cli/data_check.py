@@ -65,6 +65,16 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def choose_workers(asked: int | None, sounds: int) -> int:
+    """How many processes read: what was asked for, else one per core where it pays."""
+    if asked is not None:
+        if asked < 0:
+            raise ValueError(f"workers: got {asked}, expected 0 or more")
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) if (cores or 1) > 1 and sounds >= 16 else 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Read every sound and caption of a collection and report what is wrong.
 
@@ -74,8 +84,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected an integer above 0")
-    if args.workers is not None and args.workers < 0:
-        raise ValueError(f"workers: got {args.workers}, expected 0 or more")
 
     from dataclasses import asdict
 
@@ -89,10 +97,7 @@ def run(args: argparse.Namespace) -> int:
     sounds = CaptionedSounds(
         listing, sample_hz=16_000, clip_seconds=None, min_seconds=args.min_seconds
     )
-    workers = args.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = (cores or 1) if (cores or 1) > 1 and len(sounds) >= 64 else 0
+    workers = choose_workers(args.workers, len(sounds))
     report = check_data(
         sounds, workers=workers, max_tokens=args.max_tokens, progress=sys.stderr.isatty()
     )

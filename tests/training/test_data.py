@@ -703,3 +703,51 @@ def test_long_captions_are_cut_and_said_once():
         again = tower(raw_texts=["one two three four six seven", "a"])
     torch.testing.assert_close(cut, four, atol=0, rtol=0)
     torch.testing.assert_close(again, four, atol=0, rtol=0)
+
+
+def test_convert(folder, capsys):
+    write(folder / "sounds" / "0.wav", noise(1.0, 44_100, channels=2), 44_100)
+    write(folder / "sounds" / "1.ogg", noise(1.0, seed=1))
+    (folder / "sounds" / "2.wav").write_bytes(b"no sound")
+    write_csv(
+        folder / "manifest.csv",
+        ["path", "caption", "start", "end"],
+        ["sounds/0.wav", '["a piano", "slow keys"]', "", ""],
+        ["sounds/1.ogg", "a harp, plucked", "", ""],
+        ["sounds/2.wav", "damaged", "", ""],
+        ["sounds/3.wav", "[a part]", "0.25", "0.75"],
+        ["sounds/3.wav", "another part", "0.5", ""],
+    )
+    out = folder / "converted"
+    argv = ["data", "convert", str(folder), str(out), "--workers", "2"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "4 sounds at 16,000 Hz" in printed
+    assert "1 x cannot be read as sound: Format not recognised (sounds/2.wav)" in printed
+
+    before, after = opened(folder, clip_seconds=None), opened(out, clip_seconds=None)
+    kept = [0, 1, 3, 4]
+    assert [after.captions(i) for i in range(4)] == [before.captions(i) for i in kept]
+    for i, index in enumerate(kept):
+        wav = after.whole(i).wav
+        np.testing.assert_allclose(wav, before.whole(index).wav, atol=1 / 32767)
+    assert soundfile.info(out / after.file(0)).samplerate == RATE
+
+    # again: what is there stays, what is damaged or at another rate is made anew
+    paths = [out / after.file(i) for i in range(4)]
+    paths[1].write_bytes(b"")
+    times = [path.stat().st_mtime_ns for path in paths]
+    assert cli.main(argv) == 0
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    assert cli.main([*argv, "--sample-hz", "8000"]) == 0
+    assert {soundfile.info(path).samplerate for path in paths} == {8000}
+
+
+def test_convert_of_nothing_readable(folder, capsys):
+    for path in (folder / "sounds").iterdir():
+        path.write_bytes(b"nothing")
+    assert cli.main(["data", "convert", str(folder), str(folder / "out"), "--workers", "0"]) == 2
+    assert "none of 6 that can be read" in capsys.readouterr().err
+    assert not (folder / "out" / "manifest.csv").exists()
