@@ -30,7 +30,13 @@ from musiclm_fast.training.metrics import collapsed_loss
 from musiclm_fast.training.optimizer import WeightAverage, make_optimizer, schedule_factor
 from musiclm_fast.training.trainer import MuLaNTrainer
 from musiclm_fast.training.validation import pair_recall
-from musiclm_fast.training.watch import CollapseWatch, SkippedSteps, Speed, loss_without_learning
+from musiclm_fast.training.watch import (
+    CollapseWatch,
+    Readings,
+    SkippedSteps,
+    Speed,
+    loss_without_learning,
+)
 from tests.training.runs import QUIET, Noisy, make_mulan, make_trainer
 
 PLAIN: dict[str, Any] = dict(
@@ -531,6 +537,36 @@ def test_speed_counts_pairs_and_audio(monkeypatch: pytest.MonkeyPatch) -> None:
     clock[0] += 1
     speed.step()
     assert speed.rates() == pytest.approx({"samples/s": 4.0, "s audio/s": 8.0})
+
+
+class Event:
+    """Stands for one of CUDA: done after so many questions, or when waited for."""
+
+    def __init__(self, asked_until_done: int) -> None:
+        self.left, self.waited = asked_until_done, False
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_numbers_are_read_late_and_in_order() -> None:
+    """As on a GPU: what is not there yet is left, at most 8 steps; nobody waits before."""
+    readings, events = Readings(), [Event(0), Event(2), Event(0), *(Event(99) for _ in range(9))]
+    for step, event in enumerate(events[:3]):
+        readings._pending.append((step, torch.tensor([float(step)]), event))
+    assert readings.take() == [(0, [0.0])]
+    assert readings.take() == []  # step 2 is there, but comes after step 1
+    assert readings.take() == [(1, [1.0]), (2, [2.0])]
+    for step, event in enumerate(events[3:], 3):
+        readings._pending.append((step, torch.tensor([float(step)]), event))
+    assert [step for step, _ in readings.take()] == [3]  # the ninth from the end
+    assert [event.waited for event in events[3:]] == [True] + [False] * 8
+    assert [step for step, _ in readings.take(wait=True)] == list(range(4, 12))
+    assert all(event.waited for event in events[3:])
 
 
 def test_sounds_that_could_not_be_read_are_reported(tmp_path: Path, capsys: Any) -> None:
