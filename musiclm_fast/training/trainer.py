@@ -284,7 +284,7 @@ class MuLaNTrainer(nn.Module):
             _compile_towers(self.unwrapped)
         if processes > 1:
             # Each process draws masks and dropout of its own.
-            torch.manual_seed(torch.initial_seed() + self.accelerator.process_index)
+            torch.manual_seed((torch.initial_seed() + self.accelerator.process_index) % 2**63)
 
         #: What determines the result, and so must not change where a run goes on.
         self.options: dict[str, Any] = {
@@ -315,6 +315,7 @@ class MuLaNTrainer(nn.Module):
         self._may_begin = force_clear_prev_results is not None
         self._batches: Iterator[dict[str, Any]] | None = None
         self._saved_step = 0
+        self._log_failed = False
         self._score: tuple[int, float | None] = 0, None  # the last validation's step and score
         self._readings = Readings()
         front_end = getattr(self.unwrapped.audio, "front_end", None)
@@ -509,7 +510,7 @@ class MuLaNTrainer(nn.Module):
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"checkpoint: {path} cannot be gone on from: {error}") from error
+            raise CheckpointError(f"checkpoint: {path} cannot be resumed: {error}") from error
         return state
 
     def _resume(self) -> None:
@@ -710,8 +711,14 @@ class MuLaNTrainer(nn.Module):
         return found
 
     def _log_line(self, entry: dict[str, Any]) -> None:
-        if self.is_main:
+        if not self.is_main:
+            return
+        try:
             self.run.log(entry)
+        except OSError as error:  # a full disk: what was learned is worth more than its log
+            if not self._log_failed:
+                self.print(f"warning: {self.run.folder}: the log cannot be written ({error})")
+            self._log_failed = True
 
     def train_step(self) -> Log:
         """One optimizer step.

@@ -175,6 +175,21 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert make_trainer(small_disk / "run", resume=True, save_model_every=2).step == 2
 
 
+def test_a_log_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Training goes on without it, and says so once."""
+    trainer = make_trainer(tmp_path)
+
+    def full(entry: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.run, "log", full)
+    trainer.train()
+    assert trainer.step == 8
+    assert capsys.readouterr().out.count("the log cannot be written") == 1
+
+
 @pytest.mark.parametrize("part", ["model.safetensors", "trainer.pt"])
 def test_a_file_that_cannot_be_written(part: str, tmp_path: Path) -> None:
     """Every size at which a file may grow too large; the earlier checkpoint stays and loads."""
