@@ -258,7 +258,10 @@ class Kernel {
     const int64_t width = padded(t.taps);
     for (int lane = 0; lane < kWidth; ++lane) {
       const int64_t frame = g.frame[lane], first = c.framing.first(frame);
-      if (c.sample_stride == 1 && first >= 0 && first + t.taps <= samples &&
+      // frames beyond the clip's own, which only a stretch asks for, are silent: uncentred, the
+      // window of one may still lie inside the clip, though its n_fft samples do not
+      const bool silent = frame >= frames;
+      if (!silent && c.sample_stride == 1 && first >= 0 && first + t.taps <= samples &&
           first + width <= c.samples) {
         rows[lane] = wav + first;
         continue;
@@ -266,9 +269,7 @@ class Kernel {
       float* row = s.rows + lane * width;
       rows[lane] = row;
       for (int64_t i = 0; i < width; ++i) {
-        // frames beyond the clip's own, which only a stretch asks for, are silent
-        const bool known = i < t.taps && frame < frames;
-        const int64_t at = known ? c.framing.source(first + i, samples) : -1;
+        const int64_t at = i < t.taps && !silent ? c.framing.source(first + i, samples) : -1;
         row[i] = at < 0 ? 0.0f : wav[at * c.sample_stride];
       }
     }
@@ -334,6 +335,10 @@ class Kernel {
     }
   }
 
+  // Packed transform: even taps are real parts, odd ones imaginary. A call, because g++ 12 with
+  // -fsanitize=undefined compiles (a ? b : c)[i / 2] wrong; see the op's README.
+  MUSICLM_FAST_INLINE vfloat* packed_part(int tap) const { return tap % 2 == 0 ? s.re : s.im; }
+
   void fft(vfloat* re, vfloat* im) const {
     for (int stage = 0; stage < t.stages; ++stage) {
       spectrogram::fft_stage(re, im, t, stage, 0, 1);
@@ -353,9 +358,7 @@ class Kernel {
       return;
     }
     for (int n = t.taps / 2; n < t.length; ++n) s.re[n] = s.im[n] = vzero();
-    load_taps(g, 0.5f, [&](int tap, vfloat value) {
-      (tap % 2 == 0 ? s.re : s.im)[tap / 2] = value;
-    });
+    load_taps(g, 0.5f, [&](int tap, vfloat value) { packed_part(tap)[tap / 2] = value; });
     fft(s.re, s.im);
     const float* turns = t.numbers + t.split;
     for (int k = 0; k <= t.length / 2; ++k) {
@@ -520,7 +523,7 @@ class Kernel {
       });
     } else if (t.packed) {
       packed_adjoint(re, im);
-      to_rows(0.5f, [&](int tap) { return (tap % 2 == 0 ? s.re : s.im)[t.order[tap / 2]]; });
+      to_rows(0.5f, [&](int tap) { return packed_part(tap)[t.order[tap / 2]]; });
     } else {
       for (int n = 0; n < t.length; ++n) s.re[n] = n < t.bins ? re[n] : vzero();
       for (int n = 0; n < t.length; ++n) s.im[n] = n < t.bins ? im[n] : vzero();

@@ -47,7 +47,6 @@ status = _extension.extension_status()
 assert status.loaded, status.reason
 assert status.facts['sanitize'] == 'address,undefined', status.facts
 print('instrumented library at SIMD level', _extension.simd_level())"
-# The spectrogram is left out: instrumented, its FFT gives other values (and no finding), see its README.
 # pytest ends with 5 where no test of a C++ backend exists.
-LD_PRELOAD=$runtime "$PYTHON" -m pytest -p no:cacheprovider tests/ops -k "cpp and not spectrogram" -m "not gpu" \
+LD_PRELOAD=$runtime "$PYTHON" -m pytest -p no:cacheprovider tests/ops -k cpp -m "not gpu" \
   --timeout 1200 || [ $? -eq 5 ]
