@@ -1,0 +1,187 @@
+"""The spectrogram op on a GPU against a copy and torchaudio's chain, 64 clips of 10 s at 16 kHz.
+
+``python -m benchmarks.run --mode gpu spectrogram_gpu`` (part of ``make bench-gpu``) measures
+values, values and gradient, and log-mel, for 24 of 128 and 400 of 512 samples, with a fifth of both
+axes masked:
+
+ours              the CUDA kernels
+copy              a copy of as many bytes as must be moved (waveform read, spectrogram written)
+torchaudio        its Spectrogram, mel filters, logarithm and masks, where it can be imported
+torch             the op's definition, the same steps in torch
+torch (compiled)  that, through torch.compile
+
+Values and gradient are compared with the float64 definition first: without agreement there is no
+speed. Masks, window and filters lie on the device beforehand, for every contender. Goals: 70% of
+the copy's bandwidth at 24 of 128, 50% at 400 of 512, and a fifth of torchaudio's time. Runs without
+a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench_spectrogram as common
+from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast import testing
+from musiclm_fast.ops import mel_filters, spectrogram
+
+VARIANTS = ("values", "values and gradient", "log-mel")
+REPEATS = 10  # runs that are timed together: one is shorter than what a timer costs
+Run = Callable[[], Any]
+
+
+def options(n_fft: int, samples: int, device: str, log_mel: bool) -> dict[str, Any]:
+    """Keyword arguments of the op, on the device."""
+    sizes = common.FRONT_ENDS[n_fft]
+    bands, frames = n_fft // 2 + 1, samples // sizes["hop_length"] + 1
+    found = dict(sizes, window=torch.hann_window(sizes["win_length"], device=device))
+    if log_mel:
+        bands = 64
+        found |= dict(mel=mel_filters(16_000, n_fft, bands).to(device), log_offset=1e-6)
+    for name, size in (("freq_mask", bands), ("time_mask", frames)):
+        span = [size // 4, size // 4 + size // 5]
+        found[name] = torch.tensor([[span]], device=device)
+    return found
+
+
+def check_parity(n_fft: int, samples: int, device: str, backend: str, log_mel: bool) -> None:
+    """Raise AssertionError where ours is not as exact as the same-dtype torch path."""
+    wav = torch.randn(2, samples, generator=torch.Generator().manual_seed(1)).to(device)
+    given = options(n_fft, samples, device, log_mel)
+    found = []
+    for name, dtype in (
+        (backend, torch.float32),
+        ("torch", torch.float32),
+        ("torch", torch.float64),
+    ):
+        to = {
+            key: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for key, value in given.items()
+        }
+        signal = wav.to(dtype).requires_grad_()
+        out = spectrogram(signal, backend=name, **to)
+        weights = torch.sin(torch.arange(out.numel(), device=device)).view(out.shape).to(dtype)
+        found.append((out.detach(), *torch.autograd.grad(out, signal, weights)))
+    testing.assert_close_to_oracle("values", *(f[0] for f in found))
+    if not log_mel:  # the derivative of the logarithm of a faint band is noise in any float32
+        testing.assert_close_to_oracle("gradient", *(f[1] for f in found))
+
+
+def torchaudio_chain(wav: Tensor, given: dict[str, Any]) -> Tensor:
+    """torchaudio's steps with the same window and masks."""
+    import torchaudio
+
+    out = torchaudio.functional.spectrogram(
+        wav,
+        0,
+        given["window"],
+        given["n_fft"],
+        given["hop_length"],
+        given["win_length"],
+        2.0,
+        False,
+    )
+    if "mel" in given:
+        out = (out.transpose(1, 2) @ given["mel"]).transpose(1, 2).add(given["log_offset"]).log()
+    for axis, name in ((1, "freq_mask"), (2, "time_mask")):
+        place = torch.arange(out.shape[axis], device=wav.device)
+        inside = (place >= given[name][0, 0, 0]) & (place < given[name][0, 0, 1])
+        out = out.masked_fill(inside[:, None] if axis == 1 else inside, 0.0)
+    return out
+
+
+def contenders(
+    wav: Tensor, given: dict[str, Any], gradient: bool, backend: str, repeats: int
+) -> dict[str, Contender]:
+    """Name -> what is timed, ``repeats`` runs at once."""
+    gpu = wav.device.type == "cuda"
+    with torch.no_grad():
+        weights = torch.randn_like(spectrogram(wav, backend=backend, **given))
+    traffic = 4.0 * (wav.numel() + weights.numel())
+    if gradient:  # reads the waveform and the spectrogram's gradient, writes the waveform's
+        traffic += 4.0 * (2 * wav.numel() + weights.numel())
+
+    def contender(make: Callable[[], Run], role: str = "peer") -> Contender:
+        return Contender(
+            lambda: functools.partial(_repeat, repeats, make()),
+            memory=(lambda: harness.gpu_memory(make)) if gpu else None,
+            traffic=traffic, role=role,
+        )  # fmt: skip
+
+    def run(function: Callable[[Tensor], Tensor]) -> Run:
+        if gradient:
+            return lambda: torch.autograd.grad(function(wav), wav, weights)
+        return torch.no_grad()(lambda: function(wav))
+
+    def copy() -> Run:
+        source = torch.zeros(int(traffic) // 8, device=wav.device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def torchaudio() -> Run:
+        try:
+            import torchaudio  # noqa: F401
+        except (ImportError, OSError):  # its binary may want another torch
+            common.load_torchaudio()
+        return run(functools.partial(torchaudio_chain, given=given))
+
+    definition = functools.partial(spectrogram, backend="torch", check_finite=False, **given)
+    ours = functools.partial(spectrogram, backend=backend, check_finite=False, **given)
+    found = {
+        "ours": contender(lambda: run(ours), "ours"),
+        "copy": contender(copy, "bound"),
+        "torchaudio": contender(torchaudio),
+        "torch": contender(lambda: run(definition)),
+    }
+    if gpu:
+        found["torch (compiled)"] = contender(lambda: run(torch.compile(definition)))
+    return found
+
+
+def measure(n_fft: int, variant: str, settings: Settings, backend: str = "cuda") -> list[Result]:
+    """One front end, values or values and gradient."""
+    device = settings.device
+    clips, samples = settings.pick((common.CLIPS, common.SAMPLES), tiny=(1, 8000))
+    repeats = settings.pick(REPEATS, tiny=1)
+    log_mel, gradient = variant == "log-mel", "gradient" in variant
+    window = f"window {common.FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
+    wav = torch.randn(clips, samples, device=device, requires_grad=gradient)
+    given = options(n_fft, samples, device, log_mel)
+    found = harness.measure(
+        "spectrogram", f"{window}, {variant}, {clips} x {samples / 16_000:g} s",
+        contenders(wav, given, gradient, backend, repeats), settings,
+        check=lambda: check_parity(n_fft, min(samples, 16_000), device, backend, log_mel),
+        rounds=7, warmup=2,
+        headline=f"spectrogram with masks, {clips} clips of 10 s, {window}"
+        if variant == "values" else "",
+    )  # fmt: skip
+    return [dataclasses.replace(r, seconds=[s / repeats for s in r.seconds]) for r in found]
+
+
+def _repeat(times: int, run: Run) -> None:
+    for _ in range(times):
+        run()
+
+
+def results(settings: Settings) -> list[Result]:
+    """Every front end and variant on a GPU; on a CPU tiny ones of the C++ kernel, to run these
+    lines."""
+    if settings.mode != "gpu":
+        return []
+    backend = "cuda" if settings.device == "cuda" else "cpp"
+    return [
+        result
+        for n_fft in common.FRONT_ENDS
+        for variant in VARIANTS
+        if n_fft == 512 or variant != "log-mel"  # 64 mel bands of 65 bins say nothing
+        for result in measure(n_fft, variant, settings, backend)
+    ]
