@@ -53,7 +53,7 @@ def main() -> None:
         for axis, (title, picture) in zip(row, pictures.items(), strict=True):
             axis.imshow(
                 picture[0], origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma",
-                extent=(0, 4, 0, config.bands), interpolation="nearest",
+                extent=(0, 4, 0, config.bands), interpolation="antialiased",
             )  # fmt: skip
             axis.set(title=title, xlabel="seconds", ylabel="band")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
