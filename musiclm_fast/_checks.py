@@ -27,7 +27,13 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    shown = repr(value)
+    if len(shown) > 120:
+        shown = f"{shown[:120]}..."
+    return f"{shown} ({kind})"
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -97,27 +103,41 @@ def check_positive_int(name: str, value: int) -> None:
         fail(name, repr(value), "an integer above 0")
 
 
+def check_not_negative_int(name: str, value: int) -> None:
+    """``value`` is an integer of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        fail(name, repr(value), "an integer of at least 0")
+
+
 def check_probability(name: str, value: float) -> None:
     """``value`` lies in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         fail(name, repr(value), "a probability in [0, 1)")
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """``value`` holds no NaN or infinity; the message names the first bad sample.
+def check_finite_clips(
+    name: str, value: Tensor, lengths: Tensor | None = None, time_axis: int = 1
+) -> None:
+    """No clip of ``value (B, ...)`` holds NaN or infinity; the message names the first that does.
 
-    Reads the values, so it runs on CPU tensors only, and not while compiling.
+    Reads the values, so on a GPU it waits for the device. Does nothing while compiling.
+
+    Args:
+        lengths: ``(B,)``: only that many entries of the time axis are a clip's own.
+        time_axis: axis that lengths count along.
     """
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+    if torch.compiler.is_compiling() or value.numel() == 0:
         return
-    # A sum is finite unless a term is not (or it overflows, which the second look sorts out).
-    if torch.isfinite(value.detach().sum()):
+    value = value.detach()
+    # A sum is finite unless a term is not (or it overflows, or the term is beyond its clip's end:
+    # the second look sorts those out).
+    if torch.isfinite(value.sum(dtype=torch.promote_types(value.dtype, torch.float32))):
         return
-    bad = ~torch.isfinite(value.detach()).flatten(1).all(dim=1)
-    if bad.any():
-        fail(
-            name,
-            f"NaN or infinity in sample {int(bad.nonzero()[0])}",
-            "finite values",
-            NonFiniteError,
-        )
+    bad = (~torch.isfinite(value)).movedim(time_axis, 1)[..., None].flatten(2).any(dim=2)  # (B, T)
+    if lengths is not None:
+        own = torch.arange(bad.shape[1], device=value.device) < lengths.to(value.device)[:, None]
+        bad = bad & own
+    clips = bad.any(dim=1).nonzero()
+    if len(clips):
+        found = f"NaN or infinity in clip {int(clips[0])}"
+        fail(name, found, "finite samples", NonFiniteError)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import (
     check_dtype,
-    check_finite,
+    check_finite_clips,
     check_floating,
     check_ndim,
+    check_positive_int,
     check_probability,
     check_shape,
     describe,
@@ -32,7 +33,6 @@ from musiclm_fast.models.front_end import (
 from musiclm_fast.models.layers import LayerNorm, OffsetBias, Transformer
 from musiclm_fast.models.sound import as_batch, similar_lengths
 from musiclm_fast.ops import grid_codes, grid_offsets
-from musiclm_fast.ops.spectrogram.op import check_finite_clips
 from musiclm_fast.ops.spectrogram.reference import span_mask
 
 _REFERENCE = FrontEnd()
@@ -121,17 +121,23 @@ class AudioSpectrogramTransformer(nn.Module):
         if depth < 1:
             fail("depth", depth, "at least 1")
         check_probability("patch_dropout_prob", patch_dropout_prob)
-        asked = FrontEnd(
-            n_fft=spec_n_fft, win_length=spec_win_length, hop_length=spec_hop_length,
-            pad=spec_pad, center=spec_center, pad_mode=spec_pad_mode, power=spec_power,
-            freq_mask=spec_aug_freq_mask, time_mask=spec_aug_time_mask,
-        )  # fmt: skip
+        try:
+            asked = FrontEnd(
+                n_fft=spec_n_fft, win_length=spec_win_length, hop_length=spec_hop_length,
+                pad=spec_pad, center=spec_center, pad_mode=spec_pad_mode, power=spec_power,
+                freq_mask=spec_aug_freq_mask, time_mask=spec_aug_time_mask,
+            )  # fmt: skip
+        except (ValueError, TypeError) as error:  # its names with our prefixes
+            prefix = "spec_aug_" if "_mask: " in str(error) else "spec_"
+            raise type(error)(f"{prefix}{error}") from None
         if front_end is not None and asked != _REFERENCE:
             fail("front_end", repr(front_end), "None beside spec_ arguments: give one of the two")
         self.front_end = asked if front_end is None else resolve_front_end(front_end)
         self.dim = dim
         self.depth = depth
         self.patch_size = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        for size in self.patch_size:
+            check_positive_int("patch_size", size)
         if not accept_spec and self.front_end.bands < self.patch_size[0]:
             fail("patch_size", patch_size, f"at most the {self.front_end.bands} bands of a clip")
         self.accept_spec = accept_spec
@@ -244,6 +250,11 @@ class AudioSpectrogramTransformer(nn.Module):
         if x.shape[0] == 0:
             fail("x", "an empty batch", "at least one clip")
 
+    @property
+    def shortest_clip(self) -> int:
+        """Samples of the shortest waveform that makes a patch."""
+        return self.spec.samples(self.patch_size[1])
+
     def _time_axis(self) -> int:
         return 1 if not self.accept_spec or self.accept_spec_time_first else 2
 
@@ -262,15 +273,15 @@ class AudioSpectrogramTransformer(nn.Module):
         frames = self._frames(samples)
         bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
         tall, wide = self.patch_size
+        needed = f"at least one patch of {tall} bands and {wide} frames"
+        if not self.accept_spec:
+            needed += f" ({self.shortest_clip} samples)"
         if bands < tall or frames < wide:
-            fail(
-                "x",
-                f"{describe(x)}, a spectrogram of {bands} bands and {frames} frames",
-                f"at least one patch of {tall} bands and {wide} frames",
-            )
-        if lengths is None or self.accept_spec:
-            check_finite("x", x)
+            found = f"{describe(x)}, a spectrogram of {bands} bands and {frames} frames"
+            fail("x", found, needed)
         if lengths is None:
+            if x.device.type == "cpu":
+                check_finite_clips("x", x)
             return None
         check_shape("lengths", lengths, (x.shape[0],), "(B,)")
         check_dtype("lengths", lengths, (torch.int64, torch.int32))
@@ -282,10 +293,9 @@ class AudioSpectrogramTransformer(nn.Module):
                 if length > samples:
                     fail("lengths", f"{length} of clip {clip}", f"at most the {samples} of x")
                 if own_frames < wide:
-                    found = f"{length} of clip {clip}, {own_frames} frames"
-                    fail("lengths", found, f"at least one patch of {wide} frames")
-            if not self.accept_spec:
-                check_finite_clips("x", x, lengths)
+                    fail("lengths", f"{length} of clip {clip}, {own_frames} frames", needed)
+        if x.device.type == "cpu" and lengths.device.type == "cpu":
+            check_finite_clips("x", x, lengths, self._time_axis())
         return own
 
     def _draw_augmentation(

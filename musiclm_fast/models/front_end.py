@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
+from musiclm_fast._checks import (
+    check_choice,
+    check_not_negative_int,
+    check_positive,
+    check_positive_int,
+    fail,
+)
 from musiclm_fast.ops import mel_filters, spectrogram
-from musiclm_fast.ops.spectrogram.reference import num_frames
+from musiclm_fast.ops.spectrogram.op import PAD_MODES, shortest_clip
+from musiclm_fast.ops.spectrogram.reference import check_mel_edges, num_frames
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,25 @@ class FrontEnd:
     time_stretch: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.sample_hz is not None:
+            check_positive_int("sample_hz", self.sample_hz)
         check_positive_int("n_fft", self.n_fft)
         check_positive_int("win_length", self.win_length)
         if self.win_length > self.n_fft:
             fail("win_length", self.win_length, f"at most n_fft = {self.n_fft}")
         if self.hop_length is not None:
             check_positive_int("hop_length", self.hop_length)
+        check_not_negative_int("pad", self.pad)
+        check_choice("pad_mode", self.pad_mode, PAD_MODES)
+        check_positive("power", self.power)
         check_positive("std", self.std)
+        if self.log_offset is not None:
+            check_positive("log_offset", self.log_offset)
         if self.n_mels is not None:
+            check_positive_int("n_mels", self.n_mels)
             if self.sample_hz is None:
                 fail("sample_hz", None, "a rate in Hz, which mel bands need")
-            nyquist = self.sample_hz / 2
-            if self.f_max is not None and not self.f_min < self.f_max <= nyquist:
-                fail("f_max", self.f_max, f"above f_min and at most the Nyquist rate {nyquist} Hz")
+            check_mel_edges(self.sample_hz, self.f_min, self.f_max)
         for name in ("freq_mask", "time_mask"):
             value = getattr(self, name)
             if value < 0 or (isinstance(value, float) and value >= 1):
@@ -132,6 +145,13 @@ class Spectrogram(nn.Module):
         """Frames of a clip of ``samples`` samples."""
         c = self.config
         return num_frames(samples, c.n_fft, self.hop_length, c.pad, c.center)
+
+    def samples(self, frames: int) -> int:
+        """Samples of the shortest clip of ``frames`` frames."""
+        c = self.config
+        padding = 2 * c.pad + (c.n_fft // 2 * 2 if c.center else 0)
+        least = (frames - 1) * self.hop_length + c.n_fft - padding
+        return max(least, shortest_clip(c.n_fft, c.pad, c.center, c.pad_mode))
 
     def own_frames(self, lengths: Tensor) -> Tensor:
         """Frames of each clip of ``lengths`` samples."""
@@ -228,8 +248,3 @@ def draw_stretch(config: FrontEnd, batch: int, device: torch.device) -> Tensor |
     rows, draw_on = (batch, device) if config.masks_per_sample else (1, torch.device("cpu"))
     drawn = torch.rand(rows, device=draw_on).to(device).expand(batch)
     return 1.0 + config.time_stretch * (2.0 * drawn - 1.0)
-
-
-def with_masks(config: FrontEnd, freq_mask: int | float, time_mask: int | float) -> FrontEnd:
-    """The configuration with other mask sizes."""
-    return replace(config, freq_mask=freq_mask, time_mask=time_mask)

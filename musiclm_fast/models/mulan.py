@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import (
+    NonFiniteError,
     check_floating,
     check_ndim,
     check_positive,
@@ -236,8 +237,14 @@ class MuLaN(nn.Module):
         check_positive("window_seconds", window_seconds)
         check_positive("stride_seconds", stride_seconds)
         check_positive_int("batch_size", batch_size)
+        shortest = self.audio.shortest_clip
+        window = round(window_seconds * rate)
+        if window < shortest:
+            fail("window_seconds", window_seconds, f"at least {shortest / rate} s, one patch")
         wav = self._mono(sound, rate, input_sample_hz, mix_down)
-        window = min(round(window_seconds * rate), len(wav))
+        if len(wav) < shortest:
+            fail("sound", f"{len(wav) / rate:.3f} s", f"at least {shortest / rate} s, one patch")
+        window = min(window, len(wav))
         stride = max(1, round(stride_seconds * rate))
         last = len(wav) - window
         starts = [*range(0, last, stride), last]
@@ -264,13 +271,17 @@ class MuLaN(nn.Module):
         # (samples,) at the tower's rate, on the model's device
         device = self.audio_to_latents.weight.device
         allowed = "mono, or mix_down=True"
-        if not isinstance(sound, Tensor):
+        if input_sample_hz is not None:
+            check_positive_int("input_sample_hz", input_sample_hz)
+        if isinstance(sound, (str, os.PathLike)):
             if input_sample_hz is not None:
                 fail("input_sample_hz", input_sample_hz, "None: a file knows its rate")
             read = read_sound(sound, rate)
             if read.file_channels > 1 and not mix_down:
                 fail("sound", f"{read.file_channels} channels in {os.fspath(sound)!r}", allowed)
             return read.wav.to(device)
+        if not isinstance(sound, Tensor):
+            fail("sound", describe(sound), "a file's path or a torch.Tensor", TypeError)
         check_ndim("sound", sound, (1, 2), "(samples,) or (channels, samples)")
         check_floating("sound", sound)
         if sound.ndim == 2:
@@ -279,6 +290,9 @@ class MuLaN(nn.Module):
             sound = sound.mean(dim=0)
         if not len(sound):
             fail("sound", describe(sound), "at least one sample")
+        if sound.device.type == "cpu" and not sound.isfinite().all():
+            bad = int((~sound.isfinite()).nonzero()[0])
+            fail("sound", f"NaN or infinity in sample {bad}", "finite samples", NonFiniteError)
         changed = resample(
             sound.detach(), rate if input_sample_hz is None else input_sample_hz, rate
         )

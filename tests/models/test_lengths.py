@@ -141,6 +141,34 @@ def test_compiles_with_lengths(clips: list[Tensor]) -> None:
     )
 
 
+def test_the_shortest_clip_makes_one_patch_and_no_shorter_one_does() -> None:
+    options = dict(SMALL, patch_size=(8, 16))
+    for more in (
+        {}, dict(front_end="mulan"), dict(spec_center=False), dict(spec_pad=30),
+        dict(spec_n_fft=1024, spec_win_length=1024, spec_hop_length=10), dict(spec_win_length=25),
+    ):  # fmt: skip
+        tower = AudioSpectrogramTransformer(**options, **more).eval()
+        shortest = tower.shortest_clip
+        assert tower(torch.randn(1, shortest)).shape == (1, 32)
+        with pytest.raises(ValueError, match="samples"):
+            tower(torch.randn(1, shortest - 1))
+
+
+def test_no_value_is_read_back_from_the_device_to_draw_or_to_mask() -> None:
+    # a meta tensor has no values: reading one raises
+    meta, own = torch.device("meta"), torch.tensor([100, 40], device="meta")
+    config = dataclasses.replace(PRESETS["mulan"], time_stretch=0.1)
+    freq, time = draw_masks(config, 64, 100, 2, meta, own)
+    assert freq.device == time.device == draw_stretch(config, 2, meta).device == meta
+    assert freq.shape == time.shape == (2, 1, 2)
+    tower = AudioSpectrogramTransformer(**SMALL, front_end=config)
+    stretch, masks = tower._draw_augmentation(torch.empty(2, 16_000, device=meta), own)
+    assert stretch.device == masks[0].device == masks[1].device == meta
+    kept, count = tower._draw_kept(2, 4, 6, own, meta, drops=True)
+    assert kept.shape == (2, 18)
+    assert count.shape == (2,)
+
+
 def test_masks_per_sample_lie_within_each_clip() -> None:
     own = torch.tensor([1000, 100, 10])
     for seed in range(20):
@@ -269,12 +297,30 @@ def test_embed_audio_of_files(tmp_path: Any) -> None:
         (torch.zeros(0), "at least one sample"),
         (torch.zeros(9000, dtype=torch.int16), "floating-point"),
         (torch.full((9000,), torch.inf), "NaN or infinity"),
+        (torch.cat([torch.zeros(5), torch.full((9000,), torch.nan)]), "sound: .* in sample 5"),
         (torch.zeros(1, 1, 9000), r"\(samples,\)"),
+        (torch.zeros(1000), r"sound: got 0\.062 s, expected at least 0\.15 s"),
+        (np.zeros(9000), r"sound: got a ndarray of dtype float64 and shape \(9000,\)"),
     ],
 )
-def test_embed_audio_refuses(sound: Tensor, match: str) -> None:
+def test_embed_audio_refuses(sound: Any, match: str) -> None:
     with pytest.raises((ValueError, TypeError), match=match):
         make_mulan().embed_audio(sound)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(input_sample_hz=0), "input_sample_hz: got 0"),
+        (dict(window_seconds=0.1), r"window_seconds: got 0\.1, expected at least 0\.15 s"),
+        (dict(window_seconds=0.0), "window_seconds: got 0.0"),
+        (dict(stride_seconds=-1.0), "stride_seconds: got -1.0"),
+        (dict(batch_size=0), "batch_size: got 0"),
+    ],
+)
+def test_embed_audio_refuses_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make_mulan().embed_audio(torch.zeros(9000), **options)
 
 
 # bad input
@@ -298,6 +344,56 @@ def test_embed_audio_refuses(sound: Tensor, match: str) -> None:
 def test_bad_lengths(wavs: Any, lengths: Tensor | None, match: str) -> None:
     with pytest.raises((ValueError, TypeError), match=match):
         make_mulan().get_audio_latents(wavs, lengths=lengths)
+
+
+def test_nan_in_a_spectrogram_counts_within_lengths_only() -> None:
+    tower = AudioSpectrogramTransformer(**SMALL, accept_spec=True).eval()
+    specs = torch.randn(2, 100, 32)
+    specs[1, 60:] = torch.nan
+    out = tower(specs, lengths=torch.tensor([100, 60]))
+    torch.testing.assert_close(out[1], tower(specs[1:, :60])[0])
+    with pytest.raises(ValueError, match="x: got NaN or infinity in clip 1"):
+        tower(specs, lengths=torch.tensor([100, 61]))
+    with pytest.raises(ValueError, match="x: got NaN or infinity in clip 1"):
+        tower(specs)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("sample_hz: got 0", dict(sample_hz=0)),
+        ("hop_length: got 0", dict(hop_length=0)),
+        ("win_length: got 129, expected at most n_fft = 128", dict(win_length=129)),
+        ("pad: got -1", dict(pad=-1)),
+        ("pad_mode: got 'mirror'", dict(pad_mode="mirror")),
+        ("power: got 0", dict(power=0)),
+        ("log_offset: got 0.0", dict(log_offset=0.0)),
+        ("sample_hz: got None", dict(n_mels=8)),
+        ("n_mels: got 0", dict(n_mels=0, sample_hz=16_000)),
+        ("f_max: got 8001.0, .*Nyquist", dict(n_mels=8, sample_hz=16_000, f_max=8001.0)),
+        ("f_min: got -1.0", dict(n_mels=8, sample_hz=16_000, f_min=-1.0)),
+        ("time_mask: got 1.0", dict(time_mask=1.0)),
+    ],
+)
+def test_bad_front_end(match: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=match):
+        FrontEnd(**options)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("spec_hop_length: got 0", dict(spec_hop_length=0)),
+        ("spec_pad_mode: got 'mirror'", dict(spec_pad_mode="mirror")),
+        ("spec_aug_freq_mask: got -1", dict(spec_aug_freq_mask=-1)),
+        ("patch_size: got 0", dict(patch_size=(16, 0))),
+    ],
+)
+def test_bad_tower_arguments_are_named_as_the_tower_names_them(
+    match: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        AudioSpectrogramTransformer(**SMALL, **options)
 
 
 def test_similar_lengths() -> None:

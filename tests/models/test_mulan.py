@@ -252,10 +252,10 @@ def test_musiclm_keeps_the_most_similar_sample(quantizer, as_list):
     [
         (torch.randn(0, 4000), "empty batch"),
         (torch.randn(2, 2, 4000), r"\(B, samples\)"),
-        (torch.full((2, 4000), torch.nan), "NaN or infinity in sample 0"),
-        (torch.cat([torch.ones(1, 4000), torch.full((1, 4000), torch.inf)]), "in sample 1"),
+        (torch.full((2, 4000), torch.nan), "NaN or infinity in clip 0"),
+        (torch.cat([torch.ones(1, 4000), torch.full((1, 4000), torch.inf)]), "in clip 1"),
         (torch.ones(2, 4000, dtype=torch.int16), "floating-point"),
-        (torch.randn(2, 100), "at least one patch of 16 bands and 16 frames"),
+        (torch.randn(2, 100), r"at least one patch of 16 bands and 16 frames \(180 samples\)"),
     ],
 )
 def test_bad_audio(wavs, message):

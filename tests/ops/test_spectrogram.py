@@ -166,6 +166,24 @@ def test_cpp_stretch(simd_level: str, name: str, per_clip: bool, power: float) -
     check_parity(options, noise(3, 3000))
 
 
+# Uncentred: the window of the frame after the last fits into the clip, its n_fft samples do not.
+BEYOND = {
+    "reference 24 of 128": dict(center=False, stretch_rate=1.3, samples=128 + 240 * 12 + 11),
+    "mulan 400 of 512": dict(center=False, stretch_rate=1.3, samples=512 + 15 * 160 + 120),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("shorter", [False, True], ids=["whole", "lengths"])
+def test_cpp_stretch_reads_silence_beyond_the_last_frame(name: str, shorter: bool) -> None:
+    options = dict(SIZES[name], **BEYOND[name], window=random_window(SIZES[name]["win_length"]))
+    samples = options.pop("samples")
+    if shorter:
+        options["lengths"] = torch.tensor([samples, samples - 5 * options["hop_length"]])
+    check_parity(options, noise(2, samples + 500 if shorter else samples))
+
+
 @needs_library
 @pytest.mark.parametrize("name", ["reference 24 of 128", "mulan 400 of 512", "odd 75", "2048"])
 @pytest.mark.parametrize("per_sample", [False, True], ids=["one mask", "mask per clip"])
@@ -295,48 +313,87 @@ def test_cpp_same_result_whatever_the_number_of_threads() -> None:
 # torchaudio
 
 
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_library), "torch"])
+
+
+def check_torchaudio(
+    torchaudio: Any, backend: str, wav: Tensor, power: float, center: bool, **sizes: int
+) -> None:
+    """Values and gradient against torchaudio's Spectrogram and both its masks, same draws."""
+    chain = torch.nn.Sequential(
+        torchaudio.transforms.Spectrogram(**sizes, power=power, center=center, pad=3),
+        torchaudio.transforms.FrequencyMasking(20),
+        torchaudio.transforms.TimeMasking(9),
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        signal = wav.to(dtype).requires_grad_()
+        torch.manual_seed(7)
+        out = chain.to(dtype)(signal)
+        weights = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+        weights = weights * (out.double() ** (2 - power)).detach()
+        (grad,) = torch.autograd.grad(out, signal, weights.to(dtype))
+        results.append((out.detach(), grad))
+    masks = []
+    torch.manual_seed(7)  # torchaudio draws a value, then a start
+    for widest, size in ((20, results[0][0].shape[1]), (9, results[0][0].shape[2])):
+        value = torch.rand(1) * widest
+        start = torch.rand(1) * (size - value)
+        masks.append(torch.stack((start.long(), start.long() + value.long()), -1)[None])
+    signal = wav.clone().requires_grad_()
+    out = spectrogram(
+        signal, **sizes, power=power, center=center, pad=3, freq_mask=masks[0],
+        time_mask=masks[1], backend=backend,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out, signal, weights.float())
+    for name, *three in zip(("values", "gradient"), (out.detach(), grad), *results, strict=True):
+        assert_close_to_oracle(name, *three)
+
+
+TORCHAUDIO_SIZES = {
+    **{name: sizes for name, sizes in SIZES.items() if sizes["n_fft"] >= 64},
+    "25 of 64, hop 13": dict(n_fft=64, win_length=25, hop_length=13),
+    "65 of 65, hop 9": dict(n_fft=65, win_length=65, hop_length=9),
+    "255 of 256, hop 77": dict(n_fft=256, win_length=255, hop_length=77),
+    "701 of 1024, hop 151": dict(n_fft=1024, win_length=701, hop_length=151),
+    "1999 of 2048, hop 501": dict(n_fft=2048, win_length=1999, hop_length=501),
+}
+
+
 @pytest.mark.reference
-@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_library), "torch"])
-@pytest.mark.parametrize("sizes", list(SIZES.values())[:6], ids=list(SIZES)[:6])
+@BACKENDS
+@pytest.mark.parametrize("sizes", TORCHAUDIO_SIZES.values(), ids=TORCHAUDIO_SIZES)
 def test_torchaudio_spectrogram_and_masks(
     torchaudio: Any, backend: str, sizes: dict[str, int]
 ) -> None:
     wav = noise(2, 4000)
-    for power, center in ((2.0, True), (1.0, False)):
-        chain = torch.nn.Sequential(
-            torchaudio.transforms.Spectrogram(**sizes, power=power, center=center, pad=3),
-            torchaudio.transforms.FrequencyMasking(20),
-            torchaudio.transforms.TimeMasking(9),
-        )
-        results = []
-        for dtype in (torch.float32, torch.float64):
-            signal = wav.to(dtype).requires_grad_()
-            torch.manual_seed(7)
-            out = chain.to(dtype)(signal)
-            weights = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
-            weights = weights * (out.double() ** (2 - power)).detach()
-            (grad,) = torch.autograd.grad(out, signal, weights.to(dtype))
-            results.append((out.detach(), grad))
-        masks = []
-        torch.manual_seed(7)  # torchaudio draws a value, then a start
-        for widest, size in ((20, results[0][0].shape[1]), (9, results[0][0].shape[2])):
-            value = torch.rand(1) * widest
-            start = torch.rand(1) * (size - value)
-            masks.append(torch.stack((start.long(), start.long() + value.long()), -1)[None])
-        signal = wav.clone().requires_grad_()
-        out = spectrogram(
-            signal, **sizes, power=power, center=center, pad=3, freq_mask=masks[0],
-            time_mask=masks[1], backend=backend,
-        )  # fmt: skip
-        (grad,) = torch.autograd.grad(out, signal, weights.float())
-        for name, *three in zip(
-            ("values", "gradient"), (out.detach(), grad), *results, strict=True
-        ):
-            assert_close_to_oracle(name, *three)
+    for power, center in ((2.0, True), (1.0, True), (2.0, False), (1.0, False)):
+        check_torchaudio(torchaudio, backend, wav, power, center, **sizes)
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_library), "torch"])
+@BACKENDS
+@pytest.mark.parametrize("name", ["reference 24 of 128", "mulan 400 of 512", "2048"])
+def test_torchaudio_clips_from_shorter_than_a_window(
+    torchaudio: Any, backend: str, name: str
+) -> None:
+    sizes = SIZES[name]
+    # torch reflects n_fft // 2 samples of a clip with 3 zeros at both ends: the shortest it takes
+    shortest = sizes["n_fft"] // 2 + 1 - 6
+    for samples in (shortest, shortest + 1, sizes["n_fft"] - 1, sizes["n_fft"], 16_001):
+        check_torchaudio(torchaudio, backend, noise(2, samples), 2.0, True, **sizes)
+
+
+@pytest.mark.reference
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reference 24 of 128", "mulan 400 of 512", "2048"])
+def test_torchaudio_a_minute(torchaudio: Any, name: str) -> None:
+    check_torchaudio(torchaudio, "cpp", noise(1, 60 * 16_000), 2.0, True, **SIZES[name])
+
+
+@pytest.mark.reference
+@BACKENDS
 @pytest.mark.parametrize("rate", [0.8, 1.25])
 def test_torchaudio_time_stretch(torchaudio: Any, backend: str, rate: float) -> None:
     wav = noise(2, 4000)
@@ -529,6 +586,31 @@ def test_extra_memory_is_a_tenth_of_the_output(name: str) -> None:
     assert measured["extra"] <= 1.1 * measured["output"], measured
 
 
+# the GPU benchmark, on the CPU: does every line of it run?
+
+
+@needs_library
+@pytest.mark.reference
+def test_gpu_benchmark_runs(torchaudio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_spectrogram_gpu as bench
+    from benchmarks.harness import Settings
+
+    settings = Settings("gpu", "cpu", tiny=True)
+    found = bench.results(settings)
+    assert len({result.case for result in found}) == 5
+    assert {r.contender for r in found} == {"ours", "copy", "torchaudio", "torch"}
+    assert all(result.seconds and not result.reason for result in found)
+    assert bench.results(Settings()) == []
+
+    def wrong(wav: Tensor, backend: str, **options: Any) -> Tensor:
+        return spectrogram(wav, backend=backend, **options) * (1.001 if backend == "cpp" else 1.0)
+
+    monkeypatch.setattr(bench, "spectrogram", wrong)
+    found = bench.measure(128, "values", settings, "cpp")
+    assert "parity check failed: values: error" in found[0].reason
+    assert not any(result.seconds for result in found)
+
+
 # the CUDA blocks, run on the CPU (see spectrogram_blocks.cpp)
 
 
@@ -608,6 +690,9 @@ BLOCK_CASES: dict[str, dict[str, Any]] = {
             "magnitude, circular": dict(power=1.0, pad_mode="circular"),
             "replicate": dict(pad_mode="replicate", pad=3),
             "stretched": dict(stretch_rate=0.8),
+            "uncentred, stretched": dict(
+                center=False, stretch_rate=1.3, lengths=torch.tensor(LENGTHS)
+            ),
             "stretched per clip": dict(
                 stretch_rate=torch.tensor([0.7, 1.0, 1.9]), power=1.0, lengths=torch.tensor(LENGTHS)
             ),

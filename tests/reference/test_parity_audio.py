@@ -36,6 +36,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hop longer than the window": dict(spec_win_length=16, spec_hop_length=29, patch_size=8),
     "default hop of an odd window": dict(spec_win_length=31),
     "pad 13": dict(spec_pad=13),
+    "n_fft 512, 25 ms and 10 ms": dict(
+        spec_n_fft=512, spec_win_length=400, spec_hop_length=160, patch_size=(16, 6)
+    ),
+    "n_fft 1024, window and hop odd": dict(
+        spec_n_fft=1024, spec_win_length=701, spec_hop_length=151, patch_size=(16, 6)
+    ),
+    "n_fft 1024, not centred": dict(
+        spec_n_fft=1024,
+        spec_win_length=1023,
+        spec_hop_length=65,
+        spec_center=False,
+        patch_size=(32, 5),
+    ),
+    "n_fft 2048": dict(
+        spec_n_fft=2048, spec_win_length=2048, spec_hop_length=333, patch_size=(64, 3)
+    ),
     "not centred": dict(spec_center=False),
     "not centred, pad 50": dict(spec_center=False, spec_pad=50),
     "constant padding": dict(spec_pad_mode="constant"),

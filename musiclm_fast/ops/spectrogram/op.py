@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import (
-    NonFiniteError,
     check_choice,
     check_dtype,
+    check_finite_clips,
     check_floating,
     check_ndim,
+    check_not_negative_int,
     check_positive,
     check_positive_int,
     check_same_device,
@@ -116,11 +117,10 @@ def spectrogram(
     check_positive("std", std)
     if log_offset is not None:
         check_positive("log_offset", log_offset)
-    if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0:
-        fail("pad", repr(pad), "an integer of at least 0")
+    check_not_negative_int("pad", pad)
     batch, samples = wav.shape
     _check_stretch_rate(stretch_rate, batch)
-    _check_lengths(lengths, wav, _shortest_clip(n_fft, pad, center, pad_mode), n_fft)
+    _check_lengths(lengths, wav, shortest_clip(n_fft, pad, center, pad_mode), n_fft)
     n_freqs = n_fft // 2 + 1
     if mel is not None:
         check_shape("mel", mel, (n_freqs, None), "(n_fft // 2 + 1, bands)")
@@ -152,8 +152,8 @@ def spectrogram(
     return dispatcher.select(backend, wav.device, **arguments).run(**arguments)
 
 
-def _shortest_clip(n_fft: int, pad: int, center: bool, pad_mode: str) -> int:
-    # Fewest samples of a clip that has a frame and whose padding is defined.
+def shortest_clip(n_fft: int, pad: int, center: bool, pad_mode: str) -> int:
+    """Fewest samples of a clip that has a frame and whose padding is defined."""
     if not center:
         needed = n_fft
     else:
@@ -189,31 +189,6 @@ def _check_lengths(lengths: Tensor | None, wav: Tensor, shortest: int, n_fft: in
             fail("lengths", f"{length} of clip {clip}", f"at most the {samples} samples of wav")
         if length < shortest:
             fail("lengths", f"{length} of clip {clip}", allowed)
-
-
-def _first_bad_clip(wav: Tensor, lengths: Tensor | None) -> int | None:
-    bad = ~torch.isfinite(wav)
-    if lengths is not None:
-        bad &= torch.arange(wav.shape[1], device=wav.device) < lengths[:, None]
-    clips = bad.any(1).nonzero()
-    return int(clips[0]) if len(clips) else None
-
-
-def check_finite_clips(name: str, wav: Tensor, lengths: Tensor | None) -> None:
-    """No clip holds NaN or infinity within its length; the message names the first that does.
-
-    Reads the values, so on a GPU it waits for the device. Does nothing while compiling.
-    """
-    if torch.compiler.is_compiling():
-        return
-    # A sum is finite unless a term is not (or it overflows, or the term is beyond its clip's end:
-    # the second look sorts those out).
-    with torch.no_grad():
-        if torch.isfinite(wav.sum(dtype=torch.promote_types(wav.dtype, torch.float32))):
-            return
-        clip = _first_bad_clip(wav, lengths)
-    if clip is not None:
-        fail(name, f"NaN or infinity in clip {clip}", "finite samples", NonFiniteError)
 
 
 dispatcher = Dispatcher(

@@ -40,11 +40,7 @@ def mel_filters(
     check_positive_int("sample_hz", sample_hz)
     check_positive_int("n_fft", n_fft)
     check_positive_int("n_mels", n_mels)
-    f_max = sample_hz / 2 if f_max is None else f_max
-    if not 0 <= f_min < f_max:
-        fail("f_min", f_min, f"at least 0 and below f_max = {f_max} Hz")
-    if f_max > sample_hz / 2:
-        fail("f_max", f_max, f"at most the Nyquist frequency {sample_hz / 2} Hz")
+    f_max = check_mel_edges(sample_hz, f_min, f_max)
     bins = torch.linspace(0, sample_hz / 2, n_fft // 2 + 1, dtype=torch.float64)
     low, high = (2595.0 * torch.log10(torch.tensor(1.0 + f / 700.0, dtype=torch.float64))
                  for f in (f_min, f_max))  # fmt: skip
@@ -55,6 +51,17 @@ def mel_filters(
     rising = -slopes[:, :-2] / width[:-1]
     falling = slopes[:, 2:] / width[1:]
     return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+def check_mel_edges(sample_hz: int, f_min: float, f_max: float | None) -> float:
+    """The upper edge of mel bands in Hz, once both edges are checked; see :func:`mel_filters`."""
+    nyquist = sample_hz / 2
+    f_max = nyquist if f_max is None else f_max
+    if not f_max <= nyquist:
+        fail("f_max", f_max, f"at most the Nyquist frequency {nyquist} Hz")
+    if not 0 <= f_min < f_max:
+        fail("f_min", f_min, f"at least 0 and below f_max = {f_max} Hz")
+    return f_max
 
 
 def stretch_time(magnitudes: Tensor, rate: float | Tensor, frames: int) -> Tensor:
