@@ -125,11 +125,11 @@ def compare(n_fft: int, clips: int, rounds: int, variant: str) -> dict[str, floa
 
 def memory(n_fft: int, run: Callable[[int, Tensor], Tensor]) -> dict[str, float]:
     """Extra peak memory and size of the output in bytes; call in a fresh process."""
-    wav = torch.randn(8, SAMPLES)
+    wav = torch.randn(CLIPS, SAMPLES)
     run(n_fft, wav[:1, :4000])  # threads, tables and code pages are there
     extra = harness.extra_memory(lambda: lambda: run(n_fft, wav))
     bands, hop = n_fft // 2 + 1, FRONT_ENDS[n_fft]["hop_length"]
-    size = 4 * 8 * bands * (SAMPLES // hop + 1)
+    size = 4 * CLIPS * bands * (SAMPLES // hop + 1)
     return {"extra": extra, "output": size}
 
 
@@ -226,7 +226,7 @@ def results(settings: Settings) -> list[Result]:
 
 
 def _memory_of_a_batch(which: str, n_fft: int) -> int:
-    # beyond the waveforms, of 8 clips
+    # beyond the waveforms
     return int(harness.in_fresh_process("benchmarks.bench_spectrogram", which, str(n_fft))["extra"])
 
 
