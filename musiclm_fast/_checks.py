@@ -141,3 +141,11 @@ def check_finite_clips(
     if len(clips):
         found = f"NaN or infinity in clip {int(clips[0])}"
         fail(name, found, "finite samples", NonFiniteError)
+
+
+def check_finite(
+    name: str, value: Tensor, lengths: Tensor | None = None, time_axis: int = 1
+) -> None:
+    """:func:`check_finite_clips` of a CPU tensor; on another device nothing is read."""
+    if value.device.type == "cpu":
+        check_finite_clips(name, value, lengths, time_axis)

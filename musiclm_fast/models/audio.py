@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import (
     check_dtype,
-    check_finite_clips,
+    check_finite,
     check_floating,
     check_ndim,
     check_positive_int,
@@ -280,8 +280,7 @@ class AudioSpectrogramTransformer(nn.Module):
             found = f"{describe(x)}, a spectrogram of {bands} bands and {frames} frames"
             fail("x", found, needed)
         if lengths is None:
-            if x.device.type == "cpu":
-                check_finite_clips("x", x)
+            check_finite("x", x)
             return None
         check_shape("lengths", lengths, (x.shape[0],), "(B,)")
         check_dtype("lengths", lengths, (torch.int64, torch.int32))
@@ -294,8 +293,8 @@ class AudioSpectrogramTransformer(nn.Module):
                     fail("lengths", f"{length} of clip {clip}", f"at most the {samples} of x")
                 if own_frames < wide:
                     fail("lengths", f"{length} of clip {clip}, {own_frames} frames", needed)
-        if x.device.type == "cpu" and lengths.device.type == "cpu":
-            check_finite_clips("x", x, lengths, self._time_axis())
+        if lengths.device.type == "cpu":
+            check_finite("x", x, lengths, self._time_axis())
         return own
 
     def _draw_augmentation(

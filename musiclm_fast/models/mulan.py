@@ -237,13 +237,13 @@ class MuLaN(nn.Module):
         check_positive("window_seconds", window_seconds)
         check_positive("stride_seconds", stride_seconds)
         check_positive_int("batch_size", batch_size)
-        shortest = self.audio.shortest_clip
+        shortest = getattr(self.audio, "shortest_clip", 1)  # not every tower makes patches
         window = round(window_seconds * rate)
         if window < shortest:
-            fail("window_seconds", window_seconds, f"at least {shortest / rate} s, one patch")
+            fail("window_seconds", window_seconds, f"at least {shortest / rate} s")
         wav = self._mono(sound, rate, input_sample_hz, mix_down)
         if len(wav) < shortest:
-            fail("sound", f"{len(wav) / rate:.3f} s", f"at least {shortest / rate} s, one patch")
+            fail("sound", f"{len(wav) / rate:.3f} s", f"at least {shortest / rate} s")
         window = min(window, len(wav))
         stride = max(1, round(stride_seconds * rate))
         last = len(wav) - window
