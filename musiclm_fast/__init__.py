@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from musiclm_fast.models.convert import from_reference
     from musiclm_fast.models.front_end import FrontEnd
+    from musiclm_fast.models.hugging_face import HuggingFaceAudio, HuggingFaceText
     from musiclm_fast.models.mulan import MuLaN
     from musiclm_fast.models.musiclm import MusicLM
     from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "AudioSpectrogramTransformer": "models.audio",
     "FrontEnd": "models.front_end",
+    "HuggingFaceAudio": "models.hugging_face",
+    "HuggingFaceText": "models.hugging_face",
     "MuLaN": "models.mulan",
     "MuLaNEmbedQuantizer": "models.quantizer",
     "MuLaNTrainer": "training.trainer",
@@ -42,6 +45,8 @@ _HOMES = {
 __all__ = [
     "AudioSpectrogramTransformer",
     "FrontEnd",
+    "HuggingFaceAudio",
+    "HuggingFaceText",
     "MuLaN",
     "MuLaNEmbedQuantizer",
     "MuLaNTrainer",

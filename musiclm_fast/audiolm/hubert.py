@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
-from musiclm_fast.audiolm.hugging_face import transformers_class
 from musiclm_fast.models.clustering import kmeans, nearest
 from musiclm_fast.models.resample import resample
+from musiclm_fast.models.transformers_class import transformers_class
 
 
 class HubertWithKmeans(nn.Module):

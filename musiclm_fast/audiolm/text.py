@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
-from musiclm_fast.audiolm.hugging_face import transformers_class
+from musiclm_fast.models.transformers_class import transformers_class
 
 DEFAULT_T5_NAME = "google/t5-v1_1-base"
 MAX_TOKENS = 256

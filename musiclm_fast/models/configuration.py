@@ -26,8 +26,14 @@ DEFAULT_TOWERS = {"audio": "AudioSpectrogramTransformer", "text": "TextTransform
 
 # kind of tower, class name: the class, or the module of this package that registers it
 _TOWERS: dict[str, dict[str, type[nn.Module] | str]] = {
-    "audio": {"AudioSpectrogramTransformer": AudioSpectrogramTransformer},
-    "text": {"TextTransformer": TextTransformer},
+    "audio": {
+        "AudioSpectrogramTransformer": AudioSpectrogramTransformer,
+        "HuggingFaceAudio": "musiclm_fast.models.hugging_face",
+    },
+    "text": {
+        "TextTransformer": TextTransformer,
+        "HuggingFaceText": "musiclm_fast.models.hugging_face",
+    },
 }
 
 

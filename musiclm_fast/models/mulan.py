@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from musiclm_fast.models.contrastive import (
 from musiclm_fast.models.sound import read_sound, resample
 from musiclm_fast.models.text import TextTransformer
 
+if TYPE_CHECKING:
+    from musiclm_fast.models.hugging_face import HuggingFaceAudio, HuggingFaceText
+
 
 class MuLaN(nn.Module):
     """Joint embedding of music and text, learned by contrast. https://arxiv.org/abs/2208.12415
@@ -51,8 +54,8 @@ class MuLaN(nn.Module):
     @record_arguments
     def __init__(
         self,
-        audio_transformer: AudioSpectrogramTransformer,
-        text_transformer: TextTransformer,
+        audio_transformer: AudioSpectrogramTransformer | HuggingFaceAudio,
+        text_transformer: TextTransformer | HuggingFaceText,
         dim_latent: int = 128,
         decoupled_contrastive_learning: bool = True,
         hierarchical_contrastive_loss: bool = False,

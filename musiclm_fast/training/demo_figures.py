@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.front_end import draw_masks
 from musiclm_fast.training.metrics import collapsed_loss
 
@@ -62,7 +63,7 @@ def _mel_ticks(config: Any, wanted: tuple[int, ...]) -> list[float]:
 def spectrograms(run: DemoRun, count: int = 3) -> None:
     """What the audio tower sees of a few training notes, in evaluation and in training."""
     plt = pyplot()
-    audio, data = run.mulan.audio, run.data
+    audio, data = cast(AudioSpectrogramTransformer, run.mulan.audio), run.data
     config = audio.front_end
     train = data.parts["train"]
     pitches = np.unique(data.notes.pitch[train])

@@ -94,8 +94,11 @@ def cached_step(
     parts = []
     parameters: dict[str, Tensor] = {}
     whole = lengths is None and isinstance(wavs, Tensor) and input_sample_hz is None
-    whole = whole and isinstance(inner.audio, AudioSpectrogramTransformer)  # another draws nothing
-    draws = _drawn_once(inner.audio, cast(Tensor, wavs)) if whole else contextlib.nullcontext()
+    draws: contextlib.AbstractContextManager[Callable[[int], None] | None] = (
+        _drawn_once(inner.audio, cast(Tensor, wavs))
+        if whole and isinstance(inner.audio, AudioSpectrogramTransformer)
+        else contextlib.nullcontext()
+    )
     with draws as at:
         with torch.no_grad():
             for start in starts:

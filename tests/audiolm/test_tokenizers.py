@@ -11,8 +11,8 @@ import torch
 
 from musiclm_fast.audiolm import EncodecWrapper, HubertWithKmeans, MelCodec, MelKmeans
 from musiclm_fast.audiolm.hubert import convert_kmeans, load_centres, load_fairseq_hubert
-from musiclm_fast.audiolm.hugging_face import transformers_class
 from musiclm_fast.models.clustering import kmeans, nearest
+from musiclm_fast.models.transformers_class import transformers_class
 
 EncodecConfig, EncodecModel, HubertConfig, HubertModel = (
     transformers_class(name)
