@@ -1,0 +1,226 @@
+"""Captioned sounds: how long a collection takes to open, a batch to draw, and a step to get it.
+
+Three questions. How long until 20,000 small files, as files with a manifest or in shards, are
+indexed (the goal is 30 s). What a batch of ten-second clips out of minute-long files costs, by
+format, against decoding whole files (``data convert`` makes the last kind). What share of a
+training step of the demo's model goes into loading (the goal is 5%): the step with its loader is
+held against the same step with its batch in memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import dataclasses
+import functools
+import io
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
+
+HZ = 16_000
+
+
+def new_folder() -> Path:
+    """A folder that goes away with this process."""
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def sound(seconds: float, hz: int = HZ, channels: int = 1) -> np.ndarray:
+    """A tone whose pitch wanders: louder at low frequencies, as music is."""
+    raw = np.random.default_rng(0).normal(size=(round(seconds * hz), channels))
+    return (0.4 * np.sin(np.cumsum(0.1 + 0.1 * raw, axis=0))).astype(np.float32)
+
+
+@functools.cache
+def small_files(count: int) -> Path:
+    """So many files of a quarter of a second with a manifest, and the same in ``shards``."""
+    import soundfile
+
+    folder = new_folder()
+    content = io.BytesIO()
+    soundfile.write(content, sound(0.25), HZ, format="WAV", subtype="PCM_16")
+    (folder / "shards").mkdir()
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "caption"])
+        for first in range(0, count, 1000):
+            part = f"{first // 1000:03}"
+            (folder / part).mkdir()
+            with tarfile.open(folder / "shards" / f"{part}.tar", "w") as tar:
+                for number in range(first, min(count, first + 1000)):
+                    caption = f"sound number {number} of a small collection"
+                    path = f"{part}/{number:05}.wav"
+                    (folder / path).write_bytes(content.getbuffer())
+                    table.writerow([path, caption])
+                    for name, data in (("wav", content.getvalue()), ("txt", caption.encode())):
+                        info = tarfile.TarInfo(f"{number:05}.{name}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def opened(source: Path, cache: Path, clip_seconds: float | None = None) -> Any:
+    """The collection at 16 kHz."""
+    from musiclm_fast.training.data import open_dataset
+
+    return open_dataset(source, sample_hz=HZ, clip_seconds=clip_seconds, cache_folder=cache)
+
+
+def indexing(count: int, settings: Settings) -> list[Result]:
+    """Opening a collection of small files; and reading all of it, as ``data check`` does."""
+    from musiclm_fast.training.data_check import check_data
+
+    name = f"{count:,} files of 0.25 s"
+    if settings.case not in name:
+        return []
+    folder, cache = small_files(count), new_folder()
+    shards = folder / "shards"
+
+    def check() -> None:
+        for source in (folder / "manifest.csv", shards):
+            assert len(opened(source, cache)) == count, f"{source} is not whole"
+
+    jobs: dict[str, Callable[[], Any]] = {
+        "a manifest": lambda: opened(folder / "manifest.csv", cache),
+        "shards, first time": lambda: opened(shards, new_folder()),
+        "shards, indexed before": lambda: opened(shards, cache),
+        "data check, one process": lambda: check_data(opened(folder / "manifest.csv", cache)),
+    }
+    contenders = {
+        name: Contender(functools.partial(lambda job: job, job), role="ours", once="check" in name)
+        for name, job in jobs.items()
+    }
+    return harness.measure("indexing a collection", name, contenders, settings, check=check)
+
+
+@functools.cache
+def long_files(suffix: str, count: int, seconds: int) -> Path:
+    """Stereo files at 44.1 kHz; ``converted`` is what ``data convert`` makes of them."""
+    import soundfile
+
+    from musiclm_fast.training.data_convert import convert_data
+
+    folder = new_folder()
+    if suffix == "converted":
+        convert_data(opened(long_files("flac", count, seconds), folder), folder)
+        return folder / "manifest.csv"
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "caption"])
+        for number in range(count):
+            name = f"{number}.{suffix}"
+            soundfile.write(folder / name, sound(seconds, 44_100, 2), 44_100)
+            table.writerow([name, f"piece {number}"])
+    return folder / "manifest.csv"
+
+
+def decode_whole(table: Path, clip: int) -> None:
+    """What a loader without seeking does: read each file, resample it, take a part."""
+    from musiclm_fast.models.sound import read_sound
+
+    for path in sorted(table.parent.rglob("*.*")):
+        if path != table:
+            read_sound(path, HZ).wav[: clip * HZ].clone()
+
+
+def drawing(suffix: str, settings: Settings) -> list[Result]:
+    """A batch of clips, one from each file."""
+    count, seconds, clip = settings.pick((4, 60, 10), tiny=(2, 2, 1))
+    name = f"{count} x {clip} s out of {seconds} s, {suffix}"
+    if settings.case not in name:
+        return []
+    table = long_files(suffix, count, seconds)
+    sounds = opened(table, table.parent, clip)
+
+    def draw() -> None:
+        for index in range(count):
+            sounds.draw(index, index)
+
+    def check() -> None:
+        rows = [sounds.draw(index, 0) for index in range(count)]
+        assert all(len(row.wav) == clip * HZ and not row.skipped for row in rows), "not drawn"
+
+    contenders = {
+        "a draw's part": Contender(lambda: draw, role="ours"),
+        "the whole file, resampled": Contender(
+            lambda: functools.partial(decode_whole, table, clip)
+        ),
+    }
+    return harness.measure("drawing clips", name, contenders, settings, check=check)
+
+
+def step(
+    source: Path, workers: int, batch: int, seconds: float, in_memory: bool
+) -> Callable[[], Any]:
+    """A training step of the demo's model, with its loader or with its batch in memory."""
+    from musiclm_fast.training.demo import DemoConfig
+    from musiclm_fast.training.trainer import MuLaNTrainer
+
+    torch.manual_seed(0)
+    folder = new_folder()
+    trainer = MuLaNTrainer(
+        DemoConfig().build(), opened(source, folder, seconds), batch_size=batch, valid_frac=0.0,
+        num_train_steps=10**6, save_model_every=10**6, results_folder=folder / "run",
+        num_workers=workers, accelerate_kwargs=dict(cpu=True),
+    )  # fmt: skip
+    trainer._batches = trainer._loader()
+    if in_memory:
+        first = next(trainer._batches)
+        trainer._batches = iter(functools.partial(dict, first), None)
+
+    def run() -> None:
+        for _ in range(5):
+            trainer.train_step()
+
+    return run
+
+
+def loading(count: int, settings: Settings) -> list[Result]:
+    """Five steps on small files; the loader's share is what the first two have over the third."""
+    batch, seconds = settings.pick((64, 0.25), tiny=(2, 0.25))
+    name = f"demo's model, batch {batch}, wav"
+    if settings.case not in name:
+        return []
+    make = functools.partial(step, small_files(count) / "manifest.csv")
+
+    def check() -> None:
+        from musiclm_fast.training.data import collate
+
+        sounds = opened(small_files(count) / "manifest.csv", new_folder(), seconds)
+        rows = collate([sounds.draw(index, 0) for index in range(batch)])
+        assert rows["wavs"].shape == (batch, round(seconds * HZ)), "another batch"
+
+    contenders = {
+        name: Contender(functools.partial(make, workers, batch, seconds, in_memory), role=role)
+        for name, workers, in_memory, role in (
+            ("read in the training process", 0, False, "ours"),
+            ("read by one worker", 1, False, "ours"),
+            ("the batch in memory", 0, True, "bound"),
+        )
+    }
+    return harness.measure(
+        "five training steps and their data", name, contenders, settings, check=check,
+        rounds=settings.pick(5),
+    )  # fmt: skip
+
+
+def results(settings: Settings) -> list[Result]:
+    """On a CPU, whatever the device: reading sounds is a CPU's work."""
+    settings = dataclasses.replace(settings, device="cpu")
+    count = settings.pick(20_000, tiny=4)
+    found = indexing(count, settings)
+    for suffix in settings.pick(("wav", "flac", "ogg", "mp3", "converted"), tiny=("ogg", "wav")):
+        found += drawing(suffix, settings)
+    return found + loading(count, settings)
