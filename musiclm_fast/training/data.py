@@ -14,6 +14,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,8 @@ class CaptionedSounds(Dataset[Row]):
         Raises:
             RuntimeError: none of 1,000 sounds, or of all, can be read.
         """
-        index = index % len(self) if -len(self) <= index < 0 else index
+        self._row(index)  # is there
+        index %= len(self)
         generator = np.random.default_rng([index, seed % 2**64])
         where, which = generator.random(2).tolist()
         skipped: list[Skipped] = []
@@ -209,7 +211,6 @@ class CaptionedSounds(Dataset[Row]):
         )
 
     def _candidates(self, index: int, generator: np.random.Generator) -> Iterator[int]:
-        self._row(index)  # is there
         yield index
         tried = {index}
         for _ in range(min(len(self) - 1, _TRIES)):
@@ -246,8 +247,9 @@ class CaptionedSounds(Dataset[Row]):
             warnings.warn(f"dataset: skipped {names}", stacklevel=2)
         return row
 
-    def open(self, index: int) -> Any:
-        """The sound as an open ``soundfile.SoundFile``, to be closed by the caller.
+    @contextmanager
+    def open(self, index: int) -> Iterator[Any]:
+        """The sound's file as a ``soundfile.SoundFile``, open for a ``with`` block.
 
         Raises:
             UnreadableSoundError: it cannot be opened.
@@ -257,14 +259,15 @@ class CaptionedSounds(Dataset[Row]):
         row = self._row(index)
         path = self._paths[row]
         offset, size = self._bytes[row].tolist()
-        try:
-            if size < 0:
-                return soundfile.SoundFile(path)
-            return soundfile.SoundFile(_Member(path, offset, size))
-        except (soundfile.SoundFileError, OSError) as error:
-            if not os.path.exists(path):
-                raise UnreadableSoundError("no such file") from error
-            raise UnreadableSoundError(f"cannot be read as sound: {_message(error)}") from error
+        with ExitStack() as stack:
+            try:
+                source = path if size < 0 else stack.enter_context(_Member(path, offset, size))
+                file = stack.enter_context(soundfile.SoundFile(source))
+            except (soundfile.SoundFileError, OSError) as error:
+                if not os.path.exists(path):
+                    raise UnreadableSoundError("no such file") from error
+                raise UnreadableSoundError(f"cannot be read as sound: {_message(error)}") from error
+            yield file
 
     def part(self, index: int, frames: int, rate: int) -> tuple[int, int]:
         """First frame and end of the part of a file with that many frames at ``rate`` Hz.

@@ -80,8 +80,11 @@ def test_draw_depends_on_index_and_seed_alone(folder):
     assert len(starts) > 15
     assert max(starts) > RATE // 3
     assert sounds.draw(-1, 3).name == "sounds/5.wav"
-    with pytest.raises(IndexError, match="expected one of 6 sounds"):
-        sounds.draw(6, 0)
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"got {index}, expected one of 6 sounds"):
+            sounds.draw(index, 0)
+        with pytest.raises(IndexError, match="expected one of 6 sounds"):
+            sounds[index]
 
 
 def test_one_of_several_captions_is_drawn(folder):
@@ -429,6 +432,32 @@ def test_shards(shards):
         expected = noise(1.0, seed=index)[first : first + RATE // 2, 0]
         correlation = np.corrcoef(row.wav, expected)[0, 1]
         assert correlation > (0.9999 if index in (0, 3) else 0.98)  # ogg and mp3 lose a little
+
+
+def test_no_file_stays_open(shards):
+    """Not even one of a bad member: its exception keeps frames alive."""
+    with tarfile.open(shards / "music-002.tar", "w") as tar:
+        add(tar, "08.wav", b"no sound at all")
+        add(tar, "08.txt", b"bad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sounds = opened(shards, cache_folder=shards / "cache")
+    handles = Path("/proc/self/fd")
+    if not handles.is_dir():
+        pytest.skip("needs /proc")
+
+    def open_shards():
+        links = [handle.resolve() for handle in handles.iterdir()]
+        return [link for link in links if link.suffix == ".tar"]
+
+    errors = []
+    for index in range(len(sounds)):
+        try:
+            sounds.whole(index)
+        except ValueError as error:
+            errors.append(error)
+        assert not open_shards()
+    assert len(errors) == 1
 
 
 def test_the_index_of_shards_is_kept(shards, monkeypatch):
