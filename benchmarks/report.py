@@ -7,6 +7,7 @@ page ``<device>.md`` and the charts ``<device>-<name>-*.png`` beside it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 from benchmarks.harness import MIB, Result, ratio
 
 Sections = dict[str, dict[str, Any]]
+CURVES = {"ours": "#1f6feb", "bound": "#9aa4b2"}
+PEERS = ("#d1495b", "#edae49", "#66a182", "#8d5a97", "#00798c")
 COLORS = {"ours": "#1f6feb", "peer": "#9aa4b2", "bound": "#d8dee6"}
 
 
@@ -62,9 +65,15 @@ def speedup(results: Sequence[Result], other: Result) -> str:
 
 def milliseconds(r: Result) -> str:
     """Median, and the least and greatest where there is more than one round."""
-    values = sorted(1e3 * s for s in r.seconds)
-    median = f"{1e3 * r.timing.median:.4g}"
-    return median if len(values) == 1 else f"{median} ({values[0]:.4g} to {values[-1]:.4g})"
+    median = number(1e3 * r.timing.median)
+    if len(r.seconds) == 1:
+        return median
+    return f"{median} ({number(1e3 * min(r.seconds))} to {number(1e3 * max(r.seconds))})"
+
+
+def number(x: float) -> str:
+    """Three digits, or more where they are before the point."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
@@ -190,9 +199,11 @@ def _bars(results: Sequence[Result]) -> Any:
         axis.barh([r.contender for r in group], values, color=colors)
         for place, (r, value) in enumerate(zip(group, values, strict=True)):
             against = speedup(group, r).split(" (")[0]
-            label = f" {value:.3g} ms" + (f", ours {against}" if against else "")
+            against += {"x": " faster", "%": " of it"}.get(against[-1:], "")
+            label = f" {number(value)} ms" + (f", ours {against}" if against else "")
             axis.text(value, place, label, va="center", fontsize=8)
         axis.set_xlim(0, max(values) * 1.3)
+        axis.xaxis.set_major_formatter("{x:,g}")
         axis.invert_yaxis()
         axis.set_title(f"{job}: {case}", fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
@@ -213,10 +224,13 @@ def _curves(results: Sequence[Result]) -> Iterable[tuple[str, Any]]:
                 continue
             figure = Figure(figsize=(9, 3.6), layout="constrained")
             left, right = figure.subplots(1, 2)
+            peers = itertools.cycle(PEERS)
             for contender in dict.fromkeys(r.contender for r in points):
                 line = [(r.axes[name], r) for r in points if r.contender == contender]
                 line.sort(key=lambda point: point[0])
-                style = dict(marker="o", color="#1f6feb" if line[0][1].ours else None)
+                role = line[0][1].role
+                color = next(peers) if role == "peer" else CURVES[role]
+                style = dict(marker="o", color=color, linestyle="--" if role == "bound" else "-")
                 left.plot(
                     [x for x, _ in line], [r.timing.median for _, r in line], label=contender,
                     **style,
@@ -228,6 +242,7 @@ def _curves(results: Sequence[Result]) -> Iterable[tuple[str, Any]]:
                 axis.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
                 ticks = sorted({r.axes[name] for r in points})
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.yaxis.set_major_formatter("{x:,g}")
                 axis.minorticks_off()
                 axis.grid(alpha=0.3)
                 axis.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,7 @@ def section(found: list[Result], **facts: str) -> dict[str, Any]:
 def test_table_states_rates_ratios_and_reasons() -> None:
     told = report.table(results())
     job, head, first, *rest = (line.split("  ") for line in told.splitlines())
-    assert "1500 (1000 to 2000)" in told
+    assert "1,500 (1,000 to 2,000)" in told
     assert "3.50x (3.00 to 4.00)" in told
     assert "at 50% (50% to 50%)" in told
     assert "out of memory" in told
