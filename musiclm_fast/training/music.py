@@ -120,8 +120,8 @@ class MusicProject:
                 getattr(self, name).load_state_dict(state[name])
             self.quantizer.freeze()
 
-    def fit(self, clips: Sequence[Any], sample_hz: int, progress: bool = True) -> None:
-        """Fit tokenizer, codec and quantizer to clips ``(samples,)`` and write them."""
+    def fit(self, clips: Any, sample_hz: int, progress: bool = True) -> None:
+        """Fit tokenizer, codec and quantizer to clips, a sequence of ``(samples,)``; write them."""
         self.tokenizer.fit(clips, input_sample_hz=sample_hz)
         self.codec.fit(clips, input_sample_hz=sample_hz)
         heard = self.quantizer.sample_hz

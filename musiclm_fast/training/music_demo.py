@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
 from musiclm_fast.audiolm.audio_lm import STAGES
@@ -40,6 +41,7 @@ from musiclm_fast.training.progress import progress_bar
 from musiclm_fast.training.stopping import stop_requests
 
 RESULTS_FILE = "results.json"
+_CALIBRATION = 4  # real melodies per instrument that calibrate the judge
 _SEMANTIC, _COARSE, _FINE = (
     Sampling(0.9, 0.9, 2.0),
     Sampling(0.8, 0.9, 2.0),
@@ -135,13 +137,14 @@ class MusicDemo:
 
         def compose(pitches: tuple[int, ...], per: int, seed: int, scale: bool) -> Phrases:
             return compose_phrases(
-                data.notes, programs, pitches, per, config.seconds, 3 * config.seed + seed, scale
+                data.notes, programs, pitches, per, config.seconds, 4 * config.seed + seed, scale
             )
 
         self.train = compose(split.train, config.phrases, 0, True)
         self.known = compose(split.train, config.judged_phrases, 1, True)
+        self.new = compose(split.train, _CALIBRATION, 2, True)
         # The pitches between the training pitches are four semitones apart: no scale holds them.
-        self.held_out = compose(split.held_out, 8, 2, False)
+        self.held_out = compose(split.held_out, _CALIBRATION, 3, False)
         self.rate = self.train.sample_rate
 
     def prompts(self) -> list[str]:
@@ -159,8 +162,7 @@ class MusicDemo:
             began = time.monotonic()
             project = MusicProject(self.folder, self.mulan, self.config.sizes)
             order = np.random.default_rng(self.config.seed).permutation(len(self.train))
-            clips = [self.train[int(i)] for i in order]
-            project.fit(clips, self.rate)
+            project.fit(Subset(self.train, order.tolist()), self.rate)
             say(f"fitted tokenizer, codec and quantizer ({time.monotonic() - began:.0f} s)")
             return project
         project = MusicProject(self.folder)
@@ -201,22 +203,22 @@ def _recipe(config: MusicDemoConfig) -> dict[str, Any]:
 
 def _judged(ranks: Tensor, distances: Tensor) -> dict[str, float]:
     return {
-        "clips": len(ranks),
+        "count": len(ranks),
         "top-1": (ranks <= 1).double().mean().item(),
         "top-5": (ranks <= 5).double().mean().item(),
         "nearest training clip, dB": distances.median().item(),
     }
 
 
-def judge_table(rows: Mapping[str, Mapping[str, float]], instruments: int) -> str:
+def judge_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
     """The judge's results as text, with chance."""
     lines = [
         f"{'the judge hears, of ' + str(instruments) + ' instruments':<42}{'clips':>6}{'top-1':>8}"
         f"{'top-5':>8}{'nearest training clip':>24}"
     ]
-    for name, row in rows.items():
+    for row in rows:
         lines.append(
-            f"{name:<42}{row['clips']:>6}{row['top-1']:>8.1%}{row['top-5']:>8.1%}"
+            f"{row['clips']:<42}{row['count']:>6}{row['top-1']:>8.1%}{row['top-5']:>8.1%}"
             f"{row['nearest training clip, dB']:>21.1f} dB"
         )
     lines.append(f"{'chance':<42}{'':>6}{1 / instruments:>8.1%}{5 / instruments:>8.1%}")
@@ -286,19 +288,28 @@ def run_music_demo(
     judge = demo.judge()
     trained = demo.train.audio()
     labels = torch.arange(config.instruments)
-    held_out, of = demo.held_out.audio(), torch.from_numpy(demo.held_out.label)
     generator = torch.Generator().manual_seed(config.seed)
-    some = torch.randperm(len(trained), generator=generator)[: len(held_out)]
-    results["judge"] = {}
-    for name, clips, right in (
-        ("real melodies at pitches held out", held_out, of),
-        ("the same through the codec", demo.through_codec(project, held_out), of),
-        ("training melodies through the codec",
-         demo.through_codec(project, trained[some]), torch.from_numpy(demo.train.label)[some]),
-        (f"generated, {config.instruments} prompts", waves, labels),
-    ):  # fmt: skip
-        distances = nearest_clip(clips, trained, demo.rate)
-        results["judge"][name] = _judged(judge.ranks(clips, right), distances)
+    some = torch.randperm(len(trained), generator=generator)[: len(demo.new)]
+    trained_labels = torch.from_numpy(demo.train.label)[some]
+    rows = [(f"generated, {config.instruments} prompts", waves, labels)]
+    for name, real in (
+        ("real, melodies not trained on", demo.new),
+        ("real, pitches not trained on", demo.held_out),
+    ):
+        clips, of = real.audio(), torch.from_numpy(real.label)
+        rows.append((name, clips, of))
+        rows.append(
+            ("the same through the codec: a ceiling", demo.through_codec(project, clips), of)
+        )
+    replayed = demo.through_codec(project, trained[some])
+    rows.append(("training melodies through the codec", replayed, trained_labels))
+    results["judge"] = [
+        {
+            "clips": name,
+            **_judged(judge.ranks(clips, right), nearest_clip(clips, trained, demo.rate)),
+        }
+        for name, clips, right in rows
+    ]
     results["chance"] = {"top-1": 1 / config.instruments, "top-5": 5 / config.instruments}
     ranks = judge.ranks(waves, labels).tolist()
     results["prompts"] = {
