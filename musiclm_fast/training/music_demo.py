@@ -42,7 +42,7 @@ from musiclm_fast.training.stopping import stop_requests
 
 RESULTS_FILE = "results.json"
 _CALIBRATION = 4  # real melodies per instrument that calibrate the judge
-_SEMANTIC, _COARSE, _FINE = (
+_SEMANTIC, _COARSE, _FINE = Sampling(0.8, 0.9, 2.0), Sampling(0.5, 0.9, 2.0), Sampling(0.4, 0.9, 1.0)
     Sampling(0.9, 0.9, 2.0),
     Sampling(0.8, 0.9, 2.0),
     Sampling(0.6, 0.9, 1.0),
@@ -78,7 +78,7 @@ class MusicDemoConfig:
         )
     )  # fmt: skip
     semantic_steps: int = 1200
-    coarse_steps: int = 800
+    coarse_steps: int = 1000
     fine_steps: int = 500
     batch_size: int = 16
     learning_rate: float = 2e-3
