@@ -1,16 +1,18 @@
 """Contrastive losses, forward and backward, d = 128: time, and memory beyond the inputs'.
 
-``python -m benchmarks.bench_contrastive`` on a CPU: B = 8,192 in float32, ours against the live
-musiclm-pytorch (compiled kernels against its modules), decoupled and sigmoid. Beside it stands the
-bound: four products of B x B x d by torch.mm and two exponentials of B x B by torch.exp, in pieces
-that stay in the cache, timed in the same rounds. Ours can be faster than that where its own
-products are faster than torch's.
+On a CPU: B = 8,192 in float32, ours against the live musiclm-pytorch (compiled kernels against its
+modules), decoupled and sigmoid; in full mode softmax too. Beside them stands the bound: four
+products of B x B x d by torch.mm and two exponentials of B x B by torch.exp, in pieces that stay in
+the cache, of the size that is fastest here. Ours can be above it where its own products are faster
+than torch's; the sigmoid loss also does with three products and one exponential.
 
-``--device cuda``: B = 65,536 in bfloat16, ours against siglip-kernel (sigmoid), inf-cl and memeff
-(softmax); a peer that is not installed or does not run is listed with the reason. The goal on an
-H100 is 25 ms and 200 MB.
+On a GPU: B = 65,536 in bfloat16, ours against siglip-kernel (sigmoid), inf-cl and memeff (softmax)
+and against torch with the similarities in memory. A peer that is not installed (``pip install
+--no-deps -r requirements/peers.txt``), computes something else or does not run is listed with the
+reason. The goal on an H100 is 25 ms and 200 MB.
 
-Loss and gradients are compared with the float64 definition first (B = 512): without it no row.
+Loss and gradients of B = 512 are compared with the float64 definition first: without it no row.
+Operations are four products for every contender.
 """
 
 from __future__ import annotations
@@ -18,20 +20,22 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import contrastive_peers, harness
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import contrastive_loss
 
+MODULE = "benchmarks.bench_contrastive"
 DEPTH = 128
-SIZES = {"cpu": (8192, torch.float32), "cuda": (65536, torch.bfloat16)}
+SIZES = {"cpu": 8192, "cuda": 65536}  # that are quoted
+KINDS = ("decoupled", "sigmoid", "softmax")
+OURS, THEIRS = "ours", "musiclm-pytorch"
+GOAL = "goal on an H100: 25 ms, 200 MB"
 Step = Callable[[], Any]
 
 
@@ -44,11 +48,13 @@ def make(kind: str, batch: int, dtype: torch.dtype, device: str) -> dict[str, An
     return inputs
 
 
-def ours(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
+def ours(
+    kind: str, batch: int, dtype: torch.dtype, device: str, backend: str | None = None
+) -> Step:
     inputs = make(kind, batch, dtype, device)
 
     def step() -> None:
-        loss = contrastive_loss(**inputs, kind=kind)
+        loss = contrastive_loss(**inputs, kind=kind, backend=backend)
         testing.gradients(loss, inputs, torch.ones((), device=device))
 
     return step
@@ -71,189 +77,155 @@ def theirs(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
 
 
 def bound(batch: int) -> Step:
-    """Four products and two exponentials of B x B, in pieces of 1,024 x 1,024."""
-    side = 1024
-    rows, columns = torch.randn(2, side, DEPTH)
-    tile, out = torch.empty(side, side), torch.empty(side, DEPTH)
+    """Four products and two exponentials of B x B, in square pieces of the fastest size."""
 
-    def step() -> None:
-        for _ in range((batch // side) ** 2):
-            torch.mm(rows, columns.t(), out=tile)
-            torch.exp(tile.mul_(1e-3), out=tile)
-            torch.mm(rows, columns.t(), out=tile)
-            torch.exp(tile.mul_(1e-3), out=tile)
-            torch.mm(tile, columns, out=out)
-            torch.mm(tile.t(), rows, out=out)
+    def pieces(side: int) -> Step:
+        rows, columns = torch.randn(2, side, DEPTH)
+        tile, out = torch.empty(side, side), torch.empty(side, DEPTH)
 
-    return step
+        def step() -> None:
+            for _ in range((batch // side) ** 2):
+                torch.mm(rows, columns.t(), out=tile)
+                torch.exp(tile.mul_(1e-3), out=tile)
+                torch.mm(rows, columns.t(), out=tile)
+                torch.exp(tile.mul_(1e-3), out=tile)
+                torch.mm(tile, columns, out=out)
+                torch.mm(tile.t(), rows, out=out)
 
+        return step
 
-def siglip_kernel(batch: int) -> Step:
-    from siglip_kernel import fused_siglip_loss
-
-    inputs = make("sigmoid", batch, torch.bfloat16, "cuda")
-    parameters = [
-        torch.tensor(x, device="cuda", requires_grad=True) for x in (math.log(10.0), -10.0)
-    ]
-    leaves = [inputs["audio"], inputs["text"], *parameters]
-    return lambda: torch.autograd.grad(fused_siglip_loss(*leaves), leaves)
+    sizes = [side for side in (512, 1024, 2048) if side <= batch] or [batch]
+    steps = {str(side): pieces(side) for side in sizes}
+    if len(steps) == 1:
+        return next(iter(steps.values()))
+    found = harness.interleave(steps, rounds=2)
+    return steps[min(found, key=lambda side: found[side].median)]
 
 
-def inf_cl(batch: int) -> Step:
-    from inf_cl import cal_flash_loss
+def peer(name: str, batch: int) -> Step:
+    """Another package's step, compared with the definition first.
 
-    inputs = make("softmax", batch, torch.bfloat16, "cuda")
-    audio, text, factor = inputs["audio"], inputs["text"], inputs["temperature"]
-
-    def step() -> None:
-        scale = factor.to(audio.dtype)
-        both = cal_flash_loss(audio, text, scale=scale, head_dim=DEPTH).mean()
-        both = both + cal_flash_loss(text, audio, scale=scale, head_dim=DEPTH).mean()
-        torch.autograd.grad(both, [audio, text, factor])
-
-    return step
-
-
-def memeff(batch: int) -> Step:
-    from memeff import MemoryEfficientCLIPLoss
-
-    inputs = make("softmax", batch, torch.bfloat16, "cuda")
-    loss = MemoryEfficientCLIPLoss(temperature=0.1, normalized_inputs=True, stable=False)
-    leaves = [inputs["audio"], inputs["text"]]
-    return lambda: torch.autograd.grad(loss(*leaves), leaves)
+    Raises:
+        Exception: it is not installed, computes something else or does not run.
+    """
+    contrastive_peers.version(name)
+    kind, build = contrastive_peers.PEERS[name]
+    inputs = make(kind, 512, torch.bfloat16, "cuda")
+    wide = testing.to_float64(inputs)
+    loss = contrastive_loss(**wide, kind=kind, backend="torch")
+    gradients = testing.gradients(loss, wide, torch.ones((), device="cuda"))
+    gradients["log temperature"] = gradients["temperature"] * wide["temperature"].detach()
+    contrastive_peers.check(name, build(inputs), loss, gradients)
+    return build(make(kind, batch, torch.bfloat16, "cuda"))
 
 
-def check_parity(dtype: torch.dtype, device: str) -> None:
-    """Raise unless loss and gradients of a small batch agree with the float64 definition."""
-    for kind in ("softmax", "decoupled", "sigmoid"):
-        inputs = make(kind, 512, dtype, device)
-        wide = testing.to_float64(inputs)
-        found = []
-        for given, backend in ((inputs, None), (inputs, "torch"), (wide, "torch")):
-            loss = contrastive_loss(**given, kind=kind, backend=backend)
-            grads = testing.gradients(loss, given, torch.ones((), device=device))
-            found.append({"loss": loss, **grads})
-        for name in found[0]:
-            testing.assert_close_to_oracle(f"{kind} {name}", *(f[name] for f in found), dtype=dtype)
+def check_parity(kind: str, dtype: torch.dtype, device: str, backend: str | None) -> None:
+    """Raise unless loss and gradients of a small batch agree with the float64 definition.
+
+    Raises:
+        AssertionError: naming what differs.
+    """
+    inputs = make(kind, 512 if backend != "triton" or device == "cuda" else 40, dtype, device)
+    wide = testing.to_float64(inputs)
+    found = []
+    for given, name in ((inputs, backend), (inputs, "torch"), (wide, "torch")):
+        loss = contrastive_loss(**given, kind=kind, backend=name)
+        grads = testing.gradients(loss, given, torch.ones((), device=device))
+        found.append({"loss": loss, **grads})
+    for name in found[0]:
+        testing.assert_close_to_oracle(f"{kind} {name}", *(f[name] for f in found), dtype=dtype)
 
 
-def contenders(batch: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Step]]:
-    make_ours = {
-        f"ours {kind}": functools.partial(ours, kind, batch, dtype, device)
-        for kind in ("decoupled", "sigmoid")
+def peak(name: str, kind: str, batch: int) -> int:
+    """Peak memory of a step on the CPU in bytes; call in a fresh process."""
+    build = ours if name == OURS else theirs
+
+    def prepare() -> Step:
+        build(kind, 64, torch.float32, "cpu")()  # threads and code pages are there
+        return build(kind, batch, torch.float32, "cpu")
+
+    return harness.extra_memory(prepare)
+
+
+def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
+    apart = functools.partial(harness.in_fresh_process, MODULE)
+    given = (kind, batch, torch.float32, "cpu")
+    contenders = {
+        name: Contender(
+            functools.partial(build, *given),
+            memory=functools.partial(apart, name, kind, str(batch)),
+            operations=8.0 * batch**2 * DEPTH,
+            role="ours" if name == OURS else "peer",
+        )
+        for name, build in ((OURS, ours), (THEIRS, theirs))
     }
-    if device == "cpu":
-        make_theirs = {
-            f"musiclm-pytorch {kind}": functools.partial(theirs, kind, batch, dtype, device)
-            for kind in ("decoupled", "sigmoid")
-        }
-        return {**make_ours, **make_theirs, "bound": functools.partial(bound, batch)}
-    peers = {"siglip-kernel sigmoid": siglip_kernel, "inf-cl softmax": inf_cl}
-    peers["memeff softmax"] = memeff
-    make_ours["ours softmax"] = functools.partial(ours, "softmax", batch, dtype, device)
-    return make_ours | {name: functools.partial(peer, batch) for name, peer in peers.items()}
+    contenders["four products, two exponentials"] = Contender(
+        functools.partial(bound, batch), operations=8.0 * batch**2 * DEPTH, role="bound"
+    )
+    return harness.measure(
+        "contrastive loss, forward and backward", f"{kind}, B = {batch:,}, d = {DEPTH}",
+        contenders, settings, rounds=5,
+        check=functools.partial(check_parity, kind, torch.float32, "cpu", None),
+        axes={"pairs of a batch": batch}, headline=headline(kind, batch, SIZES["cpu"]),
+    )  # fmt: skip
+
+
+def on_gpu(kind: str, batch: int, settings: Settings) -> list[Result]:
+    """On a CPU the kernels run in Triton's interpreter: to run these lines."""
+    device = settings.device
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    builds: dict[str, Callable[[], Step]] = {
+        OURS: functools.partial(ours, kind, batch, dtype, device, "triton"),
+        "torch, B x B in memory": functools.partial(ours, kind, batch, dtype, device, "torch"),
+    }
+    for name, (their_kind, _) in contrastive_peers.PEERS.items():
+        if their_kind == kind:
+            builds[name] = functools.partial(peer, name, batch)
+    contenders = {
+        name: Contender(
+            build,
+            memory=functools.partial(harness.gpu_memory, build) if device == "cuda" else None,
+            operations=8.0 * batch**2 * DEPTH,
+            role="ours" if name == OURS else "peer",
+        )
+        for name, build in builds.items()
+    }
+    return harness.measure(
+        "contrastive loss, forward and backward",
+        f"{kind}, B = {batch:,}, d = {DEPTH}" + (f" ({GOAL})" if batch == SIZES["cuda"] else ""),
+        contenders, settings, check=functools.partial(check_parity, kind, dtype, device, "triton"),
+        rounds=7, warmup=2, axes={"pairs of a batch": batch},
+        headline=headline(kind, batch, SIZES["cuda"]),
+    )  # fmt: skip
+
+
+def headline(kind: str, batch: int, shown: int) -> str:
+    """What README's table calls a case; only the largest batch is in it."""
+    if batch != shown:
+        return ""
+    return f"{kind} contrastive loss, B = {batch:,}, d = {DEPTH}, forward and backward"
 
 
 def results(settings: Settings) -> list[Result]:
-    """A batch of 8,192 on a CPU, of 65,536 on a GPU; twice as many and more for the charts."""
-    device = settings.device
-    _, dtype = SIZES[device]
-    found = []
-    for batch in settings.pick([2048, 8192], gpu=[16_384, 65_536], tiny=[1024]):
-        operations = 4 * 2.0 * batch**2 * DEPTH
-        made: dict[str, Contender] = {}
-        for name, build in contenders(batch, dtype, device).items():
-            role = "ours" if name.startswith("ours") else "bound" if name == "bound" else "peer"
-            asked = (name, build, device, batch)
-            made[_with_mode(name)] = Contender(
-                build, operations=operations, role=role,
-                memory=None
-                if role == "bound" or (settings.mode == "quick" and batch != SIZES[device][0])
-                else functools.partial(memory_of, *asked),
-                once=role == "peer" and settings.mode == "quick" and batch > 4096,
-            )  # fmt: skip
-        found += harness.measure(
-            "contrastive loss, forward and backward", f"B = {batch:,}, d = {DEPTH}", made, settings,
-            check=functools.partial(check_parity, dtype, device),
-            rounds=settings.pick(3, full=5, gpu=5),
-            axes={"pairs of a batch": batch},
-            headline=f"contrastive loss, B = {batch:,}, d = {DEPTH}, forward and backward"
-            if batch == SIZES[device][0]
-            else "",
-        )  # fmt: skip
-    return found
-
-
-def _with_mode(name: str) -> str:
-    # "ours sigmoid" -> "ours (sigmoid)": a peer is compared with ours of its own kind
-    who, _, kind = name.rpartition(" ")
-    return f"{who} ({kind})" if who else name
-
-
-def memory_of(name: str, build: Callable[[], Step], device: str, batch: int | None = None) -> int:
-    """Bytes that a step needs beyond its inputs."""
-    if device == "cpu":
-        size = () if batch is None else ("--batch", str(batch))
-        asked = ("--memory", name, *size)
-        return int(harness.in_fresh_process("benchmarks.bench_contrastive", *asked))
-    step = build()
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
+    """Each kind of loss, at the size that is quoted and at a quarter of it, for the charts."""
+    kinds = settings.pick(KINDS[:2], full=KINDS, gpu=KINDS)
+    measure, sizes = on_cpu, [SIZES["cpu"] // 4, SIZES["cpu"]]
+    if settings.mode == "gpu":
+        measure, sizes = on_gpu, [SIZES["cuda"] // 4, SIZES["cuda"]]
+    if settings.tiny or (settings.mode == "gpu" and settings.device == "cpu"):
+        sizes = [40]
+    return [r for kind in kinds for batch in sizes for r in measure(kind, batch, settings)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=SIZES)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    """Print the peak memory of a contender, for a process of its own."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("contender", choices=(OURS, THEIRS))
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("batch", type=int)
     options = parser.parse_args()
-    batch, dtype = SIZES[options.device]
-    batch = options.batch or batch
-    builders = contenders(batch, dtype, options.device)
-    if options.memory:
-
-        def build() -> Step:
-            # Once at a small size: libraries and threads are not what is measured.
-            contenders(64, dtype, options.device)[options.memory]()()
-            return builders[options.memory]()
-
-        print(json.dumps(harness.extra_memory(build)))
-        return
-
-    check_parity(dtype, options.device)
-    facts = harness.environment() | {"batch": batch, "depth": DEPTH}
-    print(json.dumps(facts), flush=True)
-    steps, absent = {}, {}
-    for name, build in builders.items():
-        try:
-            step = build()
-            step()
-            steps[name] = step
-        except Exception as error:  # a peer that cannot run is listed with its reason
-            if name.startswith("ours"):
-                raise
-            absent[name] = f"{type(error).__name__}: {error}"
-    times = harness.interleave(steps, options.rounds)
-    products = 4 * 2 * batch**2 * DEPTH
-    for name, timing in times.items():
-        speed = products / timing.median / 1e12
-        row = f"{name:28} {timing.median * 1e3:9.1f} ms {speed:8.2f} TFLOP/s"
-        if name != "bound":
-            row += f" {memory_of(name, builders[name], options.device) / 1e6:9.1f} MB"
-        for other in ("bound", name.replace("ours", "musiclm-pytorch")):
-            if name.startswith("ours") and other in times:
-                row += "   {} / ours {:.2f} ({:.2f} to {:.2f})".format(
-                    other.split()[0], *harness.ratio(times[other], timing)
-                )
-        print(row, flush=True)
-    for name, reason in absent.items():
-        print(f"{name:28} absent: {reason}")
+    print(json.dumps(peak(options.contender, options.kind, options.batch)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,9 +1,9 @@
 """Gradient caching: a step of 1,024 one-second clips in the memory of a step of 64.
 
-``python -m benchmarks.bench_grad_cache`` measures MuLaN (dim 512, depth 6, the ``"mulan"`` log-mel
-front end at 16 kHz, texts of 32 tokens, training mode) on the CPU: the peak memory that each step
-needs beyond the model and its batch, in a process of its own, and its time. The plain step of the
-chunk's size is the measure; the cached step of 16 chunks should need no more, but for the latents.
+MuLaN (dim 512, depth 6, the ``"mulan"`` log-mel front end at 16 kHz, texts of 32 tokens, training
+mode) on the CPU: the peak memory that each step needs beyond the model and its batch, and its
+time, each step once in a process of its own. The plain step of 64 clips is the measure; the cached
+step of 16 such chunks should need no more, but for the latents. In quick mode dim 256, depth 3.
 
 Loss and gradients of the cached step are compared with the plain step's first, in float64: without
 agreement there is no row.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Result, Settings
 
+MODULE = "benchmarks.bench_grad_cache"
 HZ, TOKENS = 16_000, 32
 
 
@@ -71,8 +72,8 @@ def check_parity() -> None:
         )
 
 
-def measured(dim: int, depth: int, clips: int, chunk: int | None) -> dict[str, float]:
-    """Bytes and seconds of one step; for a process of its own."""
+def measured(how: str, dim: int, depth: int, clips: int, chunk: int) -> dict[str, float]:
+    """Bytes and seconds of one step, plain or cached; for a process of its own."""
     seconds = 0.0
 
     def build() -> Callable[[], None]:
@@ -83,7 +84,7 @@ def measured(dim: int, depth: int, clips: int, chunk: int | None) -> dict[str, f
         def run() -> None:
             nonlocal seconds
             start = time.perf_counter()
-            step(model, wavs, texts, chunk)
+            step(model, wavs, texts, chunk if how == "cached" else None)
             seconds = time.perf_counter() - start
 
         return run
@@ -92,37 +93,32 @@ def measured(dim: int, depth: int, clips: int, chunk: int | None) -> dict[str, f
     return {"bytes": extra, "seconds": seconds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--measure", choices=("plain", "cached"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    sizes = [f"--dim={options.dim}", f"--depth={options.depth}", f"--chunk={options.chunk}"]
-    if options.measure:
-        chunk = options.chunk if options.measure == "cached" else None
-        print(json.dumps(measured(options.dim, options.depth, options.batch, chunk)))
-        return
+def results(settings: Settings) -> list[Result]:
+    """The plain step of a chunk, and the cached steps of one chunk and of sixteen."""
+    if settings.mode == "gpu":
+        return []
+    dim, depth = settings.pick((256, 3), full=(512, 6), tiny=(64, 2))
+    chunk = settings.pick(64, tiny=4)
     check_parity()
-    facts = harness.environment() | {"dim": options.dim, "depth": options.depth}
-    print(json.dumps(facts), flush=True)
-    least = None
-    for how, clips in (
-        ("plain", options.chunk), ("cached", options.chunk), ("cached", options.batch),
-    ):  # fmt: skip
-        found = harness.in_fresh_process(
-            "benchmarks.bench_grad_cache", f"--measure={how}", f"--batch={clips}", *sizes
-        )
-        least = least or found["bytes"]
-        print(
-            f"{how:6} step of {clips:5} clips {found['bytes'] / harness.MIB:8.0f} MiB "
-            f"({found['bytes'] / least:.2f} of the first) {1e3 * found['seconds'] / clips:8.1f} "
-            "ms a clip",
-            flush=True,
-        )
+    found = []
+    for how, clips in (("cached", 16 * chunk), ("cached", chunk), ("plain", chunk)):
+        one = harness.in_fresh_process(MODULE, how, *(str(n) for n in (dim, depth, clips, chunk)))
+        found.append(Result(
+            f"MuLaN, dim {dim}, depth {depth}: step of 1 s clips", f"chunks of {chunk}",
+            f"{how}, {clips:,} clips", "ours", [one["seconds"]], memory=int(one["bytes"]),
+            axes={"clips": clips},
+        ))  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Print bytes and seconds of one step, for a process of its own."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("how", choices=("plain", "cached"))
+    for name in ("dim", "depth", "clips", "chunk"):
+        parser.add_argument(name, type=int)
+    print(json.dumps(measured(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

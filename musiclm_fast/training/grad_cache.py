@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from musiclm_fast._checks import check_positive_int, fail
+from musiclm_fast._checks import check_positive_int, check_tensor, fail
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.sound import as_batch
 
 
 def cached_step(
@@ -38,8 +39,7 @@ def cached_step(
     In place of ``mulan(wavs, texts).backward()``, and equal to it: SpecAugment's masks (one for the
     whole batch by the reference's defaults) and patch dropout are drawn once for the whole batch,
     as the unchunked step draws them, and dropout is replayed, so that both passes see the same
-    network. Where ``lengths``, ``input_sample_hz`` or a list of clips is given each chunk draws its
-    own masks; the dropout layers draw by chunk in any case.
+    network. The dropout layers draw by chunk: with them it is a step with other, as good draws.
 
     The loss runs over the pairs of all ranks, of which each may hold another number. Under
     DistributedDataParallel (and accelerate, which wraps in it) gradients are exchanged once, with
@@ -65,6 +65,8 @@ def cached_step(
             rank where weights are sharded, a ``backward`` that calls none, or as MuLaN raises.
     """
     check_positive_int("chunk_size", chunk_size)
+    if not isinstance(wavs, (list, tuple)):
+        check_tensor("wavs", wavs)
     batch = len(wavs)
     if batch == 0:
         fail("wavs", "an empty batch", "at least one clip")
@@ -74,14 +76,27 @@ def cached_step(
     inner = cast(MuLaN, getattr(mulan, "module", mulan))
     starts = range(0, batch, chunk_size)
     _check_chunks_of_ranks(mulan, inner, len(starts))
+    tower = inner.audio
+    draws: contextlib.AbstractContextManager[Callable[[int], None]]
+    draws = contextlib.nullcontext(lambda row: None)  # another class of tower draws nothing
+    if isinstance(tower, AudioSpectrogramTransformer):
+        if not tower.accept_spec:  # lists are padded and rates changed once, for both passes
+            to_hz = tower.front_end.sample_hz
+            wavs, lengths = as_batch(wavs, lengths, from_hz=input_sample_hz, to_hz=to_hz)
+            input_sample_hz = None
+        draws = _drawn_once(tower, cast(Tensor, wavs), lengths)
 
     def run(model: nn.Module, start: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         rows = slice(start, start + chunk_size)
+        clips, own = wavs[rows], None if lengths is None else lengths[rows]
+        if isinstance(tower, AudioSpectrogramTransformer) and own is not None:
+            if own.device.type == "cpu":
+                clips = tower._cut(cast(Tensor, clips), int(own.max()))
         result: tuple[tuple[Tensor, ...], dict[str, Tensor]] = model(
-            wavs[rows],
+            clips,
             None if texts is None else texts[rows],
             None if raw_texts is None else raw_texts[rows],
-            lengths=None if lengths is None else lengths[rows],
+            lengths=own,
             input_sample_hz=input_sample_hz,
             return_loss_latents=True,
         )
@@ -93,18 +108,11 @@ def cached_step(
     states = []
     parts = []
     parameters: dict[str, Tensor] = {}
-    whole = lengths is None and isinstance(wavs, Tensor) and input_sample_hz is None
-    draws: contextlib.AbstractContextManager[Callable[[int], None] | None] = (
-        _drawn_once(inner.audio, cast(Tensor, wavs))
-        if whole and isinstance(inner.audio, AudioSpectrogramTransformer)
-        else contextlib.nullcontext()
-    )
     with draws as at:
         with torch.no_grad():
             for start in starts:
                 states.append(_random_state(devices))
-                if at is not None:
-                    at(start)
+                at(start)
                 part, parameters = run(first, start)
                 parts.append(part)
         # The batch is a latent's last dimension but one: (B, d) or (layers, B, d).
@@ -121,8 +129,7 @@ def cached_step(
             for start, state in zip(starts, states, strict=True):
                 last = start == starts[-1]
                 _set_random_state(state, devices)
-                if at is not None:
-                    at(start)
+                at(start)
                 with contextlib.nullcontext() if last else _no_exchange(mulan):
                     part, own = run(mulan, start)
                     grads = [cast(Tensor, x.grad) for x in latents]
@@ -178,19 +185,48 @@ def _no_exchange(mulan: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _drawn_once(
-    audio: AudioSpectrogramTransformer, wavs: Tensor
+    audio: AudioSpectrogramTransformer, wavs: Tensor, lengths: Tensor | None
 ) -> Iterator[Callable[[int], None]]:
     """The audio tower's draws for the whole batch, in the unchunked order; chunks read theirs.
 
     Yields a function that says at which row of the batch the next chunk begins.
     """
-    stretch, masks = audio._draw_augmentation(wavs, None)
-    height = audio.front_end.bands // audio.patch_size[0]
-    width = audio._frames(audio._samples(wavs)) // audio.patch_size[1]
-    if audio.accept_spec:
-        height = wavs.shape[3 - audio._time_axis()] // audio.patch_size[0]
-    kept, _ = audio._draw_kept(len(wavs), height, width, None, wavs.device, audio.training)
+    audio._check_input(wavs)
+    own_frames = audio._own_frames(wavs, lengths)
+    stretch, masks = audio._draw_augmentation(wavs, own_frames)
+    bands = wavs.shape[3 - audio._time_axis()] if audio.accept_spec else audio.front_end.bands
+    height = bands // audio.patch_size[0]
+
+    def width_of(samples: int) -> int:
+        return audio._frames(samples) // audio.patch_size[1]
+
+    # Clips of similar lengths draw together, on a grid of their longest's width. Patches that take
+    # part are kept as places on the whole batch's grid, which is as wide or wider.
+    widest = width_of(audio._samples(wavs))
+    groups = audio._groups(lengths, own_frames)
+    if len(groups) <= 1:
+        groups = [list(range(len(wavs)))]
+    places: Tensor | None = None  # (B, kept)
+    counts: Tensor | None = None  # (B,)
+    for number, group in enumerate(groups):
+        width, own = widest, own_frames
+        if len(groups) > 1:
+            assert lengths is not None and own_frames is not None
+            width = width_of(max(int(lengths[clip]) for clip in group))
+            own = own_frames[torch.tensor(group)]
+        kept, count = audio._draw_kept(len(group), height, width, own, wavs.device, audio.training)
+        if kept is None:
+            break
+        if number == 0:  # the longest clips, which keep the most
+            places = kept.new_zeros(len(wavs), kept.shape[1])
+            counts = None if count is None else count.new_zeros(len(wavs))
+        assert places is not None
+        places[group, : kept.shape[1]] = kept // width * widest + kept % width
+        if counts is not None and count is not None:
+            counts[group] = count
+
     begin = 0
+    waiting: list[list[int]] = []  # a chunk's groups, which the tower runs in this order
 
     def rows(drawn: Tensor | None, count: int) -> Tensor | None:
         if drawn is None or (drawn.shape[0] == 1 and len(wavs) > 1):
@@ -200,17 +236,33 @@ def _drawn_once(
     def draw_augmentation(x: Tensor, _own_frames: Tensor | None) -> Any:
         return rows(stretch, len(x)), (rows(masks[0], len(x)), rows(masks[1], len(x)))
 
-    def draw_kept(batch: int, *_: Any) -> tuple[Tensor | None, None]:
-        return rows(kept, batch), None
+    def groups_of(lengths: Tensor | None, own_frames: Tensor | None) -> list[list[int]]:
+        found = type(audio)._groups(audio, lengths, own_frames)
+        waiting[:] = found if len(found) > 1 else [[]]
+        return found
+
+    def draw_kept(batch: int, height: int, width: int, *_: Any) -> tuple[Any, Any]:
+        group = waiting.pop(0) or range(batch)
+        if places is None:
+            return None, None
+        clips = torch.tensor([begin + clip for clip in group], device=places.device)
+        chosen = places[clips, : height * width]  # (batch, kept)
+        chosen = chosen // widest * width + chosen % widest
+        if counts is None:
+            return chosen, None
+        own = counts[clips]
+        beyond = torch.arange(chosen.shape[1], device=own.device) >= own[:, None]
+        return chosen.masked_fill(beyond, height * width - 1), own
 
     def at(row: int) -> None:
         nonlocal begin
         begin = row
 
     # The tower has no argument for draws made elsewhere: its methods are covered for the while.
-    audio.__dict__["_draw_augmentation"] = draw_augmentation
-    audio.__dict__["_draw_kept"] = draw_kept
+    covers = dict(_draw_augmentation=draw_augmentation, _groups=groups_of, _draw_kept=draw_kept)
+    audio.__dict__.update(covers)
     try:
         yield at
     finally:
-        del audio.__dict__["_draw_augmentation"], audio.__dict__["_draw_kept"]
+        for name in covers:
+            del audio.__dict__[name]

@@ -182,3 +182,21 @@ def test_few_rows_are_cut_into_splits() -> None:
 @pytest.mark.gpu
 def test_self_check_on_a_gpu() -> None:
     assert _triton.self_check(torch.device("cuda")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_faster_than_the_peers_in_less_than_200_mb() -> None:
+    from benchmarks import bench_contrastive
+    from benchmarks.harness import Settings
+    from benchmarks.report import table
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    found = bench_contrastive.results(Settings("gpu", "cuda"))
+    print("\n" + table(found))
+    for mine in (r for r in found if r.ours):
+        assert mine.memory is not None and mine.memory < 200e6, mine
+        for other in found:
+            if other.case == mine.case and other.seconds and not other.ours:
+                assert mine.timing.median < other.timing.median, (mine, other)

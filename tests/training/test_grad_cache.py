@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_fast.models.front_end import FrontEnd
 from musiclm_fast.training.grad_cache import cached_step
 
 SIZE = dict(dim=32, depth=3, heads=2, dim_head=16)
@@ -61,8 +63,13 @@ def same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(sigmoid_contrastive_loss=True), dict(hierarchical_contrastive_loss=True)],
-    ids=["decoupled", "sigmoid", "hierarchical"],
+    [
+        {},
+        dict(sigmoid_contrastive_loss=True),
+        dict(hierarchical_contrastive_loss=True),
+        dict(hierarchical_contrastive_loss=True, sigmoid_contrastive_loss=True),
+    ],
+    ids=["decoupled", "sigmoid", "hierarchical", "hierarchical sigmoid"],
 )
 @pytest.mark.parametrize("chunk_size", [4, 11])
 def test_equals_the_unchunked_step(
@@ -118,18 +125,56 @@ def test_the_tower_is_left_as_it_was_and_the_generator_moves_on() -> None:
     assert set(model.audio.__dict__) == before
 
 
-def test_lists_of_clips() -> None:
-    model = make().eval()
+@pytest.mark.parametrize("options", [{}, dict(hierarchical_contrastive_loss=True)], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("how", ["list", "lengths", "other rate", "alike"])
+def test_clips_of_their_own_lengths(how: str, training: bool, options: dict[str, Any]) -> None:
+    """Chunks are padded to other lengths than the whole batch, and group their clips otherwise: no
+    clip sees it, and each has the masks and the patches that the whole batch's draws gave it."""
+    front_end = FrontEnd(
+        n_fft=64, win_length=24, freq_mask=0.3, time_mask=0.3, masks_per_sample=True,
+        time_stretch=0.1, sample_hz=16_000,
+    )  # fmt: skip
+    audio = dict(spec_n_fft=128, front_end=front_end, patch_dropout_prob=0.4)
+    model = make(audio=audio, **options).train(training)
     wavs, texts = inputs()
-    clips = [w[: 1000 + 40 * i] for i, w in enumerate(wavs)]
+    lengths = torch.tensor([600 + 90 * (7 * i % 11) for i in range(len(wavs))])
+    clips: Any = [w[:n] for w, n in zip(wavs, lengths, strict=True)]
+    more: dict[str, Any] = {}
+    if how == "lengths":
+        clips, more = wavs, dict(lengths=lengths)
+    elif how == "other rate":
+        more = dict(input_sample_hz=8_000)
+    elif how == "alike":
+        clips = list(wavs)
 
     def whole(m: nn.Module) -> Tensor:
-        loss = m(clips, texts)
+        loss: Tensor = m(clips, texts, **more)
         loss.backward()
         return loss
 
     expected = gradients(model, whole)
-    same(gradients(model, lambda m: cached_step(m, clips, texts, chunk_size=3)), expected)
+    for chunk_size in (3, 11):
+        step = functools.partial(cached_step, chunk_size=chunk_size, **more)
+        same(gradients(model, lambda m, s=step: s(m, clips, texts)), expected)
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_spectrograms(time_first: bool) -> None:
+    """In training: masks and dropped patches of a batch of spectrograms."""
+    audio = dict(accept_spec=True, accept_spec_time_first=time_first, spec_aug_time_mask=10)
+    model = make(audio=audio).train()
+    _, texts = inputs()
+    specs = torch.rand(len(texts), 33, 60, dtype=torch.float64)
+    specs = specs.transpose(1, 2) if time_first else specs
+
+    def whole(m: nn.Module) -> Tensor:
+        loss: Tensor = m(specs, texts)
+        loss.backward()
+        return loss
+
+    expected = gradients(model, whole)
+    same(gradients(model, lambda m: cached_step(m, specs, texts, chunk_size=4)), expected)
 
 
 def test_under_distributed_data_parallel(tmp_path: Any) -> None:
@@ -166,8 +211,7 @@ def test_a_batch_of_1024_in_the_memory_of_64() -> None:
     from benchmarks.harness import MIB, in_fresh_process
 
     def peak(how: str, clips: int) -> int:
-        sizes = ("--dim=128", "--depth=2", "--chunk=64", f"--batch={clips}")
-        found = in_fresh_process("benchmarks.bench_grad_cache", f"--measure={how}", *sizes)
+        found = in_fresh_process("benchmarks.bench_grad_cache", how, "128", "2", str(clips), "64")
         return int(found["bytes"])
 
     # Beyond it lie the latents and their gradients, two of 1,024 x 128 floats each: 2 MiB.

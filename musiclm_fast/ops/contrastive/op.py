@@ -77,7 +77,6 @@ def contrastive_loss(
     """
     audio, text = check_latents(audio, text)
     batch = audio.shape[1]
-    check_shape("text", text, tuple(audio.shape), "of audio")
     check_parameters(audio, temperature, bias, kind)
     if batch == 0:
         fail("audio", "an empty batch", "at least one pair")
@@ -89,16 +88,14 @@ def contrastive_loss(
 
 
 def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents as ``(L, m, d)`` and ``(L, n, d)`` of one dtype; without L they get L = 1.
+    """Latents as ``(L, B, d)`` of one dtype; without L they get L = 1.
 
     Raises:
-        ValueError, TypeError: they are not of one device, floating, and alike in L and d.
+        ValueError, TypeError: they are not of one shape and device, and floating.
     """
     check_ndim("audio", audio, (2, 3), "(L, B, d) or (B, d)")
     check_floating("audio", audio)
-    like = [*audio.shape]
-    like[-2] = None
-    check_shape("text", text, like, "(L, B, d) or (B, d) of audio's L and d")
+    check_shape("text", text, tuple(audio.shape), "of audio")
     check_floating("text", text)
     check_same_device("audio", audio, text=text)
     if audio.dtype != text.dtype:
