@@ -32,7 +32,7 @@ def temperature_terms(inputs: dict[str, Any], kind: str) -> Tensor:
     wide = testing.to_float64(inputs)
     dots = wide["audio"] @ wide["text"].t()  # (B, B)
     # Latents `dots` and unit vectors have the same similarities: the gradient is temperature * ds.
-    unit = torch.eye(len(dots), dtype=torch.float64)
+    unit = torch.eye(len(dots), dtype=torch.float64, device=dots.device)
     rows = dots.detach().requires_grad_()
     loss = contrastive_loss(rows, unit, wide["temperature"], wide["bias"], kind=kind)
     gradient = torch.autograd.grad(loss, rows)[0]
@@ -50,7 +50,7 @@ def check_against_oracle(
 
     def run(arguments: dict[str, Any], name: str) -> tuple[Tensor, dict[str, Tensor]]:
         loss = contrastive_loss(**arguments, kind=kind, backend=name)
-        return loss, testing.gradients(loss, arguments, torch.tensor(1.5))
+        return loss, testing.gradients(loss, arguments, torch.tensor(1.5, device=loss.device))
 
     with testing.poisoned_memory():
         loss, grads = run(inputs, backend)
@@ -96,6 +96,24 @@ def test_loss_and_gradients(
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_of_4096(kind: str) -> None:
     check_against_oracle(testing.contrastive_inputs(4096, 32), kind, "cpp")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [10.0, math.exp(7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "depth"), [(2, 3), (17, 128), (600, 20), (70, 200), (4096, 128)], ids=str
+)
+def test_on_a_gpu(
+    batch: int, depth: int, dtype: torch.dtype, temperature: float, kind: str
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    inputs = testing.contrastive_inputs(
+        batch, depth, temperature=temperature, dtype=dtype, device="cuda"
+    )
+    check_against_oracle(inputs, kind, "triton", cancelling=True)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
