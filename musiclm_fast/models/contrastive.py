@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,8 +63,13 @@ class _ContrastiveLearning(nn.Module):
         """Where the parameters lie."""
         return self.temperatures.device
 
-    def _loss(self, audio: Tensor, text: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        logarithm = self.temperatures.flatten()
+    def _loss(
+        self, audio: Tensor, text: Tensor, kind: str, parameters: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        if parameters is None:
+            parameters = dict(self.named_parameters())
+        logarithm = parameters["temperatures"].flatten()
+        bias = parameters["bias"].flatten() if kind == "sigmoid" else None
         if self.max_temperature is not None:
             logarithm = _CapFromAbove.apply(logarithm, math.log(self.max_temperature))
         loss: Tensor = distributed_contrastive_loss(
@@ -100,11 +106,18 @@ class SoftmaxContrastiveLearning(_ContrastiveLearning):
         super().__init__(layers, init_temp, max_temperature, strategy, process_group)
         self.decoupled_contrastive_learning = decoupled_contrastive_learning
 
-    def forward(self, audio_latents: Tensor, text_latents: Tensor) -> Tensor:
+    def forward(
+        self,
+        audio_latents: Tensor,
+        text_latents: Tensor,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Loss of l2-normed latents ``(B, d)`` or ``(layers, B, d)``; see
-        :func:`musiclm_fast.ops.contrastive_loss`."""
+        :func:`musiclm_fast.ops.contrastive_loss`. ``parameters`` by name stand in for the module's
+        own, as gradient caching wants it."""
         kind = "decoupled" if self.decoupled_contrastive_learning else "softmax"
-        return self._loss(audio_latents, text_latents, None, kind)
+        return self._loss(audio_latents, text_latents, kind, parameters)
 
 
 class SigmoidContrastiveLearning(_ContrastiveLearning):
@@ -132,10 +145,17 @@ class SigmoidContrastiveLearning(_ContrastiveLearning):
         super().__init__(layers, init_temp, max_temperature, strategy, process_group)
         self.bias = nn.Parameter(torch.ones(layers, 1, 1) * init_bias)
 
-    def forward(self, audio_latents: Tensor, text_latents: Tensor) -> Tensor:
+    def forward(
+        self,
+        audio_latents: Tensor,
+        text_latents: Tensor,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Loss of l2-normed latents ``(B, d)`` or ``(layers, B, d)``; see
-        :func:`musiclm_fast.ops.contrastive_loss`."""
-        return self._loss(audio_latents, text_latents, self.bias.flatten(), "sigmoid")
+        :func:`musiclm_fast.ops.contrastive_loss`. ``parameters`` by name stand in for the module's
+        own, as gradient caching wants it."""
+        return self._loss(audio_latents, text_latents, "sigmoid", parameters)
 
 
 def make_contrastive_loss(

@@ -439,10 +439,9 @@ class MuLaN(nn.Module):
         losses = []
         sides = ((audio, text), (layer_audio, layer_text))
         for (name, module), pair in zip(self._losses().items(), sides, strict=False):
-            if parameters is None:
-                losses.append(module(*pair))
-                continue
-            own = {n: parameters[f"{name}.{n}"] for n, _ in module.named_parameters()}
-            losses.append(torch.func.functional_call(module, own, pair))
+            own = None
+            if parameters is not None:
+                own = {n: parameters[f"{name}.{n}"] for n, _ in module.named_parameters()}
+            losses.append(module(*pair, parameters=own))
         total: Tensor = losses[0] if len(losses) == 1 else losses[0] + losses[1]
         return total
