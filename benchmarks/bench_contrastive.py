@@ -149,11 +149,15 @@ def peak(name: str, kind: str, batch: int) -> int:
 
 def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
     apart = functools.partial(harness.in_fresh_process, MODULE)
+    quick = settings.mode == "quick"
     given = (kind, batch, torch.float32, "cpu")
     contenders = {
         name: Contender(
             functools.partial(build, *given),
-            memory=functools.partial(apart, name, kind, str(batch)),
+            memory=None
+            if quick and batch != SIZES["cpu"]
+            else functools.partial(apart, name, kind, str(batch)),
+            once=quick and name == THEIRS and batch > 4096,
             operations=8.0 * batch**2 * DEPTH,
             role="ours" if name == OURS else "peer",
         )
@@ -164,7 +168,7 @@ def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
     )
     return harness.measure(
         "contrastive loss, forward and backward", f"{kind}, B = {batch:,}, d = {DEPTH}",
-        contenders, settings, rounds=5,
+        contenders, settings, rounds=settings.pick(3, full=5),
         check=functools.partial(check_parity, kind, torch.float32, "cpu", None),
         axes={"pairs of a batch": batch}, headline=headline(kind, batch, SIZES["cpu"]),
     )  # fmt: skip
