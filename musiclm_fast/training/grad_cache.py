@@ -89,9 +89,9 @@ def cached_step(
     def run(model: nn.Module, start: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         rows = slice(start, start + chunk_size)
         clips, own = wavs[rows], None if lengths is None else lengths[rows]
-        ours = isinstance(tower, AudioSpectrogramTransformer)
-        if ours and own is not None and own.device.type == "cpu":
-            clips = tower._cut(cast(Tensor, clips), int(own.max()))
+        on_cpu = own is not None and own.device.type == "cpu"  # else it would wait for the device
+        if on_cpu and isinstance(tower, AudioSpectrogramTransformer):
+            clips = tower._cut(cast(Tensor, clips), int(cast(Tensor, own).max()))
         result: tuple[tuple[Tensor, ...], dict[str, Tensor]] = model(
             clips,
             None if texts is None else texts[rows],
