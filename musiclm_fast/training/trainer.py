@@ -471,7 +471,7 @@ class MuLaNTrainer(nn.Module):
             raise CheckpointError(f"path: {path} has no 'model' and 'optim'")
         try:
             self.unwrapped.load_state_dict(package["model"])
-            self.optim.load_state_dict(package["optim"])
+            self._load_optimizer(package["optim"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"path: {path} holds another architecture: {error}") from error
         if self.average is not None:
@@ -480,6 +480,18 @@ class MuLaNTrainer(nn.Module):
         self.steps.fill_(package.get("steps", 0))
         if "rng" in package:
             torch.set_rng_state(package["rng"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        # Which kernel computes the step is this run's affair, not the checkpoint's.
+        own = self.optim.param_groups
+        if len(state["param_groups"]) != len(own):
+            raise ValueError(f"the optimizer has {len(own)} groups of weights")
+        kernels = ("fused", "foreach", "capturable", "differentiable")
+        groups = [
+            {**saved, **{name: group[name] for name in kernels if name in group}}
+            for saved, group in zip(state["param_groups"], own, strict=True)
+        ]
+        self.optim.load_state_dict({**state, "param_groups": groups})
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
         state = read_checkpoint(path / STATE_FILE)
@@ -495,7 +507,7 @@ class MuLaNTrainer(nn.Module):
                 self.average.n_averaged.fill_(state["averaged_steps"])
             elif state["weights"] is not None:
                 self.unwrapped.load_state_dict(state["weights"])
-            self.optim.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.steps.fill_(state["step"])
