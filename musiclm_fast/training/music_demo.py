@@ -42,11 +42,9 @@ from musiclm_fast.training.stopping import stop_requests
 
 RESULTS_FILE = "results.json"
 _CALIBRATION = 4  # real melodies per instrument that calibrate the judge
-_SEMANTIC, _COARSE, _FINE = Sampling(0.8, 0.9, 2.0), Sampling(0.5, 0.9, 2.0), Sampling(0.4, 0.9, 1.0)
-    Sampling(0.9, 0.9, 2.0),
-    Sampling(0.8, 0.9, 2.0),
-    Sampling(0.6, 0.9, 1.0),
-)
+_SEMANTIC = Sampling(temperature=0.8, cond_scale=2.0)
+_COARSE = Sampling(temperature=0.5, cond_scale=2.0)
+_FINE = Sampling(temperature=0.4, cond_scale=1.0)
 
 
 @dataclass(frozen=True)
