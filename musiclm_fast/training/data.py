@@ -261,7 +261,9 @@ class CaptionedSounds(Dataset[Row]):
         offset, size = self._bytes[row].tolist()
         with ExitStack() as stack:
             try:
-                source = path if size < 0 else stack.enter_context(_Member(path, offset, size))
+                source: Any = os.fsencode(path)  # a name may be any bytes
+                if size >= 0:
+                    source = stack.enter_context(_Member(path, offset, size))
                 file = stack.enter_context(soundfile.SoundFile(source))
             except (soundfile.SoundFileError, OSError) as error:
                 if not os.path.exists(path):
@@ -283,6 +285,41 @@ class CaptionedSounds(Dataset[Row]):
         if first >= last:
             raise UnreadableSoundError("the file ends before the part starts")
         return first, last
+
+    def seconds(self, index: int) -> float:
+        """Length of a sound, as its file's header has it.
+
+        Raises:
+            UnreadableSoundError: it cannot be opened, or is shorter than ``min_seconds``.
+        """
+        with self.open(index) as file:
+            first, end = self.part(index, file.frames, file.samplerate)
+            seconds: float = (end - first) / file.samplerate
+        if seconds < self.min_seconds:
+            raise UnreadableSoundError(f"shorter than {self.min_seconds:g} s (min_seconds)")
+        return seconds
+
+    def window(self, index: int, start: float, seconds: float) -> Tensor:
+        """What a sound holds of ``seconds`` from ``start`` (from where the sound starts) on.
+
+        Returns:
+            ``(samples,)`` float32 at ``sample_hz``, mono.
+
+        Raises:
+            UnreadableSoundError: it cannot be read, or ends before ``start``.
+        """
+        with self.open(index) as file:
+            rate = file.samplerate
+            first, end = self.part(index, file.frames, rate)
+            first += round(start * rate)
+            samples = round(seconds * self.sample_hz)
+            frames = min(end - first, math.ceil(samples * rate / self.sample_hz))
+            if frames <= 0:
+                raise UnreadableSoundError(f"ends before {start:g} s")
+            wav, missing = _read_mono(file, first, frames, self.sample_hz)
+            if missing > slack(file.frames, rate):
+                raise UnreadableSoundError(CUT_SHORT)
+            return torch.from_numpy(wav[:samples])
 
     def _read(self, index: int, where: float) -> tuple[Tensor, float]:
         # A clip of the sound and its start in seconds; where in [0, 1) says which clip.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -153,3 +154,201 @@ def zero_shot_accuracy(
     check_ndim("audio_latents", audio_latents, 2, "(n, d)")
     check_shape("label_latents", label_latents, (None, audio_latents.shape[1]), "(C, d)")
     return recall_at_k(audio_latents @ label_latents.t(), labels, ks)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well queries find what belongs to them.
+
+    Args:
+        recall: for each k, the share of queries with something of theirs among the k nearest.
+        median_rank: of the nearest of a query's own, 1 for the best.
+        mean_average_precision: at 10, over all that belongs to a query.
+        ranks: ``(queries,)`` int64, the rank of the nearest of a query's own.
+        candidates: how many there are to find.
+    """
+
+    recall: dict[int, float]
+    median_rank: float
+    mean_average_precision: float
+    ranks: Tensor
+    candidates: int
+
+
+def retrieval(
+    queries: Tensor,
+    candidates: Tensor,
+    pairs: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    block_bytes: int = 2**26,
+) -> Retrieval:
+    """Recall, median rank and mAP@10 of queries that may have several right answers::
+
+        rank of the r-th nearest own = r + #{others at least as near as it}
+        AP@10 = sum over own with rank <= 10 of (r / rank) / min(10, #own)
+
+    A candidate of another query that ties with one's own counts as nearer, and a NaN is farthest
+    for one's own and nearest for another's, so that a collapsed model does not look good.
+
+    Args:
+        queries: ``(n, d)`` unit vectors.
+        candidates: ``(m, d)`` unit vectors.
+        pairs: ``(p, 2)`` int64, a query and a candidate that belongs to it, each pair once; every
+            query has at least one.
+        ks: how many of the nearest count.
+        block_bytes: similarities of as many queries as fit into this many bytes are held at once,
+            never all n x m (one query's at least).
+
+    Raises:
+        ValueError, TypeError: wrong shapes or dtypes, no queries, a query without a pair.
+    """
+    check_ndim("queries", queries, 2, "(n, d)")
+    check_shape("candidates", candidates, (None, queries.shape[1]), "(m, d)")
+    check_shape("pairs", pairs, (None, 2), "(p, 2)")
+    check_dtype("pairs", pairs, torch.int64)
+    for k in ks:
+        check_positive_int("ks", k)
+    count, total = len(queries), len(candidates)
+    if not count or not total:
+        fail("queries, candidates", f"{count} and {total}", "at least one of each")
+    owns = torch.bincount(pairs[:, 0], minlength=count)
+    if len(owns) > count or not owns.all():
+        fail("pairs", "a query without a candidate of its own", "at least one pair for each query")
+    order = pairs[:, 0].argsort(stable=True)
+    query, own = pairs[order].unbind(1)
+    first = owns.cumsum(0) - owns  # of each query's pairs
+    found = torch.empty(count, dtype=torch.int64)
+    precision = torch.empty(count, dtype=torch.float64)
+    rows = max(1, block_bytes // (4 * total))
+    for begin in range(0, count, rows):
+        end = min(begin + rows, count)
+        a = int(first[begin])
+        b = int(first[end - 1] + owns[end - 1])
+        row, column = query[a:b] - begin, own[a:b]
+        near = queries[begin:end].float() @ candidates.t().float()  # (rows, m)
+        kept = near[row, column].nan_to_num(nan=-torch.inf)
+        others = near.nan_to_num(nan=torch.inf)
+        others[row, column] = -torch.inf
+        # (rows, most of a query's own), each row falling; what is no pair stays at -inf
+        place = torch.arange(a, b) - first[query[a:b]]
+        mine = torch.full((end - begin, int(owns[begin:end].max())), -torch.inf)
+        mine[row, place] = kept
+        mine = mine.topk(min(10, mine.shape[1]), dim=1).values
+        score = torch.zeros(end - begin, dtype=torch.float64)
+        limit = owns[begin:end].clamp(max=10)
+        for r in range(mine.shape[1]):  # only the ten nearest can have a rank up to 10
+            rank = (others >= mine[:, r : r + 1]).sum(dim=1).clamp(max=total - r - 1) + r + 1
+            if r == 0:
+                found[begin:end] = rank
+            counts = (rank <= 10) & (r < limit)
+            score += torch.where(counts, (r + 1) / rank.double(), 0.0)
+        precision[begin:end] = score / limit
+    return Retrieval(
+        {k: (found <= k).double().mean().item() for k in ks},
+        found.double().quantile(0.5).item(),
+        precision.mean().item(),
+        found,
+        total,
+    )
+
+
+def roc_auc(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Area under the ROC curve of each label: the chance that a clip with the label scores higher
+    than one without it, ties counting half.
+
+    Args:
+        scores: ``(n, C)`` floating.
+        relevant: ``(n, C)`` bool.
+
+    Returns:
+        ``(C,)`` float64; NaN for a label that all clips have, or none, or with a NaN among its
+        scores.
+    """
+    check_ndim("scores", scores, 2, "(n, C)")
+    check_shape("relevant", relevant, tuple(scores.shape), "of scores")
+    check_dtype("relevant", relevant, torch.bool)
+    areas = torch.full((scores.shape[1],), torch.nan, dtype=torch.float64)
+    for label in range(scores.shape[1]):
+        own, other = scores[relevant[:, label], label], scores[~relevant[:, label], label]
+        if not len(own) or not len(other) or torch.isnan(scores[:, label]).any():
+            continue
+        other = other.sort().values
+        below = torch.searchsorted(other, own) + torch.searchsorted(other, own, right=True)
+        areas[label] = below.double().mean() / (2 * len(other))
+    return areas
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How an embedding fills its sphere; see :func:`spread`.
+
+    Args:
+        mean_cosine: of all pairs of different vectors: 1 where all are one, about 0 where they
+            spread evenly.
+        effective_rank: the number of directions that are in use, 1 to ``dim``.
+        uniformity: log of the mean of ``exp(-2 |x - y|^2)``: 0 where all are one, about -4 where
+            they spread evenly over many dimensions.
+        dim: width of the vectors.
+        verdict: in words: ``collapsed``, ``narrow`` or ``healthy``, and why.
+    """
+
+    mean_cosine: float
+    effective_rank: float
+    uniformity: float
+    dim: int
+    verdict: str
+
+
+_SAMPLE = 4096  # vectors whose pairs the uniformity looks at
+
+
+def spread(latents: Tensor) -> Spread:
+    """Whether an embedding has collapsed.
+
+    ``effective_rank = exp(entropy(p))`` with ``p`` the singular values of the centred vectors,
+    made to sum to 1. The uniformity is that of at most 4,096 vectors, evenly spaced in the list.
+
+    Args:
+        latents: ``(n, d)`` unit vectors, at least two.
+
+    Sources: https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf (effective
+    rank), https://arxiv.org/abs/2005.10242 (uniformity).
+    """
+    check_ndim("latents", latents, 2, "(n, d)")
+    count, dim = latents.shape
+    if count < 2:
+        fail("latents", f"{count} vectors", "at least two")
+    x = latents.double()
+    if not torch.isfinite(x).all():
+        return Spread(
+            math.nan, math.nan, math.nan, dim, "broken: NaN or infinity among the vectors"
+        )
+    total = x.sum(dim=0)
+    cosine = ((total @ total - (x * x).sum()) / (count * (count - 1))).item()
+    centred = x - total / count
+    sizes = torch.linalg.eigvalsh(centred.t() @ centred).clamp(min=0).sqrt()
+    rank = 1.0
+    if sizes.sum() > 1e-6 * math.sqrt(count):
+        share = sizes / sizes.sum()
+        rank = torch.special.entr(share).sum().exp().item()
+    some = x[torch.linspace(0, count - 1, min(count, _SAMPLE)).round().long()]
+    logs = []
+    for begin in range(0, len(some), 512):
+        distance = (2 - 2 * some[begin : begin + 512] @ some.t()).clamp(min=0)  # |x - y|^2
+        distance.diagonal(begin).fill_(torch.inf)
+        logs.append((-2 * distance).flatten().logsumexp(dim=0))
+    pairs = len(some) * (len(some) - 1)
+    uniformity = (torch.stack(logs).logsumexp(dim=0) - math.log(pairs)).item()
+    return Spread(cosine, rank, uniformity, dim, _verdict(cosine, rank, min(dim, count - 1)))
+
+
+def _verdict(cosine: float, rank: float, most: int) -> str:
+    facts = f"mean cosine {cosine:.2f}, {rank:.1f} of at most {most} directions in use"
+    if cosine > 0.98:
+        return f"collapsed: all vectors are nearly one ({facts})"
+    if most >= 8 and rank < 2:
+        return f"collapsed: the vectors lie on a line ({facts})"
+    if cosine > 0.8 or rank < 0.1 * most:
+        return f"narrow: the vectors use a small part of the space ({facts})"
+    return f"healthy ({facts})"

@@ -1,0 +1,130 @@
+"""``musiclm-fast embed``: embeddings of sounds, in a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from musiclm_fast.cli import INTERRUPTED
+from musiclm_fast.cli.eval import add_source
+from musiclm_fast.cli.search import add_model, load_embedder, updated_index
+
+HELP = "write the embeddings of sounds (and captions) to a file"
+_SUFFIXES = (".npz", ".safetensors")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", help="a folder of sound files, or captioned sounds as for `eval`")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="ends in .npz or .safetensors"
+    )
+    add_model(parser)
+    add_source(parser)
+    parser.add_argument(
+        "--index", metavar="FILE", help="of a folder of sound files, as for `search`"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the embeddings of sounds to a file.
+
+    The file holds names, audio (sounds, d): a unit vector for each sound; windows (windows, d),
+    window_sound and window_start: the windows of them, the sound that each is of, and its start in
+    seconds; of captioned sounds also texts, text (captions, d) and text_sound. In safetensors the
+    strings are JSON in the header. A folder without a manifest is embedded as `search` does, and
+    its index is used and kept.
+    """
+    output = Path(args.output)
+    if output.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"output: got {args.output!r}, expected a name in {' or '.join(_SUFFIXES)}"
+        )
+    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        raise FileNotFoundError(f"output: no folder {str(output.parent)!r} to write to")
+
+    import numpy as np
+
+    captions: dict[str, list[str]] = {}
+    if _plain_folder(args):
+        index, _ = updated_index(args, args.source)
+        if index is None:
+            return INTERRUPTED
+        embedder = index.embedder
+        found = {name: index.sounds[name].embedded for name in sorted(index.sounds)}
+    else:
+        embedder = load_embedder(args)
+        found, captions = _captioned(args, embedder)
+    found = {name: own for name, own in found.items() if not own.reason}
+    if not found:
+        raise ValueError(f"source: got {args.source!r}, expected a sound that can be read")
+    names = [*found]
+    counts = [len(own.starts) for own in found.values()]
+    arrays = {
+        "audio": np.stack([own.mean() for own in found.values()]),
+        "windows": np.concatenate([own.latents for own in found.values()]),
+        "window_sound": np.repeat(np.arange(len(names)), counts),
+        "window_start": np.concatenate([own.starts for own in found.values()]),
+    }
+    strings = {"names": names}
+    if captions:
+        texts = [text for name in names for text in captions[name]]
+        arrays["text"] = embedder.texts(texts).numpy()
+        counts = [len(captions[name]) for name in names]
+        arrays["text_sound"] = np.repeat(np.arange(len(names)), counts)
+        strings["texts"] = texts
+    _write(output, arrays, strings)
+    print(f"{output}: {len(names):,} sounds, {len(arrays['windows']):,} windows")
+    return 0
+
+
+def _plain_folder(args: argparse.Namespace) -> bool:
+    # A folder of sound files alone, and nothing said about captions.
+    if args.captions is not None or args.kind != "auto" or not os.path.isdir(args.source):
+        return False
+    suffixes = {Path(name).suffix.lower() for name in os.listdir(args.source)}
+    return not suffixes & {".csv", ".tsv", ".jsonl", ".tar"}
+
+
+def _captioned(args: argparse.Namespace, embedder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    import sys
+
+    from tqdm import tqdm
+
+    from musiclm_fast.training.data import open_dataset
+
+    sounds = open_dataset(
+        args.source, sample_hz=embedder.sample_hz, clip_seconds=None, kind=args.kind,
+        audio=args.audio, captions=args.captions,
+    )  # fmt: skip
+    found, captions = {}, {}
+    rows = tqdm(
+        embedder.sounds(sounds), total=len(sounds), desc="embedding", unit="sound", leave=False,
+        delay=0.5,
+    )  # fmt: skip
+    for index, embedded in rows:
+        name = sounds.name(index)
+        if embedded.reason:
+            print(f"left out {name}: {embedded.reason}", file=sys.stderr)
+        found[name], captions[name] = embedded, sounds.captions(index)
+    return found, captions
+
+
+def _write(path: Path, arrays: dict[str, Any], strings: dict[str, list[str]]) -> None:
+    import json
+
+    import numpy as np
+
+    from musiclm_fast._files import atomic_file
+
+    with atomic_file(path) as file:
+        if path.suffix == ".npz":
+            texts = {name: np.array(own) for name, own in strings.items()}
+            np.savez(file, **arrays, **texts)  # type: ignore[arg-type]
+        else:
+            from safetensors.numpy import save
+
+            metadata = {name: json.dumps(own) for name, own in strings.items()}
+            file.write(save(arrays, metadata=metadata))

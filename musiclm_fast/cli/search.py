@@ -1,0 +1,143 @@
+"""``musiclm-fast search``: which of one's own music files a text describes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from musiclm_fast.cli import DEFAULT_CHECKPOINT, INTERRUPTED
+
+if TYPE_CHECKING:
+    from musiclm_fast.training.embedding import Embedder
+    from musiclm_fast.training.music_index import Changes, MusicIndex
+
+HELP = "find music in a folder by a text"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", help="a folder with sound files, also in folders below it")
+    parser.add_argument("text", help='what to find, such as "calm piano with strings"')
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="files to show (%(default)s)")
+    add_model(parser)
+    parser.add_argument(
+        "--index", metavar="FILE", help="where the index is kept (default: the user's cache folder)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say how sounds are embedded."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_CHECKPOINT,
+        metavar="PATH",
+        help="the model: a checkpoint's file or folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window", type=float, metavar="SECONDS", help="default: the length of the model's clips"
+    )
+    parser.add_argument(
+        "--stride", type=float, metavar="SECONDS", help="between windows; default: the window"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows at once")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank the files of a folder by how well a text describes them.
+
+    The first search embeds the whole folder and keeps the result; a later one embeds what is new
+    or has changed. A file's best window stands for it, and its place in the file is shown.
+    """
+    if not args.text.strip():
+        raise ValueError(f"text: got {args.text!r}, expected words")
+    if args.k < 1:
+        raise ValueError(f"-k: got {args.k}, expected an integer above 0")
+
+    import json
+
+    index, changes = updated_index(args, args.folder)
+    if index is None:
+        return INTERRUPTED
+    matches = index.search(index.embedder.texts([args.text])[0], args.k)
+    if args.json:
+        answer = {
+            "folder": args.folder,
+            "text": args.text,
+            "files": len(index.sounds),
+            "windows": index.windows(),
+            **vars(changes),
+            "unreadable": index.failed(),
+            "matches": [vars(match) for match in matches],
+        }
+        print(json.dumps(answer))
+        return 0
+    for place, match in enumerate(matches, 1):
+        span = f"{clock(match.start)}-{clock(match.end)}"
+        print(f"{place:>3}  {match.similarity:+.3f}  {span:>13}  {shown(match.name)}")
+    return 0
+
+
+def shown(name: str) -> str:
+    """A file's name, which may be any bytes, as text that can be printed."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    """The model that :func:`add_model`'s arguments ask for."""
+    from musiclm_fast.training.embedding import Embedder
+
+    try:
+        return Embedder.load(args.model, args.window, args.stride, args.batch_size)
+    except FileNotFoundError as error:
+        hint = "; `musiclm-fast demo` trains a small model and writes it there"
+        raise FileNotFoundError(
+            f"{error}{hint if args.model == DEFAULT_CHECKPOINT else ''}"
+        ) from error
+
+
+def updated_index(
+    args: argparse.Namespace, folder: str
+) -> tuple[MusicIndex | None, Changes | None]:
+    """The index of a folder, brought up to date with progress on stderr; None if interrupted."""
+    from tqdm import tqdm
+
+    from musiclm_fast.training.music_index import MusicIndex
+
+    embedder = load_embedder(args)
+    index = MusicIndex(folder, embedder, args.index)
+    if index.rebuilt:
+        print(f"{index.path}: made anew, since {index.rebuilt}", file=sys.stderr)
+    try:
+        with tqdm(desc="indexing", unit="file", leave=False, file=sys.stderr, delay=0.5) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            changes = index.update(show)
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, the same command goes on", file=sys.stderr)
+        return None, None
+    failed = index.failed()
+    readable = len(index.sounds) - len(failed)
+    words = f" ({changes})" if str(changes) else ""
+    if index.unsaved:
+        print(f"the index could not be written: {index.unsaved}", file=sys.stderr)
+    windows = f"{index.windows():,} windows of {embedder.window_seconds:g} s"
+    print(f"{folder}: {readable:,} files{words}, {windows}", file=sys.stderr)
+    if failed:
+        some = "; ".join(f"{shown(name)}: {reason}" for name, reason in [*failed.items()][:5])
+        more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+        print(f"{len(failed)} left out: {some}{more}", file=sys.stderr)
+    if not readable:
+        raise ValueError(f"folder: got {folder!r}, expected a sound file that can be read")
+    return index, changes
