@@ -82,7 +82,11 @@ def step(kind: str, size: Size, device: str) -> Callable[[], Any]:
 def memory(kind: str, size: Size, device: str) -> int:
     """Peak memory of forward and backward in bytes."""
     if device == "cuda":
-        return harness.gpu_memory(lambda: gradients(build(kind, size, device), size, device))
+        model = build(kind, size, device)
+        return harness.gpu_memory(
+            lambda: gradients(model, size, device),
+            between=lambda: model.zero_grad(set_to_none=True),
+        )
     asked = json.dumps(dataclasses.asdict(size))
     return int(harness.in_fresh_process(MODULE, kind, asked))
 

@@ -216,8 +216,10 @@ def alone(kind: str, case: Case) -> dict[str, float]:
 def memory(kind: str, case: Case, device: str, mode: str) -> int:
     """Peak memory of forward and backward in bytes."""
     if device == "cuda":
+        model = build(kind, case, device)
         return harness.gpu_memory(
-            lambda: gradients(build(kind, case, device), inputs(case, device), mode)
+            lambda: gradients(model, inputs(case, device), mode),
+            between=lambda: model.zero_grad(set_to_none=True),
         )
     return apart(kind, case)[1]
 

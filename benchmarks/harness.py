@@ -259,7 +259,8 @@ def measure(
         else:
             measured = c.memory is not None and (c.role == "ours" or not settings.tiny)
             memory = attempt(name, c.memory) if measured else None
-            found.append(result(name, seconds=times[name], memory=memory))
+            note = f"memory: {absent[name]}" if name in absent else ""
+            found.append(result(name, seconds=times[name], memory=memory, note=note))
     return found
 
 
@@ -327,11 +328,15 @@ def time_and_memory(build: Callable[[], Callable[[], Any]]) -> tuple[float, int]
     return seconds, max(0, high_water() - before)
 
 
-def gpu_memory(build: Callable[[], Callable[[], Any]]) -> int:
+def gpu_memory(
+    build: Callable[[], Callable[[], Any]], between: Callable[[], Any] = lambda: None
+) -> int:
     """Peak memory of the second ``build()()`` on the GPU over what is held before, in bytes: the
-    first compiles and fills caches."""
+    first compiles and fills caches. ``between`` lets go of what the first left, such as gradients.
+    """
     run = build()
     run()
+    between()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -39,16 +39,17 @@ def _memory(mine: Result, peer: Result) -> str:
 
 
 def table(store: Path) -> str:
-    """The rows of one device."""
+    """The table of one device; "" where no case has a headline."""
     sections: report.Sections = json.loads(store.read_text())
     facts = next(iter(sections.values()))["facts"]
-    lines = [
+    heading = [
         f"{facts['device']}; details and charts in "
         f"[{store.stem}.md](benchmarks/results/{store.stem}.md).",
         "",
         "| job | faster | memory | measured by `python -m benchmarks.run` |",
         "|---|---|---|---|",
     ]
+    lines = []
     for name, section in sorted(sections.items()):
         facts = section["facts"]
         for group in report.cases(report.read(section)).values():
@@ -61,13 +62,13 @@ def table(store: Path) -> str:
                 f"| {mine.headline}, against {peer.contender} | {_faster(mine, peer, bound)} | "
                 f"{_memory(mine, peer)} | `{name}`, {facts['date']} |"
             )
-    return "\n".join(lines)
+    return "\n".join(heading + lines) if lines else ""
 
 
 def text(results: Path = RESULTS) -> str:
     """What stands between the markers: a table per device."""
     stores = [s for s in sorted(results.glob("*.json")) if not s.stem.endswith("-full")]
-    return "\n\n".join(table(store) for store in stores)
+    return "\n\n".join(filter(None, map(table, stores)))
 
 
 def insert(readme: str, content: str) -> str:

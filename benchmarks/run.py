@@ -155,6 +155,8 @@ def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: boo
             section = merged(sections[name], section)
         sections[name] = section
         report.write(sections, store)
+    if output == RESULTS:
+        print("README's table follows by `python -m benchmarks.readme_table`", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
