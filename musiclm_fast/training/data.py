@@ -283,7 +283,8 @@ class CaptionedSounds(Dataset[Row]):
         first = round(start * rate)
         last = frames if end == math.inf else min(frames, round(end * rate))
         if first >= last:
-            raise UnreadableSoundError("the file ends before the part starts")
+            what = "holds no samples" if start == 0 else "the file ends before the part starts"
+            raise UnreadableSoundError(what)
         return first, last
 
     def seconds(self, index: int) -> float:
@@ -382,7 +383,7 @@ def _message(error: Exception) -> str:
     # What an error says, without the file's name, so that equal reasons can be counted.
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(getattr(error, "error_string", error)).rstrip(".")
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
 
 CUT_SHORT = "cut short: holds fewer frames than its header says"

@@ -204,6 +204,31 @@ def test_a_bad_file_is_replaced_and_named(folder):
         sounds[0]
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_damaged_bytes_are_skipped_or_heard(tmp_path, suffix, capfd):
+    """Whatever bytes a file holds, a draw gives a clip of it or replaces it."""
+    path = tmp_path / f"a.{suffix}"
+    write(path, noise(1.0, 44_100, channels=2), 44_100)
+    content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    write(tmp_path / "z.wav", noise(1.0))
+    sounds = opened(tmp_path, captions="names")
+    generator = np.random.default_rng(0)
+    skipped = 0
+    for trial in range(20):
+        damaged = content.copy()
+        where = generator.integers(len(content) if trial % 2 else 100, size=3)
+        damaged[where] = generator.integers(256, size=3)
+        cut = generator.integers(len(content)) if trial % 3 == 0 else len(content)
+        path.write_bytes(damaged[:cut].tobytes())
+        row = sounds.draw(0, trial)
+        assert torch.isfinite(row.wav).all()
+        assert RATE // 5 <= len(row.wav) <= RATE // 2
+        assert row.position == len(row.skipped)
+        skipped += len(row.skipped)
+    assert 0 < skipped < 20
+    capfd.readouterr()  # mpg123 prints what it thinks of such files
+
+
 def test_a_file_that_vanishes_later_is_replaced(folder):
     sounds = opened(folder)
     (folder / "sounds" / "0.wav").unlink()
