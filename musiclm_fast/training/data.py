@@ -131,6 +131,8 @@ class CaptionedSounds(Dataset[Row]):
         min_seconds: float = 0.2,
     ) -> None:
         check_positive_int("sample_hz", sample_hz)
+        if not min_seconds >= 0:
+            fail("min_seconds", min_seconds, "a number of seconds from 0")
         if clip_seconds is not None:
             check_positive("clip_seconds", clip_seconds)
             if clip_seconds < min_seconds:

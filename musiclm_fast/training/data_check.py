@@ -44,8 +44,8 @@ class DataReport:
     Args:
         sounds: that can be drawn or were meant to be.
         usable: that training can draw.
-        files: distinct files among the sounds that were read.
-        captions: of all sounds that were read.
+        files: distinct files among the sounds that are not left out.
+        captions: of the same sounds.
         seconds: total length of what was read.
         shortest, median, longest: lengths in seconds; 0 where nothing was read.
         rates: files' sample rates in Hz and how many sounds have them.

@@ -165,14 +165,17 @@ def _guess_kind(text: str, captions: str | None) -> str:
 
 
 def _manifest_in(folder: str) -> str | None:
-    # The one table of a folder that has a manifest's columns; manifest.* wins over others.
-    names = sorted(n for n in os.listdir(folder) if Path(n).suffix.lower() in _TABLES)
+    # The one table of a folder that has a manifest's columns; manifest.* wins over others. A single
+    # table without them is taken for one too, so that its columns are complained about.
+    inside = sorted(os.listdir(folder))
+    names = [name for name in inside if Path(name).suffix.lower() in _TABLES]
+    only = len(names) == 1 and not any(name.endswith(".tar") for name in inside)
     named = [n for n in names if Path(n).stem == "manifest"]
     fitting = []
     for name in named or names:
         path = os.path.join(folder, name)
         columns = _columns(path)
-        if len(names) == 1 or "ytid" in columns or {"path", "caption"} <= set(columns):
+        if only or "ytid" in columns or {"path", "caption"} <= set(columns):
             fitting.append(path)
     if len(fitting) > 1:
         found = ", ".join(os.path.basename(path) for path in fitting)

@@ -341,6 +341,8 @@ def test_no_source(tmp_path):
         opened(tmp_path)
     with pytest.raises(ValueError, match="kind: got 'zip', expected one of 'auto'"):
         opened(tmp_path, kind="zip")
+    with pytest.raises(ValueError, match="min_seconds: got -1"):
+        opened(tmp_path, captions="names", min_seconds=-1)
     with pytest.raises(ValueError, match="clip_seconds: got 0"):
         opened(tmp_path, captions="names", clip_seconds=0)
     with pytest.raises(ValueError, match="download it first"):
@@ -530,6 +532,12 @@ def test_a_shard_cut_short_keeps_what_is_whole(shards):
     (shards / "z.tar.gz").rename(shards / "z.tar")
     with pytest.raises(ValueError, match=r"z.tar.*expected an uncompressed .tar"):
         opened(shards / "z.tar", cache_folder=shards / "cache")
+
+
+def test_a_table_of_something_else_beside_shards(shards):
+    write_csv(shards / "sizes.csv", ["shard", "count"], ["music-000", 2])
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(opened(shards, cache_folder=shards / "cache")) == 4
 
 
 def test_shard_patterns(tmp_path):
