@@ -159,12 +159,17 @@ class SigmoidContrastiveLearning(_ContrastiveLearning):
 
 
 def make_contrastive_loss(
-    layers: int, decoupled: bool, sigmoid: bool
+    layers: int,
+    decoupled: bool,
+    sigmoid: bool,
+    max_temperature: float | None = None,
+    strategy: str = "all_gather",
 ) -> SoftmaxContrastiveLearning | SigmoidContrastiveLearning:
     """The loss module that MuLaN's flags ask for; sigmoid wins over decoupled."""
+    shared: dict[str, Any] = dict(layers=layers, max_temperature=max_temperature, strategy=strategy)
     if sigmoid:
-        return SigmoidContrastiveLearning(layers=layers)
-    return SoftmaxContrastiveLearning(layers=layers, decoupled_contrastive_learning=decoupled)
+        return SigmoidContrastiveLearning(**shared)
+    return SoftmaxContrastiveLearning(decoupled_contrastive_learning=decoupled, **shared)
 
 
 def interspersed_indices(layers: int, total_layers: int) -> Tensor:
@@ -180,6 +185,7 @@ class MultiLayerContrastiveLoss(nn.Module):
         dim_latent: width of the latents.
         layers: number of layers.
         decoupled_contrastive_learning, sigmoid_contrastive_loss: the kind of loss.
+        max_temperature, strategy: as in :class:`SoftmaxContrastiveLearning`.
     """
 
     def __init__(
@@ -191,6 +197,8 @@ class MultiLayerContrastiveLoss(nn.Module):
         layers: int,
         decoupled_contrastive_learning: bool = False,
         sigmoid_contrastive_loss: bool = False,
+        max_temperature: float | None = None,
+        strategy: str = "all_gather",
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -203,8 +211,9 @@ class MultiLayerContrastiveLoss(nn.Module):
         self.text_latent_weight = nn.Parameter(torch.randn(layers, text_dim, dim_latent))
         self.text_latent_bias = nn.Parameter(torch.randn(layers, 1, dim_latent))
         self.contrast = make_contrastive_loss(
-            layers, decoupled_contrastive_learning, sigmoid_contrastive_loss
-        )
+            layers, decoupled_contrastive_learning, sigmoid_contrastive_loss, max_temperature,
+            strategy,
+        )  # fmt: skip
 
     def forward(
         self, *, audio_layers: Tensor, text_layers: Tensor, audio_tokens: Tensor | None = None

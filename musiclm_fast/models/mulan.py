@@ -45,6 +45,9 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss: add the loss at intermediate layers (ViCHA).
         hierarchical_contrastive_loss_layers: how many; default the smaller depth less one.
         sigmoid_contrastive_loss: sigmoid loss in place of softmax.
+        max_temperature: cap on the losses' learned temperatures (CLIP: 100); None leaves them free.
+        loss_strategy: how ranks share a batch: ``"all_gather"``, ``"ring"`` (least memory) or
+            ``"local"``, see :func:`musiclm_fast.ops.distributed_contrastive_loss`.
     """
 
     audio_layers_indices: Tensor
@@ -61,6 +64,9 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss: bool = False,
         hierarchical_contrastive_loss_layers: int | None = None,
         sigmoid_contrastive_loss: bool = False,
+        *,
+        max_temperature: float | None = None,
+        loss_strategy: str = "all_gather",
     ) -> None:
         super().__init__()
         self.dim_latent = dim_latent
@@ -69,8 +75,9 @@ class MuLaN(nn.Module):
         self.text_to_latents = nn.Linear(self.text.dim, dim_latent)
         self.audio_to_latents = nn.Linear(self.audio.dim, dim_latent)
         self.contrast = make_contrastive_loss(
-            1, decoupled_contrastive_learning, sigmoid_contrastive_loss
-        )
+            1, decoupled_contrastive_learning, sigmoid_contrastive_loss, max_temperature,
+            loss_strategy,
+        )  # fmt: skip
         self.multi_layer_contrastive_learning: MultiLayerContrastiveLoss | None = None
         if not hierarchical_contrastive_loss:
             return
@@ -92,7 +99,8 @@ class MuLaN(nn.Module):
         self.multi_layer_contrastive_learning = MultiLayerContrastiveLoss(
             audio_dim=self.audio.dim, text_dim=self.text.dim, dim_latent=dim_latent,
             layers=layers, decoupled_contrastive_learning=decoupled_contrastive_learning,
-            sigmoid_contrastive_loss=sigmoid_contrastive_loss,
+            sigmoid_contrastive_loss=sigmoid_contrastive_loss, max_temperature=max_temperature,
+            strategy=loss_strategy,
         )  # fmt: skip
 
     @classmethod

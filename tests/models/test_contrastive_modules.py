@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
 from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_fast.ops import contrastive_loss
 
@@ -65,3 +66,17 @@ def test_bad_options(change: dict[str, Any], word: str) -> None:
     for module in (SoftmaxContrastiveLearning, SigmoidContrastiveLearning):
         with pytest.raises(ValueError, match=word):
             module(**change)
+
+
+def test_mulan_hands_cap_and_strategy_to_all_its_losses() -> None:
+    size = dict(dim=32, depth=3, heads=2, dim_head=16)
+    towers = [AudioSpectrogramTransformer(**size), TextTransformer(num_tokens=50, **size)]
+    mulan = MuLaN(
+        *towers, hierarchical_contrastive_loss=True, max_temperature=100.0, loss_strategy="ring"
+    )
+    losses = [m for m in mulan.modules() if isinstance(m, SoftmaxContrastiveLearning)]
+    assert [(m.max_temperature, m.strategy) for m in losses] == [(100.0, "ring")] * 2
+    plain = MuLaN(*towers)
+    assert (plain.contrast.max_temperature, plain.contrast.strategy) == (None, "all_gather")
+    with pytest.raises(ValueError, match="strategy"):
+        MuLaN(*towers, loss_strategy="gossip")
