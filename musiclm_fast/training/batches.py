@@ -95,7 +95,14 @@ class SeededRows(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: Key) -> Any:
-        index, place = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
+        """The rows of a batch: the generators are put back once for all of them."""
+        with _generators_kept():
+            return [self._row(*key) for key in keys]
+
+    def _row(self, index: int, place: int) -> Any:
         digest = hashlib.blake2b(f"{self.seed} {place}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "big") >> 1
         dataset: Any = self.dataset
@@ -103,21 +110,22 @@ class SeededRows(Dataset[Any]):
             index, dataset = dataset.indices[index], dataset.dataset
         if hasattr(dataset, "draw"):
             return dataset.draw(index, seed)
-        with seeded(seed):
-            return dataset[index]
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - what a dataset that knows no Generator uses
+        random.seed(seed)
+        return dataset[index]
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators for the block, and put them back as they were."""
-    states = random_state()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - what a dataset that knows no Generator uses
-    random.seed(seed)
+def _generators_kept() -> Iterator[None]:
+    # As they are: random_state would turn them into plain values.
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
     finally:
-        set_random_state(states)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
 
 
 def random_state() -> dict[str, Any]:
