@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, random_split
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from musiclm_fast._checks import (
     NonFiniteError,
@@ -54,6 +54,7 @@ from musiclm_fast.training.preparation import (
     checkpoint_activations,
 )
 from musiclm_fast.training.preparation import compile_towers as _compile_towers
+from musiclm_fast.training.progress import progress_bar
 from musiclm_fast.training.run_folder import STATE_FILE, RunFolder
 from musiclm_fast.training.stopping import stop_requests
 from musiclm_fast.training.typed_config import plain_differences
@@ -767,7 +768,7 @@ class MuLaNTrainer(nn.Module):
             FloatingPointError: too many steps in a row were skipped.
             OSError: a checkpoint could not be written; earlier ones are as they were.
         """
-        bar = tqdm(
+        bar = progress_bar(
             total=self.num_train_steps, initial=self.step, unit="step",
             disable=not self.is_local_main,
         )  # fmt: skip

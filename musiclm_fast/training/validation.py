@@ -16,7 +16,7 @@ from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxC
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.training.batches import SeededRows
 from musiclm_fast.training.data import collate
-from musiclm_fast.training.metrics import recall_at_k
+from musiclm_fast.training.metrics import retrieval
 
 RECALL_AT = (1, 5, 10)
 #: What can make a checkpoint the best.
@@ -91,13 +91,26 @@ def validate(
         for module, mode in modes:
             module.training = mode
     audio, text = (torch.cat([pair[side] for pair, _ in in_order]).float() for side in (0, 1))
-    there, back = pair_recall(audio @ text.t(), [text for _, texts in in_order for text in texts])
     result = {"valid_loss": sum(losses) / len(losses)}
+    there, back = _recall(audio, text, [each for _, texts in in_order for each in texts])
     for k in RECALL_AT:
         result[f"valid_recall@{k}"] = (there[k] + back[k]) / 2
         result[f"valid_audio_to_text_recall@{k}"] = there[k]
         result[f"valid_text_to_audio_recall@{k}"] = back[k]
     return result
+
+
+def _recall(
+    audio: Tensor, text: Tensor, texts: Sequence[Any]
+) -> tuple[dict[int, float], dict[int, float]]:
+    # Clips for their text among all different ones, and different texts for one of their clips.
+    # audio, text (n, d); of the n texts equal ones are one.
+    number: dict[Any, int] = {}
+    owner = torch.tensor([number.setdefault(each, len(number)) for each in texts])  # (n,)
+    different = text[torch.tensor([texts.index(each) for each in number])]  # (u, d)
+    pairs = torch.stack((torch.arange(len(owner)), owner), dim=1)
+    there = retrieval(audio, different, pairs, RECALL_AT)
+    return there.recall, retrieval(different, audio, pairs.flip(1), RECALL_AT).recall
 
 
 @contextlib.contextmanager
@@ -113,29 +126,3 @@ def _local_losses(model: MuLaN) -> Iterator[None]:
     finally:
         for loss, strategy in zip(losses, strategies, strict=True):
             loss.strategy = strategy
-
-
-def pair_recall(
-    similarity: Tensor, texts: Sequence[Any], ks: Sequence[int] = RECALL_AT
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Recall where texts repeat: of clips for their text, and of different texts for a clip.
-
-    Args:
-        similarity: ``(n, n)``, of each clip (row) and each clip's text.
-        texts: the n texts; equal ones are one.
-        ks: how many of the best count.
-
-    Returns:
-        ``{k: recall}`` of clips among the different texts, and of the different texts among clips:
-        the best of a text's own clips counts, and its others are no rivals.
-    """
-    number: dict[Any, int] = {}
-    of_clip = torch.tensor([number.setdefault(text, len(number)) for text in texts])  # (n,)
-    first = torch.tensor([texts.index(text) for text in number])  # (u,)
-    there = recall_at_k(similarity[:, first], of_clip, ks)
-    by_text = similarity.t()[first]  # (u, n)
-    own = of_clip == torch.arange(len(number))[:, None]
-    best = by_text.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-    others = by_text.masked_fill(own, -torch.inf)
-    zeros = torch.zeros(len(number), dtype=torch.int64)
-    return there, recall_at_k(torch.cat((best, others), dim=1), zeros, ks)

@@ -233,3 +233,28 @@ def test_state_is_plain(music: Path, tmp_path: Path) -> None:
     state = read_checkpoint(tmp_path / "out" / "latest" / "trainer.pt")
     assert state["options"]["optimizer"] == "adamw"
     assert state["averaged_steps"] == 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_hugging_face_towers(frozen: bool, music: Path, tmp_path: Path, capsys: Any) -> None:
+    """Tiny random encoders as both towers: trained, resumed, and loaded without their folders."""
+    pytest.importorskip("transformers")
+    from tests.models.test_hugging_face import audio_tower, text_tower
+
+    for kind, tower in (("text", text_tower()), ("audio", audio_tower())):
+        tower.model.save_pretrained(tmp_path / kind)
+        beside = tower.tokenizer if kind == "text" else tower.feature_extractor
+        beside.save_pretrained(tmp_path / kind)
+    changes: dict[str, Any] = {
+        f"model.{kind}": f"{{hugging_face: {tmp_path / kind}, frozen: {str(frozen).lower()}}}"
+        for kind in ("text", "audio")
+    }
+    changes |= dict(training__steps=3, training__activation_checkpointing=str(not frozen).lower())
+    assert cli.main(arguments(music, tmp_path / "out", **changes)) == 0
+    assert "training complete" in capsys.readouterr().out
+    for kind in ("text", "audio"):
+        (tmp_path / kind).rename(tmp_path / f"{kind} moved")
+    model = MuLaN.from_pretrained(tmp_path / "out" / "latest")
+    before = text_tower().model.state_dict()
+    after = model.text.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) is frozen

@@ -29,7 +29,7 @@ from musiclm_fast.training.batches import (
 from musiclm_fast.training.metrics import collapsed_loss
 from musiclm_fast.training.optimizer import WeightAverage, make_optimizer, schedule_factor
 from musiclm_fast.training.trainer import MuLaNTrainer
-from musiclm_fast.training.validation import pair_recall
+from musiclm_fast.training.validation import _recall
 from musiclm_fast.training.watch import (
     CollapseWatch,
     Readings,
@@ -469,11 +469,11 @@ def test_validation(tmp_path: Path) -> None:
 
 def test_recall_with_repeated_texts() -> None:
     """Clips 0 and 2 share a text: either is right for it, and it is one candidate, not two."""
-    similarity = torch.tensor([[0.9, 0.1, 0.9], [0.8, 0.5, 0.8], [0.1, 0.3, 0.1]])
-    there, back = pair_recall(similarity, ["a", "b", "a"])
-    assert there[1] == pytest.approx(1 / 3)
-    assert there[5] == 1.0
-    assert back[1] == 1.0
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    audio = torch.tensor([[0.9, 0.1], [0.8, 0.5], [0.1, 0.3]])
+    there, back = _recall(audio, text, ["a", "b", "a"])
+    assert there == pytest.approx({1: 1 / 3, 5: 1, 10: 1})
+    assert back == {1: 1, 5: 1, 10: 1}
 
 
 def test_a_validation_set_of_its_own(tmp_path: Path) -> None:
