@@ -202,7 +202,10 @@ def base_tree(revision: str, folder: Path) -> Path:
 
 
 def compare_with(revision: str, wanted: Sequence[str], settings: Settings, rounds: int) -> int:
-    """Time ours at another commit and here in turn, in fresh processes; print the ratios."""
+    """Time ours at another commit and here in turn, in fresh processes; print the ratios.
+
+    The benchmarks are this tree's at both: that commit's package must have what they call.
+    """
     settings = dataclasses.replace(settings, only_ours=True)
     seconds: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -122,6 +122,12 @@ def test_what_is_slow_and_large_runs_in_a_process_of_its_own() -> None:
     assert (too_large.seconds, too_large.reason) == ([], "RuntimeError: out of memory")
 
 
+def test_every_op_and_whole_job_is_in_the_suite() -> None:
+    ops = {p.parent.name for p in (ROOT / "musiclm_fast" / "ops").glob("*/op.py")}
+    jobs = {"training_step", "embed_folder", "semantic_step", "generation"}
+    assert ops | jobs <= set(run.names())
+
+
 def test_ratio_is_taken_round_by_round() -> None:
     slow, fast = harness.Timing([2.0, 8.0, 9.0]), harness.Timing([1.0, 2.0, 3.0])
     assert harness.ratio(slow, fast) == (3.0, 2.0, 4.0)
