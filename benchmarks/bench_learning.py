@@ -25,11 +25,11 @@ import torch
 
 from benchmarks import harness
 from musiclm_fast.training.demo import DemoConfig, DemoRun, Notes
-from musiclm_fast.training.demo_figures import _pyplot
+from musiclm_fast.training.demo_figures import pyplot
 from musiclm_fast.training.general_midi import PROMPT_TEMPLATES, zero_shot_prompts
 from musiclm_fast.training.metrics import embed_clips, label_latents, zero_shot_accuracy
 
-RECIPE = DemoConfig(instruments=128, steps=3000)
+RECIPE = DemoConfig(instruments=128, steps=8000)
 FRONT_ENDS = ("mulan", "reference")
 
 
@@ -119,7 +119,7 @@ def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]], seconds: dict[str, float], path: Path) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.5, 3.8))
     for name, result in results.items():
         front_end = name.split(",")[0]

@@ -72,6 +72,7 @@ class DemoConfig:
         low, high, every, octave: MIDI pitches, see :func:`general_midi.split_by_pitch`.
         velocities: MIDI velocities of each note.
         clip_seconds: length of a note's clip.
+        detune_cents: training notes are detuned by at most so many hundredths of a semitone.
         seed: of everything.
     """
 
@@ -96,6 +97,7 @@ class DemoConfig:
     octave: int = 72
     velocities: tuple[int, ...] = (64, 112)
     clip_seconds: float = 1.0
+    detune_cents: float = 40.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -203,8 +205,9 @@ class _Batches:
         train = data.parts["train"]
         self.generator = torch.Generator()
         self.clips = CaptionedNotes(
-            data.notes, data.instruments, indices=train, generator=self.generator
-        )
+            data.notes, data.instruments, indices=train, generator=self.generator,
+            detune_cents=config.detune_cents,
+        )  # fmt: skip
         labels = data.label[train].numpy()
         by_label = [np.flatnonzero(labels == i) for i in range(len(data.instruments))]
         # A soundfont may leave an instrument silent at all training pitches.

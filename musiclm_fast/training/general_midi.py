@@ -558,6 +558,7 @@ class CaptionedNotes(Dataset):
         gain_db: largest change of level either way, in dB; 0 changes nothing.
         max_delay: largest silence before a note, in seconds; 0 for none.
         phrases: share of clips with two notes.
+        detune_cents: largest detuning either way, in hundredths of a semitone; 0 for none.
         generator: draws all of this; None is torch's global one.
     """
 
@@ -571,6 +572,7 @@ class CaptionedNotes(Dataset):
         gain_db: float = 12.0,
         max_delay: float = 0.1,
         phrases: float = 0.5,
+        detune_cents: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         self.notes, self.templates, self.generator = notes, tuple(templates), generator
@@ -578,6 +580,7 @@ class CaptionedNotes(Dataset):
         self.by_program = {item.program: item for item in instruments}
         self.gain_db, self.max_delay = gain_db, round(max_delay * notes.sample_rate)
         self.phrases, self.fade = phrases, round(0.02 * notes.sample_rate)
+        self.detune_cents = detune_cents
         program = notes.program[self.indices]
         self.relatives = {int(p): self.indices[program == p] for p in np.unique(program)}
         unnamed = sorted(set(self.relatives) - set(self.by_program))
@@ -595,15 +598,25 @@ class CaptionedNotes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         note = int(self.indices[index])
-        wav = self.notes.audio(note)  # (samples,)
+        wav = self._detuned(self.notes.audio(note))  # (samples,)
         if self._uniform(0, 1) < self.phrases:
             relatives = self.relatives[int(self.notes.program[note])]
-            wav = self._phrase(wav, self.notes.audio(int(relatives[self._below(len(relatives))])))
+            other = self.notes.audio(int(relatives[self._below(len(relatives))]))
+            wav = self._phrase(wav, self._detuned(other))
         elif self.max_delay:
             delay = self._below(self.max_delay + 1)
             wav = torch.cat([wav.new_zeros(delay), wav[: len(wav) - delay]])
         gain = 10 ** (self._uniform(-self.gain_db, self.gain_db) / 20)
         return wav * gain, self.caption(index)
+
+    def _detuned(self, wav: Tensor) -> Tensor:
+        """The note played a little faster or slower; silence where it ends too early."""
+        if not self.detune_cents:
+            return wav
+        speed = 2 ** (self._uniform(-self.detune_cents, self.detune_cents) / 1200)
+        at = np.arange(len(wav)) * speed
+        played = np.interp(at, np.arange(len(wav)), wav.numpy(), right=0.0)
+        return torch.from_numpy(played.astype(np.float32))
 
     def _phrase(self, first: Tensor, second: Tensor) -> Tensor:
         """A part of one note that fades out, then the beginning of another."""

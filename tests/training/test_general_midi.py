@@ -100,6 +100,21 @@ def test_captioned_notes_vary_level_and_start_only():
         assert 0.25 <= wav[at] <= 1.0
 
 
+def test_detuning_moves_the_pitch_by_at_most_so_many_cents():
+    notes = silence([0], [60], samples=16000)
+    notes.pcm[0] = np.round(8000 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000))
+    data = CaptionedNotes(notes, gain_db=0.0, max_delay=0.0, phrases=0.0, detune_cents=50.0)
+    window = np.hanning(8000)
+    peaks = []
+    for _ in range(30):
+        wav = data[0][0].numpy()[:8000]
+        peaks.append(np.abs(np.fft.rfft(window * wav, 64000)).argmax() * 16000 / 64000)
+    cents = 1200 * np.log2(np.array(peaks) / 1000)
+    assert np.abs(cents).max() <= 51
+    assert cents.min() < -10
+    assert cents.max() > 10
+
+
 def test_phrases_join_two_notes_of_one_instrument_in_the_chosen_part():
     notes = silence([3, 5], [40, 50, 60, 70], samples=1600)
     notes.pcm += 1000 * np.arange(1, 9, dtype=np.int16)[:, None]  # note i is i + 1, all along
