@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +281,13 @@ def test_embed_a_folder(music, model, tmp_path, capsys):
 
 
 def manifest(music):
-    rows = ["path,caption", "a.wav,calm", "b.flac,loud", "album/c.ogg,calm", "gone.wav,x"]
+    rows = [
+        "path,caption,start",
+        "a.wav,calm,",
+        "b.flac,loud,0.1",
+        "album/c.ogg,calm,",
+        "gone.wav,x,",
+    ]
     (music / "manifest.csv").write_text("\n".join(rows))
     return music
 
@@ -294,11 +299,21 @@ def test_embed_captioned_sounds(music, model, tmp_path):
     assert cli.main(["embed", str(source), "-o", str(out), "--model", str(model)]) == 0
     mulan, _ = load_mulan(model)
     with np.load(out) as file, torch.no_grad():
-        assert file["names"].tolist() == ["a.wav", "b.flac", "album/c.ogg"]
+        assert file["names"].tolist() == ["a.wav", "b.flac [0.1- s]", "album/c.ogg"]
         assert file["texts"].tolist() == ["calm", "loud", "calm"]
         assert file["text_sound"].tolist() == [0, 1, 2]
         expected = mulan.get_text_latents(raw_texts=["calm", "loud", "calm"]).numpy()
         np.testing.assert_allclose(file["text"], expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:source")
+def test_interrupted_evaluation(music, model, monkeypatch, capsys):
+    def interrupt(self, windows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Embedder, "_latents", interrupt)
+    assert cli.main(["eval", str(manifest(music)), "--model", str(model)]) == cli.INTERRUPTED
+    assert "stopped" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:source")
@@ -326,15 +341,9 @@ def test_windows_longer_than_the_files(music, model, capsys):
         assert (match["start"], match["end"]) == (0.0, pytest.approx(seconds))
 
 
-def test_help_and_the_command_itself(music, model):
-    command = [sys.executable, "-m", "musiclm_fast"]
-    began = time.monotonic()
-    text = subprocess.run(
-        [*command, "search", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "calm piano with strings" in text and time.monotonic() - began < 20
+def test_the_command_itself(music, model):
     done = subprocess.run(
-        [*command, "search", str(music), "calm", "--model", str(model)],
+        [sys.executable, "-m", "musiclm_fast", "search", music, "calm", "--model", model],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert len(done.stdout.splitlines()) == 4

@@ -80,11 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None takes the process's own.
 
     Returns:
-        0, or 2 after an error, which is printed to stderr in one line.
+        0, 2 after an error, which is printed to stderr in one line, or 130 when interrupted.
     """
     args = build_parser().parse_args(argv)
     try:
         status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return INTERRUPTED
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         if args.traceback:
             raise

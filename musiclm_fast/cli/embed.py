@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musiclm_fast.cli import INTERRUPTED
 from musiclm_fast.cli.eval import add_source
 from musiclm_fast.cli.search import add_model, load_embedder, updated_index
+
+if TYPE_CHECKING:
+    from musiclm_fast.training.embedding import Embedded, Embedder
 
 HELP = "write the embeddings of sounds (and captions) to a file"
 _SUFFIXES = (".npz", ".safetensors")
@@ -47,33 +51,29 @@ def run(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    captions: dict[str, list[str]] = {}
+    captions: list[list[str]] = []
     if _plain_folder(args):
         index, _ = updated_index(args, args.source)
         if index is None:
             return INTERRUPTED
         embedder = index.embedder
-        found = {name: index.sounds[name].embedded for name in sorted(index.sounds)}
+        names = [name for name in sorted(index.sounds) if name not in index.failed()]
+        found = [index.sounds[name].embedded for name in names]
     else:
         embedder = load_embedder(args)
-        found, captions = _captioned(args, embedder)
-    found = {name: own for name, own in found.items() if not own.reason}
-    if not found:
-        raise ValueError(f"source: got {args.source!r}, expected a sound that can be read")
-    names = [*found]
-    counts = [len(own.starts) for own in found.values()]
+        names, found, captions = _captioned(args, embedder)
+    counts = [len(own.starts) for own in found]
     arrays = {
-        "audio": np.stack([own.mean() for own in found.values()]),
-        "windows": np.concatenate([own.latents for own in found.values()]),
+        "audio": np.stack([own.mean() for own in found]),
+        "windows": np.concatenate([own.latents for own in found]),
         "window_sound": np.repeat(np.arange(len(names)), counts),
-        "window_start": np.concatenate([own.starts for own in found.values()]),
+        "window_start": np.concatenate([own.starts for own in found]),
     }
     strings = {"names": names}
     if captions:
-        texts = [text for name in names for text in captions[name]]
+        texts = [text for own in captions for text in own]
         arrays["text"] = embedder.texts(texts).numpy()
-        counts = [len(captions[name]) for name in names]
-        arrays["text_sound"] = np.repeat(np.arange(len(names)), counts)
+        arrays["text_sound"] = np.repeat(np.arange(len(names)), [len(own) for own in captions])
         strings["texts"] = texts
     _write(output, arrays, strings)
     print(f"{output}: {len(names):,} sounds, {len(arrays['windows']):,} windows")
@@ -88,9 +88,10 @@ def _plain_folder(args: argparse.Namespace) -> bool:
     return not suffixes & {".csv", ".tsv", ".jsonl", ".tar"}
 
 
-def _captioned(args: argparse.Namespace, embedder: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    import sys
-
+def _captioned(
+    args: argparse.Namespace, embedder: Embedder
+) -> tuple[list[str], list[Embedded], list[list[str]]]:
+    # names, windows and captions of the sounds that can be read
     from tqdm import tqdm
 
     from musiclm_fast.training.data import open_dataset
@@ -99,17 +100,22 @@ def _captioned(args: argparse.Namespace, embedder: Any) -> tuple[dict[str, Any],
         args.source, sample_hz=embedder.sample_hz, clip_seconds=None, kind=args.kind,
         audio=args.audio, captions=args.captions,
     )  # fmt: skip
-    found, captions = {}, {}
     rows = tqdm(
         embedder.sounds(sounds), total=len(sounds), desc="embedding", unit="sound", leave=False,
         delay=0.5,
     )  # fmt: skip
+    names, found, captions = [], [], []
     for index, embedded in rows:
         name = sounds.name(index)
         if embedded.reason:
             print(f"left out {name}: {embedded.reason}", file=sys.stderr)
-        found[name], captions[name] = embedded, sounds.captions(index)
-    return found, captions
+            continue
+        names.append(name)
+        found.append(embedded)
+        captions.append(sounds.captions(index))
+    if not found:
+        raise ValueError(f"source: got {args.source!r}, expected a sound that can be read")
+    return names, found, captions
 
 
 def _write(path: Path, arrays: dict[str, Any], strings: dict[str, list[str]]) -> None:

@@ -241,18 +241,19 @@ class HuggingFaceText(_HuggingFaceTower):
             fail("raw_texts", "strings", "token ids: this tower was built without a tokenizer")
         if not texts:
             fail("raw_texts", "an empty batch", "at least one text")
-        texts = list(texts)
-        ids = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
-        if not self._warned and max(map(len, ids)) > self.max_seq_len:
-            self._warned = True
-            long = next(text for text, own in zip(texts, ids) if len(own) > self.max_seq_len)
-            warnings.warn(
-                f"raw_texts: cut to {self.max_seq_len} tokens: {long[:40]!r}... (said once)",
-                stacklevel=3,
-            )
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_seq_len, return_tensors="pt"
-        )
+            list(texts), padding=True, truncation=True, max_length=self.max_seq_len,
+            return_tensors="pt",
+        )  # fmt: skip
+        if not self._warned and tokens["input_ids"].shape[1] == self.max_seq_len:
+            whole = self.tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+            cut = [text for text, ids in zip(texts, whole) if len(ids) > self.max_seq_len]
+            if cut:
+                self._warned = True
+                warnings.warn(
+                    f"raw_texts: cut to {self.max_seq_len} tokens: {cut[0][:40]!r}... (said once)",
+                    stacklevel=3,
+                )
         device = self.device
         return tokens["input_ids"].to(device), tokens["attention_mask"].bool().to(device)
 

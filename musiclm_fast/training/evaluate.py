@@ -112,21 +112,26 @@ class Labels:
                     known = ", ".join([*self.prompts][:8])
                     fail("labels", f"{label!r} of {name!r}", f"one of the labels: {known}, ...")
 
-    def table(self, names: Sequence[str]) -> Tensor:
+    def table(self, names: Sequence[str], files: Sequence[str] = ()) -> Tensor:
         """Which sounds have which labels, ``(n, C)`` bool.
+
+        Args:
+            names: of the sounds.
+            files: of the sounds; looked up where the name is not in the labels' file.
 
         Raises:
             ValueError: none of the sounds is in the labels' file.
         """
-        if not any(name in self.of for name in names):
+        keys = [n if n in self.of else f for n, f in zip(names, files or names, strict=True)]
+        if not any(key in self.of for key in keys):
             fail(
                 "labels", f"names such as {[*self.of][:2]}",
                 f"names of the sounds, such as {[*names][:2]}",
             )  # fmt: skip
         place = {label: column for column, label in enumerate(self.prompts)}
         table = torch.zeros(len(names), len(place), dtype=torch.bool)
-        for row, name in enumerate(names):
-            for label in self.of.get(name, ()):
+        for row, key in enumerate(keys):
+            for label in self.of.get(key, ()):
                 table[row, place[label]] = True
         return table
 
@@ -302,8 +307,10 @@ def evaluate(
         ValueError: fewer than two sounds can be read, or the labels are not of these sounds.
     """
     every = [sounds.name(index) for index in range(len(sounds))]
+    # a part of a file may have labels of its own, or the file's
+    files = [sounds.file(index) for index in range(len(sounds))]
     if labels is not None:
-        labels.table(every)  # before work is lost
+        labels.table(every, files)  # before work is lost
     names: list[str] = []
     latents: list[np.ndarray] = []
     left_out: dict[str, str] = {}
@@ -331,7 +338,7 @@ def evaluate(
     pair = torch.tensor(pairs)
     scores, table = None, None
     if labels is not None:
-        table = labels.table(names)
+        table = labels.table(names, [files[index] for index in kept])
         scores = label_scores(audio, label_vectors(embedder, labels), table, [*labels.prompts])
     return Report(
         names=names,

@@ -193,7 +193,7 @@ def retrieval(
 
     Args:
         queries: ``(n, d)`` unit vectors.
-        candidates: ``(m, d)`` unit vectors.
+        candidates: ``(m, d)`` unit vectors, on the same device, as are the pairs.
         pairs: ``(p, 2)`` int64, a query and a candidate that belongs to it, each pair once; every
             query has at least one.
         ks: how many of the nearest count.
@@ -215,11 +215,12 @@ def retrieval(
     owns = torch.bincount(pairs[:, 0], minlength=count)
     if len(owns) > count or not owns.all():
         fail("pairs", "a query without a candidate of its own", "at least one pair for each query")
+    device = queries.device
     order = pairs[:, 0].argsort(stable=True)
     query, own = pairs[order].unbind(1)
     first = owns.cumsum(0) - owns  # of each query's pairs
-    found = torch.empty(count, dtype=torch.int64)
-    precision = torch.empty(count, dtype=torch.float64)
+    found = torch.empty(count, dtype=torch.int64, device=device)
+    precision = torch.empty(count, dtype=torch.float64, device=device)
     rows = max(1, block_bytes // (4 * total))
     for begin in range(0, count, rows):
         end = min(begin + rows, count)
@@ -231,11 +232,12 @@ def retrieval(
         others = near.nan_to_num(nan=torch.inf)
         others[row, column] = -torch.inf
         # (rows, most of a query's own), each row falling; what is no pair stays at -inf
-        place = torch.arange(a, b) - first[query[a:b]]
-        mine = torch.full((end - begin, int(owns[begin:end].max())), -torch.inf)
+        place = torch.arange(a, b, device=device) - first[query[a:b]]
+        most = int(owns[begin:end].max())
+        mine = torch.full((end - begin, most), -torch.inf, device=device)
         mine[row, place] = kept
         mine = mine.topk(min(10, mine.shape[1]), dim=1).values
-        score = torch.zeros(end - begin, dtype=torch.float64)
+        score = torch.zeros(end - begin, dtype=torch.float64, device=device)
         limit = owns[begin:end].clamp(max=10)
         for r in range(mine.shape[1]):  # only the ten nearest can have a rank up to 10
             rank = (others >= mine[:, r : r + 1]).sum(dim=1).clamp(max=total - r - 1) + r + 1
@@ -248,7 +250,7 @@ def retrieval(
         {k: (found <= k).double().mean().item() for k in ks},
         found.double().quantile(0.5).item(),
         precision.mean().item(),
-        found,
+        found.cpu(),
         total,
     )
 
