@@ -38,4 +38,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
       "contrastive_sigmoid(Tensor audio, Tensor text, Tensor temperature, Tensor? bias, int offset, "
       "bool gradients) -> (Tensor loss, Tensor d_audio, Tensor d_text, Tensor d_temperature, "
       "Tensor d_bias)");
+  // decode: sizes are depth, dim, heads, dim_head, hidden, streams, null keys, and as 0 or 1 cross
+  // attention, norm of the self attention's context, value residual.
+  m.def("decode_pack(Tensor[] parameters, int[] sizes) -> Tensor");
+  m.def(
+      "decode_step(Tensor x, Tensor packed, Tensor(a!) keys_values, int length, Tensor? context, "
+      "Tensor? context_mask, Tensor? bias_table, Tensor? q_code, Tensor? k_codes, "
+      "Tensor? key_padding_mask, int[] sizes) -> Tensor");
 }

@@ -25,6 +25,8 @@ OPS = (
     "contrastive_logsumexp",
     "contrastive_logsumexp_backward",
     "contrastive_sigmoid",
+    "decode_pack",
+    "decode_step",
     "spectrogram_forward",
     "spectrogram_backward",
 )

@@ -1,7 +1,6 @@
 // Registers the CPU kernels of attention.simd.cpp: checks, new tensors, workspace, threads.
 #include "attention/attention.h"
 
-#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -155,27 +154,12 @@ bool nothing_to_do(const AttentionCall& call) {
   return call.batch == 0 || call.heads == 0 || call.queries == 0 || call.keys == 0;
 }
 
-// Workers are torch's threads; each takes the next task until none is left.
-void run_tasks(void* context, int64_t tasks, void (*task)(void*, int64_t, int), void* argument) {
-  const int workers = *static_cast<int*>(context);
-  if (workers == 1 || tasks == 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(argument, i, 0);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(argument, i, static_cast<int>(worker));
-    }
-  });
-}
-
 template <typename Size, typename Kernel>
 void launch(const AttentionCall& call, const Tensor& like, const Size& size, const Kernel& kernel) {
   const double work = static_cast<double>(call.batch * call.heads * call.head_dim) *
                       static_cast<double>(call.queries) * static_cast<double>(call.keys);
-  int count = work < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  const Workers workers{count, &count, run_tasks};
+  const int count = work < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  const Workers workers = torch_workers(count);
   const int64_t bytes = size(workers);
   const Tensor memory = empty_as(like, {bytes + 64}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/cpu.h"
+#include "common/workers.h"
 
 namespace musiclm_fast {
 
@@ -44,14 +45,6 @@ struct AttentionCall {
   float* dtable;   // (H, 2 * radius + 1)
   float* dq_scale;  // (D,)
   float* dk_scale;
-};
-
-// Runs tasks 0 .. tasks-1 in any order on `count` workers; `worker` names the scratch to use.
-struct Workers {
-  int count;
-  void* context;
-  void (*run)(void* context, int64_t tasks, void (*task)(void* argument, int64_t index, int worker),
-              void* argument);
 };
 
 // Bytes of workspace, aligned to 64, that a call needs.

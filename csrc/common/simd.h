@@ -151,4 +151,21 @@ MUSICLM_FAST_INLINE vfloat vexp(vfloat x) {
   return x < lowest ? vzero() : p * scale;
 }
 
+// x[i] lane j <-> x[j] lane i, by log2(W) perfect shuffles.
+MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
+  vint low, high;  // interleave two vectors' halves
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 2 + (i % 2) * kWidth;
+    high[i] = low[i] + kWidth / 2;
+  }
+  for (int step = kWidth; step > 1; step /= 2) {
+    vfloat y[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
+    }
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
 }  // namespace musiclm_fast::MUSICLM_FAST_SIMD_NS

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "common/bf16.h"
+#include "common/workers.h"
 
 namespace musiclm_fast {
 
@@ -87,6 +89,25 @@ void dispatch(ScalarType dtype, const char* name, const F& f) {
        ...);
   STD_TORCH_CHECK(found, name, ": dtype ", torch::headeronly::toString(dtype),
                   " is not supported by this kernel");
+}
+
+// `count` of torch's threads; each takes the next task until none is left.
+inline Workers torch_workers(int count) {
+  const auto run = [](void* context, int64_t tasks, void (*task)(void*, int64_t, int),
+                      void* argument) {
+    const auto workers = static_cast<int64_t>(reinterpret_cast<intptr_t>(context));
+    if (workers == 1 || tasks == 1) {
+      for (int64_t i = 0; i < tasks; ++i) task(argument, i, 0);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        task(argument, i, static_cast<int>(worker));
+      }
+    });
+  };
+  return {count, reinterpret_cast<void*>(static_cast<intptr_t>(count)), run};
 }
 
 }  // namespace musiclm_fast

@@ -34,7 +34,7 @@ class Cache:
         self.context: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.length = 0
         self._added = 0
-        self._context_bias: Tensor | None = None
+        self._stacked_context: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -57,9 +57,9 @@ class Cache:
         self._added = k.shape[1]
         return keys[:, :end], values[:, :end]
 
-    def advance(self) -> None:
-        """Count the tokens that all layers have now stored."""
-        self.length += self._added
+    def advance(self, added: int | None = None) -> None:
+        """Count the tokens that all layers have now stored: those of ``append``, or ``added``."""
+        self.length += self._added if added is None else added
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but ``rows`` ``(kept,)`` int64."""
@@ -67,16 +67,18 @@ class Cache:
         self.context = [
             (k[rows], v[rows], None if mask is None else mask[rows]) for k, v, mask in self.context
         ]
-        self._context_bias = None
+        self._stacked_context = None
 
-    def context_bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The context's mask, which all layers share, as a bias ``(B, 1, c)`` of 0 and -inf."""
-        if mask is None:
-            return None
-        if self._context_bias is None:
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            self._context_bias = zeros.masked_fill_(~mask, float("-inf"))[:, None]
-        return self._context_bias
+    def stacked_context(self) -> tuple[Tensor | None, Tensor | None]:
+        """The cross attention's keys and values ``(depth, 2, B, c, dim_head)`` and their mask.
+
+        The mask is the same in all layers.
+        """
+        if not self.context:
+            return None, None
+        if self._stacked_context is None:
+            self._stacked_context = torch.stack([torch.stack((k, v)) for k, v, _ in self.context])
+        return self._stacked_context, self.context[0][2]
 
     @classmethod
     def from_stacked(cls, stacked: Tensor, capacity: int) -> Cache:

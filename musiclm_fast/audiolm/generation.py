@@ -99,13 +99,14 @@ def generate_tokens(
         self_attn_mask=None if prompt.mask is None else mask[:, :length],  # type: ignore[index]
         attn_bias=None if prompt.positions is None else prompt.positions.part(0, length),
     )[:, -1]  # fmt: skip
-    stepper = Stepper(stage.transformer)
+    stepper = Stepper(stage.transformer, prompt.positions)
     ids = rows
     prefix_mask = context_mask if stage.transformer.cond_as_self_attn_prefix else None
     for step in tqdm(range(steps), desc=description, disable=not progress, leave=False):
         if step > 0:
-            bias = _row_bias(prompt.positions, length + step - 1, mask, prefix_mask, cache, stage)
-            hidden = stepper(twice(embed(ids, step - 1), halves), bias, cache)
+            index = length + step - 1
+            seen = _seen(index, mask, prefix_mask, cache, stage)
+            hidden = stepper(twice(embed(ids, step - 1), halves), index, seen, cache)
         guided = guide(logits(hidden, step), sampling.cond_scale, halves)
         ban = banned(step)
         if ban is not None:
@@ -137,24 +138,21 @@ def generate_tokens(
     return written
 
 
-def _row_bias(
-    positions: Positions | None, index: int, mask: Tensor | None, prefix_mask: Tensor | None,
-    cache: Cache, stage: Stage,
-) -> Tensor | None:  # fmt: skip
-    # (B or 1, heads or 1, keys) of the token at index, made once for all layers
-    row = None if positions is None else positions.row(index)[None]
+def _seen(
+    index: int, mask: Tensor | None, prefix_mask: Tensor | None, cache: Cache, stage: Stage
+) -> Tensor | None:
+    # (B, keys) of the token at index: null keys, prefix, tokens; None where all are seen
     if mask is None and prefix_mask is None:
-        return row
+        return None
     nulls = stage.transformer.num_null_kv
-    hidden = torch.zeros(
+    seen = torch.ones(
         cache.batch, nulls + cache.length + 1, dtype=torch.bool, device=cache.keys_values.device
     )
     if prefix_mask is not None:
-        hidden[:, nulls : nulls + prefix_mask.shape[1]] = ~prefix_mask
+        seen[:, nulls : nulls + prefix_mask.shape[1]] = prefix_mask
     if mask is not None:
-        hidden[:, -index - 1 :] = ~mask[:, : index + 1]
-    blank = torch.zeros((), dtype=cache.keys_values.dtype, device=hidden.device)
-    return (blank if row is None else row).masked_fill(hidden[:, None], float("-inf"))
+        seen[:, -index - 1 :] = mask[:, : index + 1]
+    return seen
 
 
 def _both(rows: Tensor, batch: int, halves: bool) -> Tensor:

@@ -19,7 +19,6 @@ from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.models.layers import GEGLU, OffsetBias
 from musiclm_fast.ops import attention
-from musiclm_fast.ops.attention.reference import offset_bias
 
 
 def grad_shrink(x: Tensor, alpha: float = 0.1) -> Tensor:
@@ -445,11 +444,6 @@ class Positions:
         """The bias of the queries from ``start`` to ``end`` and the keys before ``end``."""
         front = self.k_codes.shape[0] - self.q_codes.shape[0]
         return OffsetBias(self.table, self.q_codes[start:end], self.k_codes[: front + end])
-
-    def row(self, index: int) -> Tensor:
-        """The bias of one query and all keys up to itself, ``(heads, front + index + 1)``."""
-        part = self.part(index, index + 1)
-        return offset_bias(self.table, part.q_codes, part.k_codes)[0, :, 0]
 
 
 def causal_table(left: Tensor, offsets: Tensor, right: Tensor) -> Tensor:
