@@ -3,11 +3,11 @@
     python -m benchmarks.bench_decode            # the table
     python -m benchmarks.bench_decode --quick
 
-Parity with the definition first. Then, in turn and on one thread: the C++ kernel and the torch path
-for 1, 2, 8 and 16 rows with 64 and 1,024 tokens in the cache. Beside them stands the bound: the time
-to read the packed weights and the cache once at the rate at which this machine, in the same rounds,
-sums as much memory. Counted: 4 bytes per weight and per cached key and value; 2 operations per
-weight and row, and 4 per row, head, key and unit of a head.
+Parity with the definition first. Then, in turn and on one thread: the C++ kernel and the torch
+path for 1, 2, 8 and 16 rows with 64 and 1,024 tokens in the cache. Beside them stands the bound:
+the time to read the packed weights and the cache once at the rate at which this machine, in the
+same rounds, sums as much memory. Counted: 4 bytes per weight and per cached key and value; 2
+operations per weight and row, and 4 per row, head, key and unit of a head.
 """
 
 from __future__ import annotations

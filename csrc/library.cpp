@@ -45,4 +45,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
       "decode_step(Tensor x, Tensor packed, Tensor(a!) keys_values, int length, Tensor? context, "
       "Tensor? context_mask, Tensor? bias_table, Tensor? q_code, Tensor? k_codes, "
       "Tensor? key_padding_mask, int[] sizes) -> Tensor");
+  // hyper_connection: the two last results of the forward are for the backward.
+  m.def(
+      "hyper_connection_forward(Tensor streams, Tensor? beta, Tensor? branch, Tensor weights, "
+      "Tensor scales, Tensor offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hyper_connection_backward(Tensor grad_input, Tensor grad_mixed, Tensor grad_beta, "
+      "Tensor streams, Tensor? beta, Tensor? branch, Tensor weights, Tensor scales, "
+      "Tensor offsets, Tensor z, Tensor inverse_norm) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("geglu_norm_forward(Tensor x, Tensor gamma, Tensor beta) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "geglu_norm_backward(Tensor grad, Tensor x, Tensor gamma, Tensor beta, Tensor mean, "
+      "Tensor rstd) -> (Tensor, Tensor, Tensor)");
 }

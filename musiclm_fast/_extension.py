@@ -27,6 +27,10 @@ OPS = (
     "contrastive_sigmoid",
     "decode_pack",
     "decode_step",
+    "geglu_norm_forward",
+    "geglu_norm_backward",
+    "hyper_connection_forward",
+    "hyper_connection_backward",
     "spectrogram_forward",
     "spectrogram_backward",
 )

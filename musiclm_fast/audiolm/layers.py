@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.models.layers import GEGLU, OffsetBias
-from musiclm_fast.ops import attention
+from musiclm_fast.ops import attention, geglu_norm, hyper_connection
 
 
 def grad_shrink(x: Tensor, alpha: float = 0.1) -> Tensor:
@@ -64,17 +64,35 @@ class RelativePositionBias(nn.Module):
         return x.t()
 
 
-def FeedForward(dim: int, mult: float = 4, dropout: float = 0.1) -> nn.Sequential:
-    """Pre-norm GEGLU feed-forward with a norm of the hidden layer, width ``dim * mult * 2 / 3``."""
-    hidden = int(dim * 2 * mult / 3)
-    return nn.Sequential(
-        LayerNorm(dim),
-        nn.Linear(dim, hidden * 2, bias=False),
-        GEGLU(),
-        LayerNorm(hidden),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, dim, bias=False),
-    )
+class FeedForward(nn.Sequential):
+    """Pre-norm GEGLU feed-forward with a norm of the hidden layer, width ``dim * mult * 2 / 3``.
+
+    The matrix products run on the hidden width rounded up to a multiple of 16.
+    """
+
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.1) -> None:
+        hidden = int(dim * 2 * mult / 3)
+        super().__init__(
+            LayerNorm(dim),
+            nn.Linear(dim, hidden * 2, bias=False),
+            GEGLU(),
+            LayerNorm(hidden),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules: Any = list(self)
+        norm, widen, _, inner_norm, dropout, narrow = modules
+        hidden = narrow.weight.shape[1]
+        # Dropout draws its mask for the width that it is given.
+        padding = 0 if self.training and dropout.p > 0 else -hidden % 16
+        wide = widen.weight
+        if padding:
+            wide = F.pad(wide.unflatten(0, (2, hidden)), (0, 0, 0, padding)).flatten(0, 1)
+        x = geglu_norm(F.linear(norm(x), wide), inner_norm.gamma, inner_norm.beta)
+        out: Tensor = F.linear(dropout(x), F.pad(narrow.weight, (0, padding)))
+        return out
 
 
 class Attention(nn.Module):
@@ -149,6 +167,28 @@ class Attention(nn.Module):
         return projected
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Residual streams, and the output of a branch that the next connection will add to them.
+
+    Args:
+        residual: ``(..., streams, dim)``.
+        beta: ``(..., streams)``, weights of the branch's output; None for nothing to add.
+        branch: ``(..., dim)``, or None.
+    """
+
+    residual: Tensor
+    beta: Tensor | None = None
+    branch: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum of the streams, ``(..., dim)``."""
+        total = self.residual.sum(dim=-2)
+        if self.beta is None or self.branch is None:
+            return total
+        return torch.addcmul(total, self.beta.sum(dim=-1, keepdim=True), self.branch)
+
+
 class Residual(nn.Module):
     """A branch with one plain residual stream; the interface of :class:`HyperConnection`."""
 
@@ -159,13 +199,13 @@ class Residual(nn.Module):
     def constants(self) -> None:
         """Nothing to prepare."""
 
-    def width(self, streams: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
-        """The branch's input, the residual and nothing."""
-        return streams[..., 0, :], streams, None
+    def width(self, streams: Streams, _: None) -> tuple[Tensor, Streams]:
+        """The branch's input and the residual."""
+        return streams.residual[..., 0, :], streams
 
-    def depth(self, out: Tensor, residual: Tensor, _: None) -> Tensor:
+    def depth(self, out: Tensor, streams: Streams) -> Streams:
         """The residual with the branch's output added."""
-        return residual + out[..., None, :]
+        return Streams(streams.residual + out[..., None, :])
 
 
 class _Norm(nn.Module):
@@ -186,7 +226,8 @@ class HyperConnection(nn.Module):
         input     = sum_s alpha[s, 0] x[s]
         x'[t]     = sum_s alpha[s, 1 + t] x[s] + beta[t] branch(input)
 
-    The norm is folded into A and b and divided out of their product, so nothing of the streams'
+    The norm is folded into A and b and divided out of their product, and a branch's output is added
+    by the next connection (:func:`musiclm_fast.ops.hyper_connection`), so nothing of the streams'
     size is stored but the streams. https://arxiv.org/abs/2409.19606, algorithm 2; parameters and
     names of the hyper-connections package.
     """
@@ -222,25 +263,17 @@ class HyperConnection(nn.Module):
         return weights * gain[:, None], scales, offsets
 
     def width(
-        self, streams: Tensor, constants: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The branch's input ``(..., dim)``, the mixed streams and beta ``(..., streams)``.
+        self, streams: Streams, constants: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Streams]:
+        """The branch's input ``(..., dim)`` and the mixed streams, with the output's weights."""
+        branch_input, mixed, beta = hyper_connection(
+            streams.residual, streams.beta, streams.branch, *constants
+        )
+        return branch_input, Streams(mixed, beta)
 
-        Args:
-            streams: ``(..., streams, dim)``.
-            constants: of :meth:`constants`.
-        """
-        weights, scales, offsets = constants
-        length = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_min(1e-12)
-        mix = torch.addcmul(offsets, torch.tanh(streams @ weights / length), scales)
-        alpha, beta = mix[..., :-1].transpose(-1, -2), mix[..., -1]
-        # Two products: the branch may keep its input without keeping the mixed streams alive.
-        branch_input = (alpha[..., :1, :] @ streams).squeeze(-2)
-        return branch_input, alpha[..., 1:, :] @ streams, beta
-
-    def depth(self, out: Tensor, mixed: Tensor, beta: Tensor) -> Tensor:
-        """The mixed streams with the branch's output added to each by its weight."""
-        return torch.addcmul(mixed, beta[..., None], out[..., None, :])
+    def depth(self, out: Tensor, streams: Streams) -> Streams:
+        """The mixed streams, the branch's output to be added to each by its weight."""
+        return Streams(streams.residual, streams.beta, out)
 
 
 class Transformer(nn.Module):
@@ -367,11 +400,11 @@ class Transformer(nn.Module):
         mask = self._self_attn_mask(x, self_attn_mask, prefix, context_mask, cache)
 
         x = grad_shrink(x, self.grad_shrink_alpha)
-        streams = x[:, :, None].expand(-1, -1, self.num_residual_streams, -1)
+        streams = Streams(x[:, :, None].expand(-1, -1, self.num_residual_streams, -1))
         first_values = first_cross_values = None
         layers: Any = self.layers
         for index, (self_attn, cross_attn, ff) in enumerate(layers):
-            x, mixed, beta = self_attn.width(streams, self_attn.constants())
+            x, streams = self_attn.width(streams, self_attn.constants())
             branch = self_attn.branch
             source = x if prefix is None or not starts else torch.cat((prefix, x), dim=1)
             k, v, values = branch.keys_values(source, first_values)
@@ -380,10 +413,10 @@ class Transformer(nn.Module):
             if cache is not None:
                 k, v = cache.append(index, k, v)
             k, v, _ = branch.with_null(k, v, None)
-            streams = self_attn.depth(branch.attend(x, k, v, mask, attn_bias), mixed, beta)
+            streams = self_attn.depth(branch.attend(x, k, v, mask, attn_bias), streams)
 
             if cross_attn is not None:
-                x, mixed, beta = cross_attn.width(streams, cross_attn.constants())
+                x, streams = cross_attn.width(streams, cross_attn.constants())
                 branch = cross_attn.branch
                 if cache is not None and index < len(cache.context):
                     k, v, cross_mask = cache.context[index]
@@ -394,13 +427,13 @@ class Transformer(nn.Module):
                     k, v, cross_mask = branch.with_null(k, v, context_mask)
                     if cache is not None:
                         cache.context.append((k, v, cross_mask))
-                streams = cross_attn.depth(branch.attend(x, k, v, cross_mask, None), mixed, beta)
+                streams = cross_attn.depth(branch.attend(x, k, v, cross_mask, None), streams)
 
-            x, mixed, beta = ff.width(streams, ff.constants())
-            streams = ff.depth(ff.branch(x), mixed, beta)
+            x, streams = ff.width(streams, ff.constants())
+            streams = ff.depth(ff.branch(x), streams)
         if cache is not None:
             cache.advance()
-        normed: Tensor = self.norm(streams.sum(dim=2))
+        normed: Tensor = self.norm(streams.total())
         return normed
 
     def _self_attn_mask(

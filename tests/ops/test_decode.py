@@ -249,10 +249,10 @@ def test_bad_calls(changes: dict[str, Any], message: str) -> None:
 def test_refusals() -> None:
     weights = weights_of()
     call = arguments(weights)
-    with pytest.raises(BackendError, match="no gradient|not built"):
+    with pytest.raises(BackendError, match=r"no gradient|not built"):
         decode(weights=weights, backend="cpp", **{**call, "x": call["x"].requires_grad_()})
     wide = double(replace(weights, packed={}))
-    with pytest.raises(BackendError, match="float32|not built"):
+    with pytest.raises(BackendError, match=r"float32|not built"):
         decode(weights=wide, backend="cpp", **double(call))
 
 
