@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.cache import Cache
-from musiclm_fast.models.layers import GEGLU, OffsetBias
+from musiclm_fast.models.layers import GEGLU, OffsetBias, is_plain, pad_halves, width_padding
 from musiclm_fast.ops import attention, geglu_norm, hyper_connection
 
 
@@ -67,7 +67,8 @@ class RelativePositionBias(nn.Module):
 class FeedForward(nn.Sequential):
     """Pre-norm GEGLU feed-forward with a norm of the hidden layer, width ``dim * mult * 2 / 3``.
 
-    The matrix products run on the hidden width rounded up to a multiple of 16.
+    Long inputs are computed on a width of a multiple of 16, as in
+    :class:`musiclm_fast.models.layers.FeedForward`.
     """
 
     def __init__(self, dim: int, mult: float = 4, dropout: float = 0.1) -> None:
@@ -84,14 +85,16 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         modules: Any = list(self)
         norm, widen, _, inner_norm, dropout, narrow = modules
-        hidden = narrow.weight.shape[1]
+        plain = all(is_plain(layer) for layer in (widen, narrow))
         # Dropout draws its mask for the width that it is given.
-        padding = 0 if self.training and dropout.p > 0 else -hidden % 16
-        wide = widen.weight
+        drops = self.training and dropout.p > 0
+        padding = width_padding(inner_norm.gamma.shape[0], x) if plain and not drops else 0
         if padding:
-            wide = F.pad(wide.unflatten(0, (2, hidden)), (0, 0, 0, padding)).flatten(0, 1)
-        x = geglu_norm(F.linear(norm(x), wide), inner_norm.gamma, inner_norm.beta)
-        out: Tensor = F.linear(dropout(x), F.pad(narrow.weight, (0, padding)))
+            x = F.linear(norm(x), pad_halves(widen.weight, padding))
+        else:
+            x = widen(norm(x))
+        x = dropout(geglu_norm(x, inner_norm.gamma, inner_norm.beta))
+        out: Tensor = F.linear(x, F.pad(narrow.weight, (0, padding))) if padding else narrow(x)
         return out
 
 

@@ -51,6 +51,16 @@ _ALIGNED = 16  # values in a cache line of float32; matrix units want 8 or more
 _MANY_ROWS = 512  # below, padding the weights costs more than aligned products gain
 
 
+def width_padding(hidden: int, x: Tensor) -> int:
+    """By how much a hidden width is padded for an input ``(..., dim)``: 0 for few rows."""
+    return -hidden % _ALIGNED if x.shape[:-1].numel() >= _MANY_ROWS else 0
+
+
+def pad_halves(weight: Tensor, padding: int) -> Tensor:
+    """``(2 * hidden, dim)`` with ``padding`` rows of zeros after each half."""
+    return F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
+
+
 class FeedForward(nn.Sequential):
     """Pre-norm GEGLU feed-forward with hidden width ``int(dim * mult * 2 / 3)``.
 
@@ -71,20 +81,19 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self[1], self[4]
-        if not (_is_plain(up) and _is_plain(down)):
+        if not (is_plain(up) and is_plain(down)):
             return cast(Tensor, super().forward(x))
         hidden: int = down.weight.shape[1]
-        padding = -hidden % _ALIGNED
-        if padding == 0 or x.shape[:-1].numel() < _MANY_ROWS:
+        padding = width_padding(hidden, x)
+        if padding == 0:
             return cast(Tensor, super().forward(x))
-        # (2 * hidden, dim) -> (2 * padded, dim): both halves get rows of zeros
-        widen = F.pad(up.weight.unflatten(0, (2, hidden)), (0, 0, 0, padding)).flatten(0, 1)
+        widen = pad_halves(up.weight, padding)
         x = self[3](self[2](F.linear(self[0](x), widen)))
         return F.linear(x, F.pad(down.weight, (0, padding)))
 
 
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    # Linear itself, not a subclass such as an adapter's, and nobody listens to its calls.
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Linear itself, not a subclass such as an adapter's, and nobody listens to its calls."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooks
 
