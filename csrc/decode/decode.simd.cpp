@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "decode/decode.h"
@@ -25,7 +26,6 @@ constexpr int kTileRows = 3;
 constexpr int64_t kDepth = 64;
 // A step reads weights as fast as memory gives them; this far ahead they are asked for, in floats.
 constexpr int64_t kAhead = 1024;
-constexpr int kHeads = 4;  // heads that read a key, or a value, together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
 // Fewer multiply-adds than this take less time than waking another thread.
@@ -325,6 +325,20 @@ struct Segment {
   int64_t count;
 };
 
+template <int kCount>
+using Count = std::integral_constant<int, kCount>;
+
+// f(first, count) for groups of heads that read a key, or a value, together.
+template <typename F>
+MUSICLM_FAST_INLINE void head_groups(int64_t heads, const F& f) {
+  int64_t h = 0;
+#if defined(__AVX512F__)
+  for (; h + 8 <= heads; h += 8) f(h, Count<8>{});
+#endif
+  for (; h + 4 <= heads; h += 4) f(h, Count<4>{});
+  for (; h < heads; ++h) f(h, Count<1>{});
+}
+
 // sim[h, j] = <q_h, k_j> for W keys
 template <int kCount>
 MUSICLM_FAST_INLINE void similarities(const float* q, int64_t d, const float* keys, float* sim,
@@ -332,10 +346,10 @@ MUSICLM_FAST_INLINE void similarities(const float* q, int64_t d, const float* ke
   vfloat sum[kCount] = {};
   for (int64_t c = 0; c < d; ++c) {
     const vfloat k = vload(keys + c * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < kCount; ++h) sum[h] += vset(q[h * d + c]) * k;
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int h = 0; h < kCount; ++h) vstore(sim + h * stride, sum[h]);
 }
 
@@ -346,6 +360,8 @@ void segment_similarities(const State& s, const Segment& segment, const float* q
   for (int64_t j = 0; j < segment.count; j += kWidth) {
     const int64_t lanes = smaller(kWidth, segment.count - j);
     const float* keys = segment.keys + j * d;
+    // A page holds one such block at D = 64: nobody else asks for the next one.
+    for (int64_t c = 0; c < kWidth * d; c += kPanel) __builtin_prefetch(keys + kWidth * d + c);
     for (int64_t c = 0; c < d; c += kWidth) {
       vfloat x[kWidth];
       for (int i = 0; i < kWidth; ++i) {
@@ -354,11 +370,9 @@ void segment_similarities(const State& s, const Segment& segment, const float* q
       transpose(x);
       for (int i = 0; i < kWidth; ++i) vstore(turned + (c + i) * kWidth, x[i]);
     }
-    int64_t h = 0;
-    for (; h + kHeads <= heads; h += kHeads) {
-      similarities<kHeads>(q + h * d, d, turned, sim + h * s.keys + j, s.keys);
-    }
-    for (; h < heads; ++h) similarities<1>(q + h * d, d, turned, sim + h * s.keys + j, s.keys);
+    head_groups(heads, [&](int64_t h, auto count) {
+      similarities<count>(q + h * d, d, turned, sim + h * s.keys + j, s.keys);
+    });
   }
 }
 
@@ -369,20 +383,24 @@ MUSICLM_FAST_INLINE void add_values(const Segment& segment, int64_t d, const flo
   int64_t c = 0;
   for (; c + 2 * kWidth <= d; c += 2 * kWidth) {
     vfloat sum[kCount][2];
+#pragma GCC unroll 8
     for (int h = 0; h < kCount; ++h) {
       sum[h][0] = vload(out + h * d + c);
       sum[h][1] = vload(out + h * d + c + kWidth);
     }
     for (int64_t j = 0; j < segment.count; ++j) {
+      __builtin_prefetch(segment.values + j * d + c + kAhead);
+      __builtin_prefetch(segment.values + j * d + c + kAhead + kPanel);
       const vfloat low = vload(segment.values + j * d + c);
       const vfloat high = vload(segment.values + j * d + c + kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int h = 0; h < kCount; ++h) {
         const vfloat weight = vset(p[h * stride + j]);
         sum[h][0] += weight * low;
         sum[h][1] += weight * high;
       }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < kCount; ++h) {
       vstore(out + h * d + c, sum[h][0]);
       vstore(out + h * d + c + kWidth, sum[h][1]);
@@ -448,13 +466,9 @@ void attend_row(const State& s, int64_t row, const Segment* segments, int count,
   std::memset(out, 0, static_cast<size_t>(heads * d) * sizeof(float));
   int64_t begin = 0;
   for (int i = 0; i < count; ++i) {
-    int64_t h = 0;
-    for (; h + kHeads <= heads; h += kHeads) {
-      add_values<kHeads>(segments[i], d, scratch.sim + h * s.keys + begin, s.keys, out + h * d);
-    }
-    for (; h < heads; ++h) {
-      add_values<1>(segments[i], d, scratch.sim + h * s.keys + begin, s.keys, out + h * d);
-    }
+    head_groups(heads, [&](int64_t h, auto count) {
+      add_values<count>(segments[i], d, scratch.sim + h * s.keys + begin, s.keys, out + h * d);
+    });
     begin += segments[i].count;
   }
 }
