@@ -34,7 +34,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def weights_of(seed: int = 0, **options: Any) -> DecodeWeights:
     torch.manual_seed(seed)
-    transformer = Transformer(**{**SIZES, **options}).eval()
+    transformer = Transformer(rel_pos_bias=False, **{**SIZES, **options}).eval()
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -91,7 +91,7 @@ def _before(streams: Tensor, mix: MixWeights | None) -> tuple[Tensor, Tensor, Te
         return streams[:, 0], streams, None
     batch, count, dim = streams.shape
     norm = torch.linalg.vector_norm(streams, dim=-1, keepdim=True).clamp_min_(1e-12)
-    weight = torch.mm(streams.reshape(-1, dim), mix.weights).view(batch, count, -1)
+    weight = torch.mm(streams.reshape(-1, dim), mix.weights).view(batch, count, count + 2)
     weight = torch.addcmul(mix.offsets, weight.div_(norm).tanh_(), mix.scales)
     mixed = torch.bmm(weight[..., :-1].transpose(1, 2), streams)  # (B, 1 + s, dim)
     return mixed[:, 0], mixed[:, 1:], weight[..., -1:]
@@ -118,7 +118,7 @@ def _attend(
     # x (B, dim), k and v (B, n, d), bias (B or 1, H or 1, n) -> (B, dim). All heads share the keys:
     # a row's heads are the rows of one product, which reads the keys once.
     q = linear(F.layer_norm(x, x.shape[-1:], attention.gamma, attention.beta), attention.to_q)
-    q = q.view(q.shape[0], heads, -1)
+    q = q.view(q.shape[0], heads, q.shape[1] // heads)
     scale = q.shape[-1] ** -0.5
     if bias is None:
         sim = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
@@ -127,7 +127,7 @@ def _attend(
     weight = sim.softmax(dim=-1)
     if mask is not None:
         weight = weight.masked_fill_(~mask.any(dim=-1)[:, None, None], 0.0)
-    return linear(torch.bmm(weight, v).view(x.shape[0], -1), attention.to_out)
+    return linear(torch.bmm(weight, v).flatten(1), attention.to_out)
 
 
 def _feed_forward(x: Tensor, ff: FeedForwardWeights) -> Tensor:
