@@ -122,7 +122,10 @@ def long_files(suffix: str, count: int, seconds: int) -> Path:
         table.writerow(["path", "caption"])
         for number in range(count):
             name = f"{number}.{suffix}"
-            soundfile.write(folder / name, sound(seconds, 44_100, 2), 44_100)
+            wav = sound(seconds, 44_100, 2)
+            with soundfile.SoundFile(folder / name, "w", 44_100, 2) as written:
+                for first in range(0, len(wav), 44_100):  # all at once, libsndfile's ogg crashes
+                    written.write(wav[first : first + 44_100])
             table.writerow([name, f"piece {number}"])
     return folder / "manifest.csv"
 
