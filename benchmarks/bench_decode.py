@@ -1,8 +1,5 @@
 """One token through all layers (dim 512, depth 6, cross attention), in float32 on the CPU.
 
-    python -m benchmarks.bench_decode            # the table
-    python -m benchmarks.bench_decode --quick
-
 Parity with the definition first. Then, in turn and on one thread: the C++ kernel and the torch
 path for 1, 2, 8 and 16 rows with 64 and 1,024 tokens in the cache. Beside them stands the bound:
 the time to read the packed weights and the cache once at the rate at which this machine, in the
@@ -12,8 +9,7 @@ operations per weight and row, and 4 per row, head, key and unit of a head.
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.audiolm.layers import Transformer
 from musiclm_fast.audiolm.step import decode_weights
@@ -68,46 +65,43 @@ def check(weights: DecodeWeights) -> None:
     testing.assert_close_to_oracle("decode", *results, oracle)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+@torch.no_grad()
+def results(settings: Settings) -> list[Result]:
+    """Rows and cached tokens, on one thread."""
+    if settings.mode == "gpu":
+        return []
     weights = decode_weights(make_transformer())
-    check(weights)
-    packed = weights.packed["cpp"][0]
-    rounds = 3 if args.quick else 15
-    table = []
-    for rows in (2, 16) if args.quick else (1, 2, 8, 16):
-        for length in (64, 1024):
+    decode(weights=weights, backend="cpp", **make_call(1, 8))  # packs the weights
+    sizes = [(1, 64), (1, 1024), (8, 64), (8, 1024)]
+    full = [(rows, length) for rows in (1, 2, 8, 16) for length in (64, 1024)]
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rows, length in settings.pick(sizes, full=full, tiny=[(2, 8)]):
             call = make_call(rows, length)
 
             def step(backend: str, call: dict[str, Any] = call) -> Callable[[], Any]:
                 return lambda: decode(weights=weights, backend=backend, **call)
 
-            runs = {"cpp": step("cpp"), "torch": step("torch"), "read": packed.sum}
-            with torch.no_grad():
-                times = harness.interleave(runs, rounds=rounds, warmup=2)
-            cached = call["keys_values"].numel()
-            bytes_read = 4 * (packed.numel() + cached)
-            rate = 4 * packed.numel() / times["read"].median
-            operations = 2 * packed.numel() * rows
-            operations += 4 * DEPTH * rows * HEADS * DIM_HEAD * (length + 1)
-            seconds = times["cpp"].median
-            table.append(
-                {
-                    "rows": rows,
-                    "length": length,
-                    "cpp_ms": 1e3 * seconds,
-                    "torch_ms": 1e3 * times["torch"].median,
-                    "torch / cpp": harness.ratio(times["torch"], times["cpp"]),
-                    "GB/s": bytes_read / seconds / 1e9,
-                    "GFLOP/s": operations / seconds / 1e9,
-                    "bound_ms": 1e3 * bytes_read / rate,
-                }
+            packed = weights.packed["cpp"][0]
+            cost = dict(
+                operations=2.0 * packed.numel() * rows
+                + 4.0 * DEPTH * rows * HEADS * DIM_HEAD * (length + 1),
+                traffic=4.0 * (packed.numel() + call["keys_values"].numel()),
             )
-    print(json.dumps({"table": table, **harness.environment()}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+            contenders = {
+                "ours": Contender(functools.partial(step, "cpp"), role="ours", **cost),
+                "torch, the definition": Contender(functools.partial(step, "torch"), **cost),
+                "the sum of the weights": Contender(
+                    lambda packed=packed: packed.sum, traffic=4.0 * packed.numel(), role="bound"
+                ),
+            }
+            found += harness.measure(
+                "one token through all layers, 1 thread", f"{rows} rows, {length} tokens",
+                contenders, settings, check=functools.partial(check, weights),
+                rounds=settings.pick(7, full=15), axes={"rows": rows} if length == 64 else {},
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return found

@@ -1,7 +1,5 @@
 """Residual streams, forward and backward: the training step's 2 x 1,024 tokens, 4 streams, dim 512.
 
-    python -m benchmarks.bench_hyper_connection
-
 Loss and gradients are compared with the float64 definition first. Then, in turn and on one thread:
 the C++ kernel, the torch path, and the bound: a copy of as much memory. Counted: the streams, the
 branch's input and output and their gradients, each read or written once in each direction.
@@ -9,14 +7,13 @@ branch's input and output and their gradients, each read or written once in each
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import hyper_connection
 
@@ -54,43 +51,52 @@ def step(inputs: dict[str, Tensor], backend: str) -> Callable[[], dict[str, Tens
     return run
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def check() -> None:
+    """Gradients are as close to the float64 definition's as torch's.
+
+    Raises:
+        AssertionError: they are not.
+    """
     small = make(64)
-    results = [
+    found = [
         step(call, backend)()
         for call, backend in (
             (small, "cpp"), (small, "torch"), (testing.to_float64(small), "torch"),
         )
     ]  # fmt: skip
-    for name, value in results[0].items():
-        testing.assert_close_to_oracle(name, value, results[1][name], results[2][name])
+    for name, value in found[0].items():
+        testing.assert_close_to_oracle(name, value, found[1][name], found[2][name])
 
-    inputs = make(2048)
-    rows = 2048 * DIM
+
+def results(settings: Settings) -> list[Result]:
+    """The training step's 2,048 tokens, on one thread."""
+    if settings.mode == "gpu":
+        return []
+    tokens = settings.pick(2048, tiny=64)
+    inputs = make(tokens)
+    rows = tokens * DIM
     values = rows * (STREAMS + 1) * 2 + rows * ((STREAMS + 1) * 3)  # forward, backward
     source = torch.randn(values // 2)
     target = torch.empty_like(source)
-    runs: dict[str, Callable[[], Any]] = {
-        "cpp": step(inputs, "cpp"),
-        "torch": step(inputs, "torch"),
-        "copy": lambda: target.copy_(source),
+    traffic = 4.0 * values
+    contenders = {
+        "ours": Contender(lambda: step(inputs, "cpp"), traffic=traffic, role="ours"),
+        "torch, the definition": Contender(lambda: step(inputs, "torch"), traffic=traffic),
+        "a copy of as much": Contender(
+            lambda: lambda: target.copy_(source), traffic=traffic, role="bound"
+        ),
     }
-    times = harness.interleave(runs, rounds=7, warmup=2)
-    print(
-        json.dumps(
-            {
-                "cpp_ms": 1e3 * times["cpp"].median,
-                "torch_ms": 1e3 * times["torch"].median,
-                "torch / cpp": harness.ratio(times["torch"], times["cpp"]),
-                "GB/s": 4 * values / times["cpp"].median / 1e9,
-                "bound_ms": 1e3 * times["copy"].median,
-                **harness.environment(),
-            },
-            indent=1,
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return harness.measure(
+            "residual streams, forward and backward, 1 thread",
+            f"{tokens:,} tokens",
+            contenders,
+            settings,
+            check=check,
+            rounds=7,
+            headline="residual streams, 2 x 1,024 tokens, forward and backward",
         )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    finally:
+        torch.set_num_threads(threads)
