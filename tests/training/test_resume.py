@@ -138,7 +138,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
         while size() <= before and process.poll() is None:
             before = min(before, size())  # resuming cuts the log
             time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.4))
+        time.sleep(generator.uniform(0, 0.15))
         assert process.poll() is None, "finished before ten kills"
         process.kill()
         process.wait()
