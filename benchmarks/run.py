@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes what they found: a table, JSON, ``results/<device>.md``, charts.
 
-    python -m benchmarks.run                       # every file, quick mode, on the CPU
+    python -m benchmarks.run                       # quick mode, on the CPU: ten minutes
     python -m benchmarks.run spectrogram           # one file; the others' results stay
     python -m benchmarks.run training_step --case "10 s"    # cases whose name holds a text
     python -m benchmarks.run --mode full           # every peer and mode
@@ -47,6 +47,18 @@ def names() -> list[str]:
         for path in HERE.glob("bench_*.py")
         if any(text in path.read_text() for text in offered)
     )
+
+
+def default_names(mode: str) -> list[str]:
+    """What runs where no name is given: in quick mode not what says ``QUICK = False``, since ten
+    minutes are all there are; files for a GPU in its mode alone."""
+    found = []
+    for name in names():
+        for_a_gpu = name.endswith("_gpu")
+        slow = "\nQUICK = False" in (HERE / f"bench_{name}.py").read_text()
+        if (not for_a_gpu or mode == "gpu") and not (slow and mode == "quick"):
+            found.append(name)
+    return found
 
 
 def run_here(name: str, settings: Settings) -> list[Result]:
@@ -267,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not torch.cuda.is_available():
             parser.error("--device: got cuda, expected cpu: torch finds no CUDA device here")
     settings = Settings(args.mode, device, args.tiny, case=args.case)
-    wanted = args.names or names()
+    wanted = args.names or default_names(args.mode)
     if args.base:
         return compare_with(args.base, wanted, settings, args.rounds)
     return run_all(wanted, settings, args.output, args.resume)

@@ -126,6 +126,10 @@ def test_every_op_and_whole_job_is_in_the_suite() -> None:
     ops = {p.parent.name for p in (ROOT / "musiclm_fast" / "ops").glob("*/op.py")}
     jobs = {"training_step", "embed_folder", "semantic_step", "generation"}
     assert ops | jobs <= set(run.names())
+    assert ops | jobs <= set(run.default_names("quick"))
+    assert "attention_gpu" in run.default_names("gpu")
+    assert not {"attention_gpu", "lengths"} & set(run.default_names("quick"))
+    assert "lengths" in run.default_names("full")
 
 
 def test_ratio_is_taken_round_by_round() -> None:
