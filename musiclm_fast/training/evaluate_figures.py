@@ -96,7 +96,8 @@ def embedding_map(report: Report, folder: Path, method: str = "auto") -> Path:
     sounds, texts = places[: len(some)], places[len(some) :]
     figure, axis = plt.subplots(figsize=(7.5, 6.5))
     axis.scatter(*texts.T, s=10, color=MUTED, marker="x", linewidths=0.6, label="captions")
-    axis.scatter(*sounds.T, s=9, color=LINE, label="sounds")
+    plain = LINE if report.label_table is None else "#c5d3dd"
+    axis.scatter(*sounds.T, s=9, color=plain, label="sounds")
     if report.label_table is not None:
         table = report.label_table[some].numpy()
         common = np.argsort(-table.sum(axis=0), kind="stable")[:10]
