@@ -310,13 +310,13 @@ def test_training_and_gradient_caching(frozen):
             for name in ("dropout", "dropout_prob", "attention_dropout"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-    model.train()
+    model.double().train()  # so that only the order of sums differs, by rounding
     wavs, texts = noise(4, 8000), [*CAPTIONS, "loud piano"]
     plain = gradients(model, lambda m: m(wavs, raw_texts=texts).backward())
     cached = gradients(model, lambda m: cached_step(m, wavs, raw_texts=texts, chunk_size=2))
     assert plain.keys() == cached.keys()
     for name, grad in plain.items():
-        torch.testing.assert_close(cached[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(cached[name], grad, msg=name)
     encoders = [n for n in plain if n.startswith(("audio.", "text."))]
     assert (not encoders) if frozen else len(encoders) > 50
 
