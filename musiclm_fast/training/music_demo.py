@@ -158,7 +158,9 @@ class MusicDemo:
         """
         if not (self.folder / PARTS).is_file():
             began = time.monotonic()
-            project = MusicProject(self.folder, self.mulan, self.config.sizes)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)  # of the conditioning embeddings
+                project = MusicProject(self.folder, self.mulan, self.config.sizes)
             order = np.random.default_rng(self.config.seed).permutation(len(self.train))
             project.fit(Subset(self.train, order.tolist()), self.rate)
             say(f"fitted tokenizer, codec and quantizer ({time.monotonic() - began:.0f} s)")
