@@ -343,14 +343,23 @@ MUSICLM_FAST_INLINE void head_groups(int64_t heads, const F& f) {
 template <int kCount>
 MUSICLM_FAST_INLINE void similarities(const float* q, int64_t d, const float* keys, float* sim,
                                       int64_t stride) {
-  vfloat sum[kCount] = {};
-  for (int64_t c = 0; c < d; ++c) {
-    const vfloat k = vload(keys + c * kWidth);
+  vfloat even[kCount] = {}, odd[kCount] = {};  // shorter sums round less
+  int64_t c = 0;
+  for (; c + 2 <= d; c += 2) {
+    const vfloat first = vload(keys + c * kWidth), second = vload(keys + (c + 1) * kWidth);
 #pragma GCC unroll 8
-    for (int h = 0; h < kCount; ++h) sum[h] += vset(q[h * d + c]) * k;
+    for (int h = 0; h < kCount; ++h) {
+      even[h] += vset(q[h * d + c]) * first;
+      odd[h] += vset(q[h * d + c + 1]) * second;
+    }
+  }
+  if (c < d) {
+    const vfloat last = vload(keys + c * kWidth);
+#pragma GCC unroll 8
+    for (int h = 0; h < kCount; ++h) even[h] += vset(q[h * d + c]) * last;
   }
 #pragma GCC unroll 8
-  for (int h = 0; h < kCount; ++h) vstore(sim + h * stride, sum[h]);
+  for (int h = 0; h < kCount; ++h) vstore(sim + h * stride, even[h] + odd[h]);
 }
 
 // sim (H, stride) of a segment's keys; written in whole vectors.
