@@ -214,8 +214,7 @@ def test_a_batch_of_1024_in_the_memory_of_64() -> None:
         found = in_fresh_process("benchmarks.bench_grad_cache", how, "128", "2", str(clips), "64")
         return int(found["bytes"])
 
-    # Linear memory would be 16 times as much. Measured 107 and 84 MiB: latents, draws and the loss
-    # of the whole batch are 4 MiB, the rest is what malloc keeps between chunks.
+    # Linear memory would be 16 times as much; measured are 107 and 84 MiB.
     assert peak("cached", 1024) < 1.25 * peak("plain", 64) + 20 * MIB
 
 
