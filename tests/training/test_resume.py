@@ -129,16 +129,18 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
 
-    def size() -> int:
+    def last_step() -> int:
         log = run / "log.jsonl"
-        return log.stat().st_size if log.is_file() else 0
+        lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
+        return json.loads(lines[-1])["step"] if lines else 0
 
     while kills < 10:
-        before, process = size(), start()
-        while size() <= before and process.poll() is None:
-            before = min(before, size())  # resuming cuts the log
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.15))
+        at = max(RunFolder(run).checkpoints(), default=0)
+        RunFolder(run).cut_log(at)
+        process, goal = start(), at + generator.randrange(1, 25)
+        while last_step() < goal and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.03))
         assert process.poll() is None, "finished before ten kills"
         process.kill()
         process.wait()
