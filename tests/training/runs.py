@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -57,6 +59,8 @@ def make_trainer(folder: Path, **options: Any) -> MuLaNTrainer:
     model = options.pop("mulan", None) or make_mulan()
     dataset = options.pop("dataset", None) or Noisy()
     torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the states of these two are saved and compared as well
+    random.seed(1)
     return MuLaNTrainer(model, dataset, results_folder=folder, **{**OPTIONS, **options})
 
 
