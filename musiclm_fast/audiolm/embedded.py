@@ -202,7 +202,7 @@ class MelCodec(_Fitted):
         codebook_size: int = 256,
         target_sample_hz: int = 16_000,
         downsample_factor: int = 320,
-        bands: int = 64,
+        bands: int = 96,
         iterations: int = 32,
     ) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ class MusicConfig:
         semantic_hop: samples at 16 kHz per semantic token.
         codebook_size: entries of each of the codec's codebooks.
         codec_hop: samples at 16 kHz per time step of the codec.
+        codec_bands: mel bands of the codec; more rebuild better, fewer are easier to learn.
         coarse_quantizers, fine_quantizers: how many the two stages write.
         condition_quantizers, condition_codes: codebooks of the quantizer of MuLaN's embeddings.
         window_seconds: MuLaN hears longer clips in windows of this length, every half of it; 0
@@ -66,6 +67,7 @@ class MusicConfig:
     semantic_hop: int = 640
     codebook_size: int = 256
     codec_hop: int = 320
+    codec_bands: int = 64
     coarse_quantizers: int = 2
     fine_quantizers: int = 2
     condition_quantizers: int = 8
@@ -107,8 +109,9 @@ class MusicProject:
         c = self.config = config or MusicConfig()
         self.tokenizer = MelKmeans(c.semantic_tokens, downsample_factor=c.semantic_hop)
         self.codec = MelCodec(
-            c.coarse_quantizers + c.fine_quantizers, c.codebook_size, downsample_factor=c.codec_hop
-        )
+            c.coarse_quantizers + c.fine_quantizers, c.codebook_size,
+            downsample_factor=c.codec_hop, bands=c.codec_bands,
+        )  # fmt: skip
         window = c.window_seconds or None
         self.quantizer = MuLaNEmbedQuantizer(
             mulan.eval(), (c.dim,) * 3,
