@@ -89,7 +89,9 @@ def run_suite(path: Path, settings: Settings) -> list[Result]:
         command += [f"--benchmark-json={out}", "--benchmark-disable-gc"]
         if settings.tiny:
             command.append("--benchmark-min-rounds=1")
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout[-2000:])
         entries = json.loads(out.read_text())["benchmarks"]
