@@ -124,7 +124,7 @@ def main() -> None:
         (arguments.output / "growth.md").write_text(
             "# Growth with seconds of audio\n\nAudio tower (dim 512, depth 6, n_fft 512, hop 160, "
             "patch dropout 0.25), one clip, forward and backward in training mode, in turn in one "
-            f"run.\n\n{text}\n\n* extrapolated by a parabola through the measured lengths.\n\n"
+            f"run.\n\n{text}\n\n\\* extrapolated by a parabola through the measured lengths.\n\n"
             f"![time and memory against seconds of audio](growth.png)\n\n{facts}\n"
         )
 

@@ -323,6 +323,13 @@ def largest_batch(kind: str, case: Case, device: str, mode: str, limit: int = 2*
     return low
 
 
+HEADLINES = {
+    "README": "8 clips of 1,024 samples, texts of 256 tokens",
+    "10 s x 2": "2 clips of 10 s",
+    "30 s x 1": "1 clip of 30 s",
+}
+
+
 def results(settings: Settings) -> list[Result]:
     """Every case of the mode; on a GPU the largest batches too."""
     found = []
@@ -341,6 +348,7 @@ def results(settings: Settings) -> list[Result]:
             check=functools.partial(check, small, settings.device),
             # The check has run both; a GPU compiles its kernels in the first round.
             rounds=settings.pick(3, gpu=5), warmup=settings.pick(0, gpu=1), axes=axes,
+            headline=f"MuLaN training step, {HEADLINES.get(name, name)}",
         )  # fmt: skip
     if settings.mode == "gpu":
         case = next(iter(cases.values()))

@@ -360,6 +360,11 @@ def in_fresh_process(module: str, *arguments: str, timeout: float = 1800) -> Any
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def environment() -> dict[str, str]:
     """Device, versions, commit and date: what a table of results must state."""
     if torch.cuda.is_available():
@@ -371,9 +376,10 @@ def environment() -> dict[str, str]:
             if line.startswith("model name")
         ]
         device = f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    # The results of earlier benchmarks of a run are no change of what is measured.
+    if _git("diff", "HEAD", "--stat", "--", ".", ":(exclude)benchmarks/results"):
+        commit += "-dirty"
     versions = {}
     for name in ("torch", "triton", "musiclm-pytorch", "audiolm-pytorch"):
         try:
