@@ -31,7 +31,7 @@ from benchmarks.harness import Contender, Result, Settings
 HZ = 16_000
 
 
-QUICK = False  # not among the ten minutes of `make bench`; ask for it by name
+QUICK = False  # not part of `make bench`; ask for it by name
 
 
 def new_folder() -> Path:

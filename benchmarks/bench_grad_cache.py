@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Result, Settings
 
-QUICK = False  # not among the ten minutes of `make bench`; ask for it by name
+QUICK = False  # not part of `make bench`; ask for it by name
 MODULE = "benchmarks.bench_grad_cache"
 HZ, TOKENS = 16_000, 32
 

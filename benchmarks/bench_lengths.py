@@ -22,7 +22,7 @@ from musiclm_fast import AudioSpectrogramTransformer
 from musiclm_fast.models import audio
 
 RATE = 16_000
-QUICK = False  # not among the ten minutes of `make bench`; ask for it by name
+QUICK = False  # not part of `make bench`; ask for it by name
 
 
 def step(tower: torch.nn.Module, clips: list[Tensor], spread: float) -> Callable[[], Any]:
