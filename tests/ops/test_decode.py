@@ -99,12 +99,15 @@ def run(weights: DecodeWeights, call: dict[str, Any], backend: str) -> tuple[Ten
     return out, keys_values
 
 
-def check(weights: DecodeWeights, call: dict[str, Any]) -> None:
+def check(weights: DecodeWeights, *calls: dict[str, Any]) -> None:
+    """The results of the calls, compared together."""
     with testing.poisoned_memory():
-        actual = run(weights, call, "cpp")
-    same = run(weights, call, "torch")
-    oracle = run(double(replace(weights, packed={})), double(call), "torch")
-    for name, *values in zip(("out", "keys_values"), actual, same, oracle, strict=True):
+        actual = [run(weights, call, "cpp") for call in calls]
+    same = [run(weights, call, "torch") for call in calls]
+    exact = double(replace(weights, packed={}))
+    oracle = [run(exact, double(call), "torch") for call in calls]
+    for index, name in enumerate(("out", "keys_values")):
+        values = (torch.stack([r[index] for r in results]) for results in (actual, same, oracle))
         testing.assert_close_to_oracle(name, *values)
 
 
@@ -149,7 +152,10 @@ def test_cpp_on_extreme_values() -> None:
     call = arguments(weights, rows=16)
     for factor in (0.0, 1e-30, 1e4):
         check(weights, {**call, "x": call["x"] * factor})
-    check(weights, {**call, "keys_values": call["keys_values"] * 300})
+    # Weights then hang on the rounding of a tie, torch's as the kernel's: of sixteen rows the
+    # larger error is luck, of two dozen draws it is not.
+    draws = [arguments(weights, rows=16, seed=seed) for seed in range(1, 25)]
+    check(weights, *({**draw, "keys_values": draw["keys_values"] * 300} for draw in draws))
     hidden = torch.zeros_like(call["key_padding_mask"])
     check(weights, {**call, "key_padding_mask": hidden})
     check(weights, {**call, "context_mask": torch.zeros_like(call["context_mask"])})
