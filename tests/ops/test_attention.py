@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -83,20 +82,6 @@ def check_against_oracle(
             continue
         testing.assert_close_to_oracle(name, ours[name], same[name], oracle[name], dtype=dtype)
     return ours
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test at every SIMD level that this processor has."""
-    from musiclm_fast import _C
-
-    before = _C.simd_level()
-    try:
-        _C.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _C.set_simd_level(before)
 
 
 CASES: dict[str, dict[str, Any]] = {

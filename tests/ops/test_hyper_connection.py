@@ -63,18 +63,6 @@ def check(arguments: dict[str, Any]) -> None:
         testing.assert_close_to_oracle(name, value, same[name], oracle[name])
 
 
-@pytest.fixture(params=_extension.SIMD_LEVELS)
-def simd_level(request: pytest.FixtureRequest) -> Any:
-    from musiclm_fast import _C
-
-    best = _C.simd_level()
-    if _extension.SIMD_LEVELS.index(request.param) > _extension.SIMD_LEVELS.index(best):
-        pytest.skip(f"this processor has {best} at most")
-    _C.set_simd_level(request.param)
-    yield request.param
-    _C.set_simd_level(best)
-
-
 @cpp
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize(("batch", "streams", "dim"), SHAPES)
