@@ -9,9 +9,7 @@ processor reaches. Output and gradients are first held against the float64 defin
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +24,6 @@ from musiclm_fast.ops import attention, grid_codes, grid_offsets
 from musiclm_fast.ops.attention import attention_reference
 from musiclm_fast.ops.attention.reference import offset_bias
 
-MODULE = "benchmarks.bench_attention"
 BATCH, HEADS, HEAD_DIM = 2, 8, 64
 # Lengths of whole grids, and 10 s of audio with a quarter of its patches dropped.
 GRIDS = {256: (16, 16), 512: (16, 32), 744: (16, 62), 1024: (16, 64), 2048: (16, 128)}
@@ -148,7 +145,7 @@ def contender(name: str, length: int, dtype: torch.dtype, arguments: dict[str, A
     measured = dtype == torch.float32 and length >= 744 and name in MEASURED
     return Contender(
         build,
-        memory=functools.partial(harness.in_fresh_process, MODULE, str(length), name)
+        memory=functools.partial(harness.in_fresh_process, memory, length, name)
         if measured
         else None,
         operations=operations(length),
@@ -182,12 +179,3 @@ def results(settings: Settings) -> list[Result]:
                 else "",
             )  # fmt: skip
     return found
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("length", type=int)
-    parser.add_argument("name", choices=FUNCTIONS)
-    asked = parser.parse_args()
-    torch.set_num_threads(2)
-    print(json.dumps(memory(asked.length, asked.name)))

@@ -17,9 +17,7 @@ Operations are four products for every contender.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +28,6 @@ from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import contrastive_loss
 
-MODULE = "benchmarks.bench_contrastive"
 DEPTH = 128
 SIZES = {"cpu": 8192, "cuda": 65536}  # that are quoted
 KINDS = ("decoupled", "sigmoid", "softmax")
@@ -148,7 +145,6 @@ def peak(name: str, kind: str, batch: int) -> int:
 
 
 def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
-    apart = functools.partial(harness.in_fresh_process, MODULE)
     quick = settings.mode == "quick"
     given = (kind, batch, torch.float32, "cpu")
     contenders = {
@@ -156,7 +152,7 @@ def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
             functools.partial(build, *given),
             memory=None
             if quick and batch != SIZES["cpu"]
-            else functools.partial(apart, name, kind, str(batch)),
+            else functools.partial(harness.in_fresh_process, peak, name, kind, batch),
             once=quick and name == THEIRS and batch > 4096,
             operations=8.0 * batch**2 * DEPTH,
             role="ours" if name == OURS else "peer",
@@ -219,17 +215,3 @@ def results(settings: Settings) -> list[Result]:
     if settings.tiny or (settings.mode == "gpu" and settings.device == "cpu"):
         sizes = [40]
     return [r for kind in kinds for batch in sizes for r in measure(kind, batch, settings)]
-
-
-def main() -> None:
-    """Print the peak memory of a contender, for a process of its own."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("contender", choices=(OURS, THEIRS))
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("batch", type=int)
-    options = parser.parse_args()
-    print(json.dumps(peak(options.contender, options.kind, options.batch)))
-
-
-if __name__ == "__main__":
-    main()

@@ -75,9 +75,7 @@ def results(settings: Settings) -> list[Result]:
     sizes = [(1, 64), (1, 1024), (8, 64), (8, 1024)]
     full = [(rows, length) for rows in (1, 2, 8, 16) for length in (64, 1024)]
     found = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with harness.one_thread():
         for rows, length in settings.pick(sizes, full=full, tiny=[(2, 8)]):
             call = make_call(rows, length)
 
@@ -102,6 +100,4 @@ def results(settings: Settings) -> list[Result]:
                 contenders, settings, check=functools.partial(check, weights),
                 rounds=settings.pick(7, full=15), axes={"rows": rows} if length == 64 else {},
             )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
     return found

@@ -10,9 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,6 @@ from torch.nn import functional as F
 from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
 
-MODULE = "benchmarks.bench_embed_folder"
 HZ = 16_000
 WINDOW, STRIDE = 10, 1  # seconds
 
@@ -108,8 +105,12 @@ def memory(kind: str, size: Size, device: str) -> int:
     """Peak memory in bytes."""
     if device == "cuda":
         return harness.gpu_memory(lambda: job(kind, size, device))
-    asked = json.dumps(dataclasses.asdict(size))
-    return int(harness.in_fresh_process(MODULE, kind, asked))
+    return int(harness.in_fresh_process(peak, kind, size))
+
+
+def peak(kind: str, size: Size) -> int:
+    """The same on the CPU; call in a fresh process."""
+    return harness.extra_memory(lambda: job(kind, size, "cpu"))
 
 
 def check(size: Size, device: str) -> None:
@@ -151,9 +152,3 @@ def results(settings: Settings) -> list[Result]:
         headline=f"embedding a folder, {size.files} recordings of {size.seconds} s, "
         f"10 s windows every second",
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    which, asked = sys.argv[1:]
-    print(json.dumps(harness.extra_memory(lambda: job(which, Size(**json.loads(asked)), "cpu"))))

@@ -11,8 +11,6 @@ agreement there is no row.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +22,6 @@ from benchmarks import harness
 from benchmarks.harness import Result, Settings
 
 QUICK = False  # not part of `make bench`; ask for it by name
-MODULE = "benchmarks.bench_grad_cache"
 HZ, TOKENS = 16_000, 32
 
 
@@ -103,23 +100,10 @@ def results(settings: Settings) -> list[Result]:
     check_parity()
     found = []
     for how, clips in (("cached", 16 * chunk), ("cached", chunk), ("plain", chunk)):
-        one = harness.in_fresh_process(MODULE, how, *(str(n) for n in (dim, depth, clips, chunk)))
+        one = harness.in_fresh_process(measured, how, dim, depth, clips, chunk)
         found.append(Result(
             f"MuLaN, dim {dim}, depth {depth}: step of 1 s clips", f"chunks of {chunk}",
             f"{how}, {clips:,} clips", "ours", [one["seconds"]], memory=int(one["bytes"]),
             axes={"clips": clips},
         ))  # fmt: skip
     return found
-
-
-def main() -> None:
-    """Print bytes and seconds of one step, for a process of its own."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("how", choices=("plain", "cached"))
-    for name in ("dim", "depth", "clips", "chunk"):
-        parser.add_argument(name, type=int)
-    print(json.dumps(measured(**vars(parser.parse_args()))))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from benchmarks.bench_audio_tower import build, step
+from benchmarks.bench_audio_tower import build, peak, step
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)
 
@@ -38,11 +38,10 @@ def measure(
             )  # nothing is timed unless they agree
         times = harness.interleave(runs, rounds=rounds, warmup=0 if len(runs) == 2 else 1)
         for kind in kinds:
-            arguments = ("--peak", kind, str(seconds), "1")
-            peak = harness.in_fresh_process("benchmarks.bench_audio_tower", *arguments)
-            found[kind][seconds] = times[kind].median, peak / harness.MIB
+            needed = harness.in_fresh_process(peak, kind, seconds, 1)
+            found[kind][seconds] = times[kind].median, needed / harness.MIB
             print(f"{kind:>10} {seconds:4.0f} s  {times[kind].median:8.2f} s  "
-                  f"{peak / harness.MIB:8.0f} MiB", flush=True)  # fmt: skip
+                  f"{needed / harness.MIB:8.0f} MiB", flush=True)  # fmt: skip
     return found
 
 

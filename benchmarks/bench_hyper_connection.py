@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Contender, Result, Settings
-from musiclm_fast import testing
+from benchmarks.harness import Result, Settings
 from musiclm_fast.ops import hyper_connection
 
 STREAMS, DIM = 4, 512
@@ -51,52 +50,15 @@ def step(inputs: dict[str, Tensor], backend: str) -> Callable[[], dict[str, Tens
     return run
 
 
-def check() -> None:
-    """Gradients are as close to the float64 definition's as torch's.
-
-    Raises:
-        AssertionError: they are not.
-    """
-    small = make(64)
-    found = [
-        step(call, backend)()
-        for call, backend in (
-            (small, "cpp"), (small, "torch"), (testing.to_float64(small), "torch"),
-        )
-    ]  # fmt: skip
-    for name, value in found[0].items():
-        testing.assert_close_to_oracle(name, value, found[1][name], found[2][name])
-
-
 def results(settings: Settings) -> list[Result]:
     """The training step's 2,048 tokens, on one thread."""
     if settings.mode == "gpu":
         return []
     tokens = settings.pick(2048, tiny=64)
-    inputs = make(tokens)
     rows = tokens * DIM
     values = rows * (STREAMS + 1) * 2 + rows * ((STREAMS + 1) * 3)  # forward, backward
-    source = torch.randn(values // 2)
-    target = torch.empty_like(source)
-    traffic = 4.0 * values
-    contenders = {
-        "ours": Contender(lambda: step(inputs, "cpp"), traffic=traffic, role="ours"),
-        "torch, the definition": Contender(lambda: step(inputs, "torch"), traffic=traffic),
-        "a copy of as much": Contender(
-            lambda: lambda: target.copy_(source), traffic=traffic, role="bound"
-        ),
-    }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return harness.measure(
-            "residual streams, forward and backward, 1 thread",
-            f"{tokens:,} tokens",
-            contenders,
-            settings,
-            check=check,
-            rounds=7,
-            headline="residual streams, 2 x 1,024 tokens, forward and backward",
-        )
-    finally:
-        torch.set_num_threads(threads)
+    return harness.measure_against_copy(
+        "residual streams, forward and backward, 1 thread", f"{tokens:,} tokens",
+        step, make(tokens), make(64), values, settings,
+        headline="residual streams, 2 x 1,024 tokens, forward and backward",
+    )  # fmt: skip

@@ -1,18 +1,13 @@
 """The spectrogram op against torchaudio's chain, 64 clips of 10 s at 16 kHz.
 
-``python -m benchmarks.bench_spectrogram`` prints one row per front end: milliseconds, GB/s of the
-traffic that cannot be avoided (waveform read, spectrogram written), GFLOP/s of the transform, the
-ratio over interleaved rounds and the extra peak memory of a fresh process. Parity is checked first:
-without it there is no row. On a CUDA device the bandwidth of a copy is measured beside it.
+Traffic is what cannot be avoided, waveform read and spectrogram written; operations are those of
+the transform. Parity is checked first; memory is that of a fresh process.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +69,9 @@ def torchaudio_chain(
     return torch.autograd.grad(out.sum(), wav)[0] if backward else out
 
 
+CONTENDERS: dict[str, Callable[..., Tensor]] = {"ours": ours, "torchaudio": torchaudio_chain}
+
+
 def operations(n_fft: int) -> float:
     """Floating-point operations of the transform of one frame, as our kernels do it."""
     taps = FRONT_ENDS[n_fft]["win_length"]
@@ -82,55 +80,19 @@ def operations(n_fft: int) -> float:
     return 2.5 * n_fft * math.log2(n_fft)
 
 
-def compare(n_fft: int, clips: int, rounds: int, variant: str) -> dict[str, float]:
-    """One row of the table.
-
-    Raises:
-        AssertionError: values disagree.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = dict(log_mel="log-mel" in variant, backward="gradient" in variant)
-    wav = torch.randn(clips, SAMPLES, device=device, requires_grad=options["backward"])
-    small = wav[:1].detach().requires_grad_(options["backward"])
-    if not options["log_mel"]:  # their chain has no masks after the logarithm
-        actual, expected = ours(n_fft, small, **options), torchaudio_chain(n_fft, small, **options)
-        tolerance = 1e-5 * expected.abs().max().item()
-        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)
-    runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours(n_fft, wav, **options),
-        "torchaudio": lambda: torchaudio_chain(n_fft, wav, **options),
-    }
-    frames = SAMPLES // FRONT_ENDS[n_fft]["hop_length"] + 1
-    bands = 64 if options["log_mel"] else n_fft // 2 + 1
-    traffic = 4.0 * clips * (SAMPLES + bands * frames)
-    if device == "cuda":
-        source = torch.empty(int(traffic / 8), device=device)
-        target = torch.empty_like(source)
-        runs["copy"] = lambda: target.copy_(source)
-    times = harness.interleave(runs, rounds)
-    faster, least, most = harness.ratio(times["torchaudio"], times["ours"])
-    row = {
-        "ms": 1e3 * times["ours"].median,
-        "torchaudio ms": 1e3 * times["torchaudio"].median,
-        "GB/s": traffic / times["ours"].median / 1e9,
-        "GFLOP/s": operations(n_fft) * clips * frames / times["ours"].median / 1e9,
-        "faster": faster,
-        "least": least,
-        "most": most,
-    }
-    if "copy" in times:
-        row["of copy"] = times["copy"].median / times["ours"].median
-    return row
-
-
-def memory(n_fft: int, run: Callable[[int, Tensor], Tensor]) -> dict[str, float]:
-    """Extra peak memory and size of the output in bytes; call in a fresh process."""
+def memory(name: str, n_fft: int) -> int:
+    """Extra peak memory of a call in bytes, its output included; call in a fresh process."""
+    if name != "ours":
+        load_torchaudio()
+    run = CONTENDERS[name]
     wav = torch.randn(CLIPS, SAMPLES)
     run(n_fft, wav[:1, :4000])  # threads, tables and code pages are there
-    extra = harness.extra_memory(lambda: lambda: run(n_fft, wav))
-    bands, hop = n_fft // 2 + 1, FRONT_ENDS[n_fft]["hop_length"]
-    size = 4 * CLIPS * bands * (SAMPLES // hop + 1)
-    return {"extra": extra, "output": size}
+    return harness.extra_memory(lambda: lambda: run(n_fft, wav))
+
+
+def output_bytes(n_fft: int) -> int:
+    """Of a call of :func:`memory`."""
+    return 4 * CLIPS * (n_fft // 2 + 1) * (SAMPLES // FRONT_ENDS[n_fft]["hop_length"] + 1)
 
 
 def load_torchaudio() -> None:
@@ -138,28 +100,6 @@ def load_torchaudio() -> None:
     from tests.reference import live
 
     live.load()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--n-fft", type=int, nargs="*", choices=FRONT_ENDS, default=[*FRONT_ENDS])
-    parser.add_argument("--variants", nargs="*", default=["power", "power gradient", "log-mel"])
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    load_torchaudio()
-    print(harness.environment())
-    for n_fft in arguments.n_fft:
-        for variant in arguments.variants:
-            if variant == "log-mel" and n_fft == 128:
-                continue
-            row = compare(n_fft, arguments.clips, arguments.rounds, variant)
-            print(n_fft, variant, {key: round(value, 2) for key, value in row.items()}, flush=True)
-    for n_fft in arguments.n_fft:
-        for run in ("memory", "memory-torchaudio"):
-            used = harness.in_fresh_process("benchmarks.bench_spectrogram", run, str(n_fft))
-            print(n_fft, run, f"{used['extra'] / used['output']:.2f} of the output", flush=True)
 
 
 def check_parity(n_fft: int, options: dict[str, bool]) -> None:
@@ -200,14 +140,13 @@ def results(settings: Settings) -> list[Result]:
                 traffic=passes * 4.0 * clips * (SAMPLES + bands * frames),
             )
             contenders = {}
-            names = {"ours": ours, "torchaudio": torchaudio_chain}
+            names = dict(CONTENDERS)
             if settings.mode == "full":
                 names["torchaudio (torch.compile)"] = torch.compile(torchaudio_chain)
             for name, run in names.items():
-                which = "memory" if name == "ours" else "memory-torchaudio"
                 contenders[name] = Contender(
                     functools.partial(functools.partial, run, n_fft, wav, **options),
-                    memory=functools.partial(_memory_of_a_batch, which, n_fft)
+                    memory=functools.partial(harness.in_fresh_process, memory, name, n_fft)
                     if variant == "power" and "compile" not in name
                     else None,
                     role="ours" if name == "ours" else "peer",
@@ -223,19 +162,3 @@ def results(settings: Settings) -> list[Result]:
                 else "",
             )  # fmt: skip
     return found
-
-
-def _memory_of_a_batch(which: str, n_fft: int) -> int:
-    # beyond the waveforms
-    return int(harness.in_fresh_process("benchmarks.bench_spectrogram", which, str(n_fft))["extra"])
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1].startswith("memory"):
-        if sys.argv[1] == "memory-torchaudio":
-            load_torchaudio()
-            print(json.dumps(memory(int(sys.argv[2]), torchaudio_chain)))
-        else:
-            print(json.dumps(memory(int(sys.argv[2]), ours)))
-    else:
-        main()

@@ -12,11 +12,9 @@ On a GPU also: the largest batch that fits, and the share of the device's peak a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +25,6 @@ from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast.training import cost
 
-MODULE = "benchmarks.bench_training_step"
 JOB = "MuLaN training step"
 SAMPLE_HZ = 16_000
 ADAM = dict(lr=3e-4, betas=(0.9, 0.99))  # both trainers' defaults
@@ -194,7 +191,7 @@ def _runs(p: cost.Product) -> list[Callable[[], Any]]:
     return [attention] * p.count
 
 
-def alone(kind: str, case: Case) -> dict[str, float]:
+def alone(kind: str, case: Case) -> tuple[float, int]:
     """Seconds of a step and the peak memory of its forward and backward in bytes; call in a fresh
     process."""
     model = build(kind, case)
@@ -210,7 +207,7 @@ def alone(kind: str, case: Case) -> dict[str, float]:
     update = adam(kind, model)
     start = time.perf_counter()
     update.step()
-    return {"seconds": seconds + time.perf_counter() - start, "bytes": peak}
+    return seconds + time.perf_counter() - start, peak
 
 
 def memory(kind: str, case: Case, device: str, mode: str) -> int:
@@ -226,8 +223,8 @@ def memory(kind: str, case: Case, device: str, mode: str) -> int:
 
 def apart(kind: str, case: Case) -> tuple[float, int]:
     """Seconds and peak memory of a step in a process of its own."""
-    told = harness.in_fresh_process(MODULE, kind, json.dumps(dataclasses.asdict(case)))
-    return told["seconds"], told["bytes"]
+    seconds, peak = harness.in_fresh_process(alone, kind, case)
+    return seconds, peak
 
 
 @functools.cache
@@ -365,12 +362,3 @@ def results(settings: Settings) -> list[Result]:
             else:
                 found.append(dataclasses.replace(known, note=f"{most} pairs fit"))
     return found
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=(OURS, THEIRS))
-    parser.add_argument("case", help="a Case as JSON")
-    asked = parser.parse_args()
-    torch.set_num_threads(2)
-    print(json.dumps(alone(asked.kind, Case(**json.loads(asked.case)))))

@@ -13,19 +13,24 @@ import ctypes
 import functools
 import gc
 import importlib.metadata
-import json
+import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from musiclm_fast import testing
 
 # Not resolved: `--base` runs this folder beside another commit's package, by a link.
 ROOT = Path(__file__).absolute().parent.parent
@@ -278,6 +283,59 @@ def oracle(
         return ours(), use_backend("torch")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch runs on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_against_copy(
+    job: str,
+    case: str,
+    step: Callable[[dict[str, torch.Tensor], str], Callable[[], dict[str, torch.Tensor]]],
+    inputs: dict[str, torch.Tensor],
+    small: dict[str, torch.Tensor],
+    values: int,
+    settings: Settings,
+    headline: str,
+) -> list[Result]:
+    """An op that memory bounds, on one thread: the C++ kernel, the torch path, and a copy of as
+    much memory.
+
+    Args:
+        step: of the inputs and a backend; its run returns gradients by name.
+        small: inputs whose gradients are first held against the definition in float64.
+        values: float32 values that a step must read or write.
+    """
+
+    def check() -> None:
+        wide = testing.to_float64(small)
+        calls = ((small, "cpp"), (small, "torch"), (wide, "torch"))
+        found = [step(given, backend)() for given, backend in calls]
+        for name in found[0]:
+            testing.assert_close_to_oracle(name, *(f[name] for f in found))
+
+    source = torch.randn(values // 2)
+    target = torch.empty_like(source)
+    traffic = 4.0 * values
+    contenders = {
+        "ours": Contender(lambda: step(inputs, "cpp"), traffic=traffic, role="ours"),
+        "torch, the definition": Contender(lambda: step(inputs, "torch"), traffic=traffic),
+        "a copy of as much": Contender(
+            lambda: lambda: target.copy_(source), traffic=traffic, role="bound"
+        ),
+    }
+    with one_thread():
+        return measure(
+            job, case, contenders, settings, check=check, rounds=7, headline=headline
+        )  # fmt: skip
+
+
 def timed(run: Callable[[], Any]) -> float:
     """Seconds of one run, to the end of what it started on a GPU."""
     gc.collect()
@@ -346,18 +404,25 @@ def gpu_memory(
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def in_fresh_process(module: str, *arguments: str, timeout: float = 1800) -> Any:
-    """Run ``python -m module arguments``, whose last line of output is JSON; return that."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` returns, or raises, in a process where nothing has run yet.
+
+    It is forked from a server that has imported what :mod:`benchmarks.preload` names and has no
+    threads; a fork of this process would not do. torch gets as many threads there as here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    with ProcessPoolExecutor(1, context, _settle, (torch.get_num_threads(),)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _settle(threads: int) -> None:
+    # The reference prints and warns in the midst of what is a table here.
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _git(*arguments: str) -> str:

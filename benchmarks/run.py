@@ -26,12 +26,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.harness import MODES, PARITY_FAILED, ROOT, Result, Settings, environment
+from benchmarks.harness import (
+    MODES,
+    PARITY_FAILED,
+    ROOT,
+    Result,
+    Settings,
+    environment,
+    in_fresh_process,
+)
 
 RESULTS = ROOT / "benchmarks" / "results"
 HERE = ROOT / "benchmarks"
@@ -108,6 +117,13 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
     Raises:
         RuntimeError: it failed; with the end of what it wrote.
     """
+    if settings.mode != "gpu" and root == ROOT:
+        try:
+            found: dict[str, Any] = in_fresh_process(section_of, name, settings)
+        except Exception as error:
+            raise RuntimeError(f"{name}: {''.join(traceback.format_exception(error))}") from None
+        return found
+    # A GPU's driver does not survive a fork, and another tree needs imports of its own.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "section.json"
         asked = json.dumps(dataclasses.asdict(settings))
@@ -129,13 +145,12 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
     return section
 
 
-def worker(name: str, settings: Settings, out: Path) -> None:
-    """What the process of one benchmark does: run it and write its section."""
+def section_of(name: str, settings: Settings) -> dict[str, Any]:
+    """What the process of one benchmark does: run it, and say what must be known of its results."""
     results = run_here(name, settings)
     facts = environment()
     facts["command"] = f"python -m benchmarks.run {name} --mode {settings.mode}"
-    section = {"facts": facts, "results": [dataclasses.asdict(r) for r in results]}
-    out.write_text(json.dumps(section))
+    return {"facts": facts, "results": [dataclasses.asdict(r) for r in results]}
 
 
 def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: bool) -> int:
@@ -269,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.worker:
         name, asked, out = args.worker
-        worker(name, Settings(**json.loads(asked)), Path(out))
+        Path(out).write_text(json.dumps(section_of(name, Settings(**json.loads(asked)))))
         return 0
     unknown = sorted(set(args.names) - set(names()))
     if unknown:

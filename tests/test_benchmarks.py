@@ -122,6 +122,27 @@ def test_what_is_slow_and_large_runs_in_a_process_of_its_own() -> None:
     assert (too_large.seconds, too_large.reason) == ([], "RuntimeError: out of memory")
 
 
+def pages(count: int) -> tuple[int, int, int]:
+    """Process, threads, and the peak of touching so many bytes; for a process of its own."""
+    import torch
+
+    peak = harness.extra_memory(lambda: lambda: torch.ones(count // 4).sum())
+    return os.getpid(), torch.get_num_threads(), peak
+
+
+def test_a_fresh_process_computes_measures_and_raises() -> None:
+    mib = harness.MIB
+    with harness.one_thread():
+        first, threads, peak = harness.in_fresh_process(pages, 256 * mib)
+    second, _, small = harness.in_fresh_process(pages, mib)
+    assert len({os.getpid(), first, second}) == 3
+    assert threads == 1
+    assert 256 * mib <= peak < 320 * mib
+    assert small < 64 * mib
+    with pytest.raises(AssertionError, match="off by"):
+        harness.in_fresh_process(fail)
+
+
 def test_every_op_and_whole_job_is_in_the_suite() -> None:
     ops = {p.parent.name for p in (ROOT / "musiclm_fast" / "ops").glob("*/op.py")}
     jobs = {"training_step", "embed_folder", "semantic_step", "generation"}

@@ -118,6 +118,8 @@ class ModelConfig:
         dim_latent: width of the joint space
         loss: softmax without the positive pair in its denominators, softmax, or sigmoid
         hierarchical_loss: add the loss of intermediate layers
+        max_temperature: cap on the learned factor of the similarities (CLIP's is 100); null leaves
+            it free, and it may then rise beyond use
         start_from: folder or Hugging Face Hub name of a MuLaN whose weights are the first ones; its
             architecture must be the one that is described here
         audio: the audio tower
@@ -128,12 +130,13 @@ class ModelConfig:
     dim_latent: int = 128
     loss: Literal["decoupled", "softmax", "sigmoid"] = "decoupled"
     hierarchical_loss: bool = False
+    max_temperature: float | None = 100.0
     start_from: str | None = None
     audio: AudioTowerConfig = field(default_factory=AudioTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "dim_latent")
+        _check(self, "> 0", "dim_latent", "max_temperature")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,9 @@ class DataConfig:
         captions: of a folder without a table: the files' names, or the tags in them
         clip_seconds: length of a clip in seconds; longer sounds are cropped at random
         min_seconds: shorter sounds are skipped
+        extra_words: most random words before a caption and after it in training, from which the
+            text tower learns to pass over words that it does not know; of use where captions are
+            few or alike
         sample_hz: rate of the clips in Hz; null is the front end's (16,000 for reference, which has
             none)
         num_workers: processes that read sounds ahead; 0 reads in the training process
@@ -159,12 +165,13 @@ class DataConfig:
     captions: Literal["names", "tags"] | None = None
     clip_seconds: float = 10.0
     min_seconds: float = 0.2
+    extra_words: int = 0
     sample_hz: int | None = None
     num_workers: int = may_change(2)
 
     def __post_init__(self) -> None:
         _check(self, "> 0", "clip_seconds", "min_seconds", "sample_hz")
-        _check(self, ">= 0", "num_workers")
+        _check(self, ">= 0", "num_workers", "extra_words")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast.models.sound import as_batch
+from musiclm_fast.training.captions import with_extra_words
 from musiclm_fast.training.sources import Listing, Skipped, list_source
 
 __all__ = ["CaptionedSounds", "Row", "Skipped", "collate", "open_dataset", "split"]
@@ -117,6 +118,8 @@ class CaptionedSounds(Dataset[Row]):
             is whole sounds.
         min_seconds: shorter sounds are skipped. The audio tower needs one patch: 0.16 s with
             patches of 16 frames at 10 ms.
+        extra_words: most random words before the caption of a draw and after it, see
+            :func:`~musiclm_fast.training.captions.with_extra_words`; 0 for none.
 
     Attributes:
         left_out: sounds of the source that cannot be drawn at all, such as missing files.
@@ -129,10 +132,13 @@ class CaptionedSounds(Dataset[Row]):
         sample_hz: int,
         clip_seconds: float | None,
         min_seconds: float = 0.2,
+        extra_words: int = 0,
     ) -> None:
         check_positive_int("sample_hz", sample_hz)
         if not min_seconds >= 0:
             fail("min_seconds", min_seconds, "a number of seconds from 0")
+        if isinstance(extra_words, bool) or not isinstance(extra_words, int) or extra_words < 0:
+            fail("extra_words", extra_words, "a number of words from 0")
         if clip_seconds is not None:
             check_positive("clip_seconds", clip_seconds)
             if clip_seconds < min_seconds:
@@ -140,6 +146,7 @@ class CaptionedSounds(Dataset[Row]):
         self.sample_hz = sample_hz
         self.clip_seconds = clip_seconds
         self.min_seconds = min_seconds
+        self.extra_words = extra_words
         self.cut_files = listing.cut_files
         self.left_out = tuple(listing.left_out)
         entries = listing.entries
@@ -207,6 +214,10 @@ class CaptionedSounds(Dataset[Row]):
                 continue
             captions = self.captions(candidate)
             text = captions[int(which * len(captions))]
+            if self.extra_words:
+                text = with_extra_words(
+                    text, self.extra_words, lambda n: int(generator.integers(n))
+                )
             return Row(wav, text, self.name(candidate), candidate, start, skipped)
         raise RuntimeError(
             f"dataset: none of {len(skipped)} sounds can be read, the first is {skipped[0]}"
@@ -453,6 +464,7 @@ def open_dataset(
     audio: str | os.PathLike[str] | None = None,
     captions: str | None = None,
     min_seconds: float = 0.2,
+    extra_words: int = 0,
     cache_folder: str | os.PathLike[str] | None = None,
 ) -> CaptionedSounds:
     """Open a collection of captioned sounds (wav, flac, mp3, ogg, opus, aiff).
@@ -474,6 +486,7 @@ def open_dataset(
         audio: the folder of the sounds, where it is not the manifest's.
         captions: of a folder without a manifest: ``names`` of the files, or ``tags`` in them.
         min_seconds: shorter sounds are skipped.
+        extra_words: see :class:`CaptionedSounds`.
         cache_folder: where indices of shards are kept; None is the user's cache folder.
 
     Returns:
@@ -498,8 +511,9 @@ def open_dataset(
             stacklevel=2,
         )
     return CaptionedSounds(
-        listing, sample_hz=sample_hz, clip_seconds=clip_seconds, min_seconds=min_seconds
-    )
+        listing, sample_hz=sample_hz, clip_seconds=clip_seconds, min_seconds=min_seconds,
+        extra_words=extra_words,
+    )  # fmt: skip
 
 
 def summary(skipped: Sequence[Skipped], names: int = 3) -> str:

@@ -67,12 +67,14 @@ class DemoConfig:
         patch_dropout: share of patches dropped in training.
         front_end: ``"mulan"``, or ``"reference"`` for the reference's default front end with its
             own patches of 16 x 16.
+        max_temperature: cap on the learned factor of the similarities, see :class:`MuLaN`.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW with a linear warm-up and
             a cosine down to 2%.
         low, high, every, octave: MIDI pitches, see :func:`general_midi.split_by_pitch`.
         velocities: MIDI velocities of each note.
         clip_seconds: length of a note's clip.
         detune_cents: training notes are detuned by at most so many hundredths of a semitone.
+        extra_words: training captions have at most so many random words at either end.
         seed: of everything.
     """
 
@@ -87,6 +89,7 @@ class DemoConfig:
     patch_size: tuple[int, int] = (64, 16)
     patch_dropout: float = 0.0
     front_end: str = "mulan"
+    max_temperature: float | None = 20.0
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -98,6 +101,7 @@ class DemoConfig:
     velocities: tuple[int, ...] = (64, 112)
     clip_seconds: float = 1.0
     detune_cents: float = 40.0
+    extra_words: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +114,8 @@ class DemoConfig:
         check_choice("front_end", self.front_end, ("mulan", "reference"))
         for name in ("learning_rate", "max_grad_norm", "clip_seconds"):
             check_positive(name, getattr(self, name))
+        if self.extra_words < 0:
+            fail("extra_words", self.extra_words, "a number of words from 0")
 
     def chosen(self) -> list[Instrument]:
         """The instruments, evenly spaced over the 128 programs."""
@@ -138,7 +144,7 @@ class DemoConfig:
         # learn words in two thirds of the steps.
         for embedding in (text.token_emb, text.pos_emb):
             torch.nn.init.normal_(embedding.weight, std=0.05)
-        return MuLaN(audio, text)
+        return MuLaN(audio, text, max_temperature=self.max_temperature)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -206,7 +212,7 @@ class _Batches:
         self.generator = torch.Generator()
         self.clips = CaptionedNotes(
             data.notes, data.instruments, indices=train, generator=self.generator,
-            detune_cents=config.detune_cents,
+            detune_cents=config.detune_cents, extra_words=config.extra_words,
         )  # fmt: skip
         labels = data.label[train].numpy()
         by_label = [np.flatnonzero(labels == i) for i in range(len(data.instruments))]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast.training.captions import with_extra_words
 
 __all__ = [
     "INSTRUMENTS",
@@ -559,6 +560,8 @@ class CaptionedNotes(Dataset):
         max_delay: largest silence before a note, in seconds; 0 for none.
         phrases: share of clips with two notes.
         detune_cents: largest detuning either way, in hundredths of a semitone; 0 for none.
+        extra_words: most random words before a caption and after it, see
+            :func:`captions.with_extra_words`; 0 for none.
         generator: draws all of this; None is torch's global one.
     """
 
@@ -573,6 +576,7 @@ class CaptionedNotes(Dataset):
         max_delay: float = 0.1,
         phrases: float = 0.5,
         detune_cents: float = 0.0,
+        extra_words: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         self.notes, self.templates, self.generator = notes, tuple(templates), generator
@@ -580,7 +584,7 @@ class CaptionedNotes(Dataset):
         self.by_program = {item.program: item for item in instruments}
         self.gain_db, self.max_delay = gain_db, round(max_delay * notes.sample_rate)
         self.phrases, self.fade = phrases, round(0.02 * notes.sample_rate)
-        self.detune_cents = detune_cents
+        self.detune_cents, self.extra_words = detune_cents, extra_words
         program = notes.program[self.indices]
         self.relatives = {int(p): self.indices[program == p] for p in np.unique(program)}
         unnamed = sorted(set(self.relatives) - set(self.by_program))
@@ -636,4 +640,5 @@ class CaptionedNotes(Dataset):
         # The name itself is drawn more often than any synonym.
         name = item.name if self._uniform(0, 1) < 0.5 else names[self._below(len(names))]
         form = self.templates[self._below(len(self.templates))]
-        return _fill(form, name, _register(int(self.notes.pitch[note])))
+        text = _fill(form, name, _register(int(self.notes.pitch[note])))
+        return with_extra_words(text, self.extra_words, self._below) if self.extra_words else text

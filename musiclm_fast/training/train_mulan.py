@@ -50,6 +50,7 @@ def build_model(config: ModelConfig) -> MuLaN:
         dim_latent=config.dim_latent,
         decoupled_contrastive_learning=config.loss == "decoupled",
         hierarchical_contrastive_loss=config.hierarchical_loss,
+        max_temperature=config.max_temperature,
         sigmoid_contrastive_loss=config.loss == "sigmoid",
     )
     if config.start_from is not None:
@@ -149,6 +150,7 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
     dataset = open_dataset(
         data.source, sample_hz=sample_hz, clip_seconds=data.clip_seconds, kind=data.kind,
         audio=data.audio_folder, captions=data.captions, min_seconds=data.min_seconds,
+        extra_words=data.extra_words,
     )  # fmt: skip
     train, valid = split(dataset, validation.share, training.seed)
     needed = training.batch_size * PartialState(cpu=processes_on_cpu()).num_processes

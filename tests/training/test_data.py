@@ -95,6 +95,20 @@ def test_one_of_several_captions_is_drawn(folder):
     assert sounds.whole(0).text == "a piano"
 
 
+def test_extra_words_are_drawn_around_the_caption(folder):
+    plain, sounds = opened(folder), opened(folder, extra_words=3)
+    texts = [sounds.draw(2, seed).text for seed in range(30)]
+    caption = plain.captions(2)[0]
+    assert all(caption in text for text in texts)
+    assert len(set(texts)) > 20
+    assert texts == [sounds.draw(2, seed).text for seed in range(30)]
+    np.testing.assert_array_equal(sounds.draw(2, 5).wav, plain.draw(2, 5).wav)
+    assert sounds.whole(2).text == caption  # evaluation has none
+    for bad in (-1, 1.5):
+        with pytest.raises(ValueError, match="extra_words: got"):
+            opened(folder, extra_words=bad)
+
+
 def test_whole_is_the_middle(folder):
     row = opened(folder).whole(2)
     np.testing.assert_array_equal(row.wav, noise(1.0, seed=2)[RATE // 4 : 3 * RATE // 4, 0])

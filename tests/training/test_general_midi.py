@@ -87,6 +87,21 @@ def test_captions_name_the_instrument():
     assert "high " not in low
 
 
+def test_extra_words_stand_around_the_caption():
+    notes = silence([56], [60])
+    plain = CaptionedNotes(notes, max_delay=0.0, templates=["{name}"])
+    noisy = CaptionedNotes(notes, max_delay=0.0, templates=["{name}"], extra_words=2)
+    names = {plain.caption(0) for _ in range(40)}
+    texts = [noisy.caption(0) for _ in range(200)]
+    assert all(any(name in text for name in names) for text in texts)
+    around = [len(text.split()) - len(name.split()) for text in texts for name in names
+              if name in text and not any(name in other and name != other and other in text
+                                          for other in names)]  # fmt: skip
+    assert 0 in around  # none on either side
+    assert max(around) == 4
+    assert len(set(texts)) > 150
+
+
 def test_captioned_notes_vary_level_and_start_only():
     notes = silence([0], [60], samples=1600)
     notes.pcm[0, 0] = 16384  # a click at the start, half of full scale

@@ -208,10 +208,11 @@ def test_bad_input() -> None:
 @pytest.mark.slow
 def test_a_batch_of_1024_in_the_memory_of_64() -> None:
     """Clips of 1 s, by the benchmark's own lines with a smaller model."""
+    from benchmarks.bench_grad_cache import measured
     from benchmarks.harness import MIB, in_fresh_process
 
     def peak(how: str, clips: int) -> int:
-        found = in_fresh_process("benchmarks.bench_grad_cache", how, "128", "2", str(clips), "64")
+        found = in_fresh_process(measured, how, 128, 2, clips, 64)
         return int(found["bytes"])
 
     # Linear memory would be 16 times as much; measured are 107 and 84 MiB.
