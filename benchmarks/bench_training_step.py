@@ -191,7 +191,7 @@ def _runs(p: cost.Product) -> list[Callable[[], Any]]:
     return [attention] * p.count
 
 
-def alone(kind: str, case: Case) -> tuple[float, int]:
+def alone(kind: str, case: Case, mode: str) -> tuple[float, int]:
     """Seconds of a step and the peak memory of its forward and backward in bytes; call in a fresh
     process."""
     model = build(kind, case)
@@ -199,9 +199,9 @@ def alone(kind: str, case: Case) -> tuple[float, int]:
     def prepare() -> Callable[[], Any]:
         samples = max(16 * case.hop_length, 1024)
         short = dataclasses.replace(case, samples=samples, batch=2, text_tokens=8)
-        gradients(model, inputs(short))()  # threads and code pages are there
+        gradients(model, inputs(short), mode)()  # threads and code pages are there
         model.zero_grad(set_to_none=True)
-        return gradients(model, inputs(case))
+        return gradients(model, inputs(case), mode)
 
     seconds, peak = harness.time_and_memory(prepare)
     update = adam(kind, model)
@@ -218,12 +218,12 @@ def memory(kind: str, case: Case, device: str, mode: str) -> int:
             lambda: gradients(model, inputs(case, device), mode),
             between=lambda: model.zero_grad(set_to_none=True),
         )
-    return apart(kind, case)[1]
+    return apart(kind, case, mode)[1]
 
 
-def apart(kind: str, case: Case) -> tuple[float, int]:
+def apart(kind: str, case: Case, mode: str = "") -> tuple[float, int]:
     """Seconds and peak memory of a step in a process of its own."""
-    seconds, peak = harness.in_fresh_process(alone, kind, case)
+    seconds, peak = harness.in_fresh_process(alone, kind, case, mode)
     return seconds, peak
 
 
@@ -279,7 +279,10 @@ def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
         for mode in modes(kind, case, settings):
             found[kind + mode] = Contender(
                 functools.partial(step, kind, case, device, mode),
-                memory=functools.partial(memory, kind, case, device, mode),
+                # On a CPU the compiler's own memory would be in the peak.
+                memory=None
+                if device == "cpu" and MODES[mode][1]
+                else functools.partial(memory, kind, case, device, mode),
                 operations=operations if kind == OURS else None,
                 apart=functools.partial(apart, kind, case)
                 if kind == THEIRS and slow and settings.mode == "quick"
