@@ -96,6 +96,26 @@ def by_sentence(run: DemoRun) -> dict[str, dict[int, float]]:
     return found
 
 
+def described(data: Notes) -> str:
+    """The recipe in words."""
+    c = RECIPE
+    pitches = {name: len(set(data.notes.pitch[part])) for name, part in data.parts.items()}
+    return (
+        f"Notes of all {c.instruments} General MIDI instruments, {len(data.notes):,} clips of "
+        f"{c.clip_seconds:g} s; training has {len(data.parts['train']):,} at {pitches['train']} "
+        f"pitches, {pitches['held-out pitches']} pitches between them and "
+        f"{pitches['held-out octave']} in one octave are held out. A MuLaN of dim {c.dim}, "
+        f"{c.depth} audio and {c.text_depth} text blocks, patches of {c.patch_size[0]} x "
+        f"{c.patch_size[1]} (16 x 16 with the reference's front end), {c.steps:,} steps of "
+        f"{c.batch_size} pairs, AdamW at {c.learning_rate:g} with a cosine; notes detuned by up to "
+        f"{c.detune_cents:g} cents, up to {c.extra_words} random words around captions, "
+        f"temperature capped at {c.max_temperature:g} (`DemoConfig`). Prompts are three sentences "
+        "that no training caption has. Minutes are steps times the median time of a step, two "
+        "threads, both front ends measured in turn on a quiet machine; the reference's front end "
+        "gets as many minutes."
+    )
+
+
 def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     lines = [
         "| front end, seed | minutes | steps | held-out pitches, top-1 | top-5 "
@@ -163,7 +183,7 @@ def main() -> None:
         plot(results, seconds, folder / "learning.png")
         facts = ", ".join(f"{k} {seconds[k]}" for k in seconds if k not in FRONT_ENDS)
         (folder / "learning.md").write_text(
-            f"# What a MuLaN learns in minutes\n\n{text}\n\n"
+            f"# What a MuLaN learns in minutes\n\n{described(data)}\n\n{text}\n\n"
             f"![accuracy against minutes](learning.png)\n\n{facts}\n"
         )
 
