@@ -245,6 +245,8 @@ def measure(
         if run is not None:
             runs[name] = run
     times: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.freeze()  # else each collection before a run walks the reference's imports, 0.25 s
     for round_ in range(warmup + rounds):
         for name, run in list(runs.items()):
             if contenders[name].once and round_ != warmup:
@@ -252,6 +254,7 @@ def measure(
             seconds = attempt(name, functools.partial(timed, run))
             if round_ >= warmup and seconds is not None:
                 times[name].append(seconds)
+    gc.unfreeze()
     runs.clear()
     found = []
     for name, c in contenders.items():
@@ -259,7 +262,7 @@ def measure(
             found.append(result(name, reason=absent[name]))
         elif name in alone:
             seconds, memory = alone[name]
-            note = "once, in a process of its own"
+            note = "in a process of its own"
             found.append(result(name, seconds=[seconds], memory=memory, note=note))
         else:
             measured = c.memory is not None and (c.role == "ours" or not settings.tiny)
@@ -369,21 +372,14 @@ def extra_memory(build: Callable[[], Callable[[], Any]]) -> int:
     Call it once, in a fresh process (:func:`in_fresh_process`): what an earlier run left resident
     would hide what this one needs.
     """
-    return time_and_memory(build)[1]
-
-
-def time_and_memory(build: Callable[[], Callable[[], Any]]) -> tuple[float, int]:
-    """Seconds of ``build()()`` and what :func:`extra_memory` says of it."""
     run = build()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc: what was freed is resident no more
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     before = current()
-    start = time.perf_counter()
     run()
-    seconds = time.perf_counter() - start
-    return seconds, max(0, high_water() - before)
+    return max(0, high_water() - before)
 
 
 def gpu_memory(
