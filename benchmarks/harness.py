@@ -351,6 +351,17 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def need_memory(needed: float) -> None:
+    """For what would take the machine down.
+
+    Raises:
+        MemoryError: fewer bytes than ``needed`` are available.
+    """
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    if needed > free:
+        raise MemoryError(f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are available")
+
+
 def high_water() -> int:
     """Peak resident memory of this process so far, in bytes.
 

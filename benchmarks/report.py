@@ -145,14 +145,21 @@ def page(sections: Sections, charts: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(sections: Sections, store: Path) -> None:
-    """Write the store, the page and the charts of every benchmark beside it."""
+def write(sections: Sections, store: Path, new: str) -> None:
+    """Write the store and the page of all benchmarks, and the charts of the one that is ``new``."""
     store.parent.mkdir(parents=True, exist_ok=True)
     _replace(store, json.dumps(sections, indent=1, sort_keys=True) + "\n")
-    charts = {}
-    for name, section in sections.items():
-        charts[name] = draw(name, section, store)
+    drawn = draw(new, sections[new], store)
+    for left in set(_charts(new, store)) - set(drawn):
+        store.with_name(left).unlink()
+    charts = {name: _charts(name, store) for name in sections}
     _replace(store.with_suffix(".md"), page(sections, charts))
+
+
+def _charts(name: str, store: Path) -> list[str]:
+    # a benchmark's charts that are there, its bars first
+    found = [path.name for path in store.parent.glob(f"{store.stem}-{name}-*.png")]
+    return sorted(found, key=lambda file: (not file.endswith("-bars.png"), file))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes what they found: a table, JSON, ``results/<device>.md``, charts.
 
-    python -m benchmarks.run                       # quick mode, on the CPU: 13 minutes
+    python -m benchmarks.run                       # quick mode, on the CPU: nine minutes
     python -m benchmarks.run spectrogram           # one file; the others' results stay
     python -m benchmarks.run training_step --case "10 s"    # cases whose name holds a text
     python -m benchmarks.run --mode full           # every peer and mode
@@ -183,7 +183,7 @@ def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: boo
         if settings.case and name in sections:
             section = merged(sections[name], section)
         sections[name] = section
-        report.write(sections, store)
+        report.write(sections, store, name)
     if output == RESULTS:
         print("README's table follows by `python -m benchmarks.readme_table`", flush=True)
     if failed:
