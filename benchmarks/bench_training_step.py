@@ -356,8 +356,8 @@ def results(settings: Settings) -> list[Result]:
         found += harness.measure(
             JOB, name, contenders(case, settings), settings,
             check=functools.partial(check, small, settings.device),
-            # The check has run both; a GPU compiles its kernels in the first round.
-            rounds=settings.pick(3, gpu=5), warmup=settings.pick(0, gpu=1), axes=axes,
+            # The check has run both; what is compiled is so in the first round.
+            rounds=settings.pick(3, gpu=5), warmup=settings.pick(0, full=1, gpu=1), axes=axes,
             headline=f"MuLaN training step, {HEADLINES.get(name, name)}",
         )  # fmt: skip
     if settings.mode == "gpu":
