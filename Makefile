@@ -79,7 +79,7 @@ test-gpu:  ## the tests that need a CUDA device, with the environment's own torc
 BENCH ?=
 
 .PHONY: bench
-bench: $(READY)  ## CPU benchmarks against the live reference, about nine minutes on two cores
+bench: $(READY)  ## CPU benchmarks against the live reference, about eight minutes on two cores
 	$(PY) -m benchmarks.run $(BENCH)
 
 .PHONY: bench-full

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes what they found: a table, JSON, ``results/<device>.md``, charts.
 
-    python -m benchmarks.run                       # quick mode, on the CPU: nine minutes
+    python -m benchmarks.run                       # quick mode, on the CPU: eight minutes
     python -m benchmarks.run spectrogram           # one file; the others' results stay
     python -m benchmarks.run training_step --case "10 s"    # cases whose name holds a text
     python -m benchmarks.run --mode full           # every peer and mode
