@@ -245,16 +245,14 @@ def measure(
         if run is not None:
             runs[name] = run
     times: dict[str, list[float]] = {name: [] for name in runs}
-    gc.collect()
-    gc.freeze()  # else each collection before a run walks the reference's imports, 0.25 s
-    for round_ in range(warmup + rounds):
-        for name, run in list(runs.items()):
-            if contenders[name].once and round_ != warmup:
-                continue
-            seconds = attempt(name, functools.partial(timed, run))
-            if round_ >= warmup and seconds is not None:
-                times[name].append(seconds)
-    gc.unfreeze()
+    with _imports_uncollected():
+        for round_ in range(warmup + rounds):
+            for name, run in list(runs.items()):
+                if contenders[name].once and round_ != warmup:
+                    continue
+                seconds = attempt(name, functools.partial(timed, run))
+                if round_ >= warmup and seconds is not None:
+                    times[name].append(seconds)
     runs.clear()
     found = []
     for name, c in contenders.items():
@@ -334,9 +332,18 @@ def measure_against_copy(
         ),
     }
     with one_thread():
-        return measure(
-            job, case, contenders, settings, check=check, rounds=7, headline=headline
-        )  # fmt: skip
+        return measure(job, case, contenders, settings, check=check, rounds=7, headline=headline)
+
+
+@contextlib.contextmanager
+def _imports_uncollected() -> Iterator[None]:
+    # Else each collection before a run walks the reference's imports, a quarter of a second.
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -20,6 +20,8 @@ def with_extra_words(text: str, most: int, below: Callable[[int], int]) -> str:
     Args:
         below: ``below(n)`` draws from 0 to n - 1.
     """
+    if not most:  # nothing is drawn, so that draws without words stay what they are
+        return text
 
     def words() -> list[str]:
         last = tokenizer.vocab_size - 2  # the two special tokens

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from musiclm_fast._checks import (
+    check_not_negative_int,
     check_positive,
     check_positive_int,
     check_probability,
@@ -137,8 +138,7 @@ class CaptionedSounds(Dataset[Row]):
         check_positive_int("sample_hz", sample_hz)
         if not min_seconds >= 0:
             fail("min_seconds", min_seconds, "a number of seconds from 0")
-        if isinstance(extra_words, bool) or not isinstance(extra_words, int) or extra_words < 0:
-            fail("extra_words", extra_words, "a number of words from 0")
+        check_not_negative_int("extra_words", extra_words)
         if clip_seconds is not None:
             check_positive("clip_seconds", clip_seconds)
             if clip_seconds < min_seconds:
@@ -214,10 +214,7 @@ class CaptionedSounds(Dataset[Row]):
                 continue
             captions = self.captions(candidate)
             text = captions[int(which * len(captions))]
-            if self.extra_words:
-                text = with_extra_words(
-                    text, self.extra_words, lambda n: int(generator.integers(n))
-                )
+            text = with_extra_words(text, self.extra_words, lambda n: int(generator.integers(n)))
             return Row(wav, text, self.name(candidate), candidate, start, skipped)
         raise RuntimeError(
             f"dataset: none of {len(skipped)} sounds can be read, the first is {skipped[0]}"

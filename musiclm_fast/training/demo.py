@@ -21,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
+from musiclm_fast._checks import (
+    check_choice,
+    check_not_negative_int,
+    check_positive,
+    check_positive_int,
+    fail,
+)
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text import TextTransformer
@@ -114,8 +120,7 @@ class DemoConfig:
         check_choice("front_end", self.front_end, ("mulan", "reference"))
         for name in ("learning_rate", "max_grad_norm", "clip_seconds"):
             check_positive(name, getattr(self, name))
-        if self.extra_words < 0:
-            fail("extra_words", self.extra_words, "a number of words from 0")
+        check_not_negative_int("extra_words", self.extra_words)
 
     def chosen(self) -> list[Instrument]:
         """The instruments, evenly spaced over the 128 programs."""

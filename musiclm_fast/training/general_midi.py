@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._checks import check_not_negative_int, check_positive, check_positive_int, fail
 from musiclm_fast.training.captions import with_extra_words
 
 __all__ = [
@@ -579,6 +579,7 @@ class CaptionedNotes(Dataset):
         extra_words: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
+        check_not_negative_int("extra_words", extra_words)
         self.notes, self.templates, self.generator = notes, tuple(templates), generator
         self.indices = np.arange(len(notes)) if indices is None else np.asarray(indices)
         self.by_program = {item.program: item for item in instruments}
@@ -641,4 +642,4 @@ class CaptionedNotes(Dataset):
         name = item.name if self._uniform(0, 1) < 0.5 else names[self._below(len(names))]
         form = self.templates[self._below(len(self.templates))]
         text = _fill(form, name, _register(int(self.notes.pitch[note])))
-        return with_extra_words(text, self.extra_words, self._below) if self.extra_words else text
+        return with_extra_words(text, self.extra_words, self._below)
