@@ -485,6 +485,41 @@ def backward_kv_kernel(
         tl.store(grad_v + grad_at, dv.to(grad_v.dtype.element_ty), mask=tile_ok)
 
 
+@triton.jit
+def _backward_q_tiles(
+    acc, begin, end, key_end, ds_base, ds_offsets, ds_rows, k_base, k_offsets, stride_kn,
+    rows, causal_shift,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # acc += dS^T k over the keys [begin, end). dS lies keys first: a load's mask that varied along
+    # the queries would cut it into single elements. So what lies above the diagonal is read and
+    # then dropped, and rows past the end reach no sum but their own.
+    lanes = tl.arange(0, BLOCK_N)
+    dims_ok = tl.arange(0, BLOCK_D) < HEAD_DIM
+    for start in range(begin, end, BLOCK_N):
+        start64 = tl.cast(start, tl.int64)
+        columns = start + lanes
+        columns_ok = columns < key_end
+        ds_at = ds_base + start64 * ds_rows + ds_offsets
+        k_at = k_base + start64 * stride_kn + k_offsets
+        if BOUNDED:
+            ds_tile = tl.load(ds_at, mask=columns_ok[:, None], other=0.0)
+        else:
+            ds_tile = tl.load(ds_at)
+        if BOUNDED and CAUSAL:
+            seen = columns[:, None] <= rows[None, :] + causal_shift
+            ds_tile = tl.where(seen, ds_tile, 0.0)
+        if BOUNDED:
+            k_tile = tl.load(k_at, mask=columns_ok[:, None] & dims_ok[None, :], other=0.0)
+        elif BLOCK_D != HEAD_DIM:
+            k_tile = tl.load(k_at, mask=dims_ok[None, :], other=0.0)
+        else:
+            k_tile = tl.load(k_at)
+        acc = tl.dot(tl.trans(ds_tile), k_tile, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["sample0", "kv_head0", "row_end"])
 def backward_q_kernel(
     ds, k, raw_q, q_scale, key_lengths, grad_q, grad_q_scale,
@@ -519,26 +554,26 @@ def backward_q_kernel(
         key_end = tl.minimum(tl.maximum(tl.load(key_lengths + b), 0), keys).to(tl.int32)
     causal_shift = keys - queries
     end = key_end
+    inside = key_end
     if CAUSAL:
         end = tl.minimum(key_end, first_row + BLOCK_M + causal_shift)
+        inside = tl.minimum(key_end, first_row + 1 + causal_shift)
+    inside = tl.maximum(inside, 0) // BLOCK_N * BLOCK_N
     ds_base = ds + local.to(tl.int64) * ds_keys * ds_rows + block * BLOCK_M
     k_base = k + b * stride_kb + (h // GROUP) * stride_kh
     k_offsets = lanes_n[:, None] * stride_kn + dims[None, :]
     ds_offsets = lanes_n[:, None] * ds_rows + lanes_m[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start in range(0, end, BLOCK_N):
-        start64 = tl.cast(start, tl.int64)
-        columns = start + lanes_n
-        columns_ok = columns < key_end
-        written = columns_ok[:, None] & rows_ok[None, :]
-        if CAUSAL:
-            written &= columns[:, None] <= rows[None, :] + causal_shift
-        ds_tile = tl.load(ds_base + start64 * ds_rows + ds_offsets, mask=written, other=0.0)
-        k_tile = tl.load(
-            k_base + start64 * stride_kn + k_offsets,
-            mask=columns_ok[:, None] & dims_ok[None, :], other=0.0,
-        )  # fmt: skip
-        acc = tl.dot(tl.trans(ds_tile), k_tile, acc, input_precision=PRECISION)
+    acc = _backward_q_tiles(
+        acc, 0, inside, key_end, ds_base, ds_offsets, ds_rows, k_base, k_offsets, stride_kn,
+        rows, causal_shift, HEAD_DIM, BLOCK_D, BLOCK_N, False, CAUSAL, PRECISION,
+    )  # fmt: skip
+    acc = _backward_q_tiles(
+        acc, inside, end, key_end, ds_base, ds_offsets, ds_rows, k_base, k_offsets, stride_kn,
+        rows, causal_shift, HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, PRECISION,
+    )  # fmt: skip
+    # The workspace beyond the last row holds anything.
+    acc = tl.where(rows_ok[:, None], acc, 0.0)
 
     dq = acc * scale
     tile_ok = rows_ok[:, None] & dims_ok[None, :]
