@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -259,10 +260,12 @@ def test_bits_do_not_depend_on_threads(kind: str) -> None:
 BLOCKS = [(5, 5, 0), (3, 70, 66), (70, 3, -20), (1, 1, 0), (9, 4, 4), (130, 200, 60), (6, 8, -6)]
 
 
-def block_inputs(m: int, n: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def block_inputs(
+    m: int, n: int, temperature: float, depth: int = 36
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(m * n)
-    audio = F.normalize(torch.randn(2, m, 36, generator=generator), dim=-1)
-    text = F.normalize(torch.randn(2, n, 36, generator=generator), dim=-1)
+    audio = F.normalize(torch.randn(2, m, depth, generator=generator), dim=-1)
+    text = F.normalize(torch.randn(2, n, depth, generator=generator), dim=-1)
     return audio, text, torch.tensor([temperature, temperature / 2])
 
 
@@ -314,6 +317,39 @@ def test_rectangular_blocks(m: int, n: int, offset: int, temperature: float, bac
     oracle = reference.block_sigmoid(*wide, bias.double(), offset, True)
     same = reference.block_sigmoid(audio, text, factor, bias, offset, True)
     compare("loss audio text temperature bias", ours, same, oracle)
+
+
+def kernel_call(
+    kind: str, dtype: torch.dtype, device: str, size: int
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A kernel's op on a fixed block with more columns than rows, so that it is split."""
+    kernels = kernels_of("triton")
+    audio, text, factor = block_inputs(size, 3 * size, 100.0, depth=128)
+    audio, text, factor = audio.to(device, dtype), text.to(device, dtype), factor.to(device)
+    if kind.startswith("sigmoid"):
+        return lambda: kernels.sigmoid(audio, text, factor, -factor / 10, 7, kind == "sigmoid")
+    if kind == "logsumexp":
+        return lambda: kernels.logsumexp(audio, text, factor, 7)
+    stats = reference.block_logsumexp(audio, text, factor, 7)
+    given = (*(torch.full_like(s, 1.0 / size) for s in stats), audio, text, factor, *stats[:2], 7)
+    return lambda: kernels.logsumexp_backward(*given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["logsumexp", "logsumexp backward", "sigmoid", "sigmoid, loss alone"]
+)
+def test_bits_of_200_triton_runs_on_a_gpu(kind: str, dtype: torch.dtype) -> None:
+    """Nothing is added atomically, and no load overtakes the product that reads it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for size in (70, 1000):
+        call = kernel_call(kind, dtype, "cuda", size)
+        first = call()
+        assert all(t.isfinite().all() for t in first)
+        for run in range(200):
+            assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)), run
 
 
 def test_block_definitions_have_the_gradients_of_autograd() -> None:
