@@ -6,7 +6,9 @@ the same-dtype torch path, plus a floor of a few units in the last place of the 
     max|ours - oracle| <= 2 max|same_dtype - oracle| + floor_ulps * eps(dtype) * max|oracle|
 
 The factor lets a kernel sum in another order; the floor covers outputs on which the torch path
-happens to be exact. Nothing here is tuned per op, device or shape.
+happens to be exact. Where an intermediate result is rounded and the output is sensitive to it, the
+floor also has that rounding's effect: eps times a condition number, computed in float64 from the
+inputs (:func:`contrastive_rounding`). Nothing here is tuned per op, device or shape.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def assert_close_to_oracle(
     *,
     floor_ulps: float = FLOOR_ULPS,
     dtype: torch.dtype | None = None,
+    rounding: float = 0.0,
 ) -> None:
     """Check ``actual`` against a float64 oracle by the module's rule.
 
@@ -40,6 +43,7 @@ def assert_close_to_oracle(
         floor_ulps: the floor, in units of eps(dtype) * max|oracle|.
         dtype: whose eps counts (default: ``actual``'s); the input's dtype where a kernel returns
             float32 gradients of values that were computed from half precision.
+        rounding: a bound on the effect of rounding intermediate results, added to the floor.
 
     Raises:
         AssertionError: shapes differ, ``actual`` is not finite where the oracle is, or the error
@@ -53,7 +57,8 @@ def assert_close_to_oracle(
     oracle = oracle.detach().double()
     error = (actual.detach().double() - oracle).abs().max().item()
     yardstick = (same_dtype.detach().double() - oracle).abs().max().item()
-    floor = floor_ulps * eps * oracle.abs().max().item() + torch.finfo(torch.float32).tiny
+    floor = floor_ulps * eps * oracle.abs().max().item() + rounding
+    floor += torch.finfo(torch.float32).tiny
     if not error <= 2.0 * yardstick + floor:
         raise AssertionError(
             f"{name}: error {error:.3e} > 2 x {yardstick:.3e} (torch path) + {floor:.3e} (floor)"
@@ -164,6 +169,55 @@ def contrastive_inputs(
     arguments["temperature"] = temperature * torch.linspace(1.0, 0.5, count, device=device)
     arguments["bias"] = torch.linspace(-3.0, 1.0, count, device=device)
     return {name: x.requires_grad_() for name, x in arguments.items()}
+
+
+def contrastive_rounding(
+    arguments: dict[str, Any], kind: str, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Effect of rounding similarities and their gradient on each result of a contrastive loss.
+
+    With ``s = temperature <audio_i, text_j> + bias`` and ``ds = dloss / ds_ij``, both exact. Every
+    algorithm rounds s in float32, by ``eps32 max|s|``, before it takes differences ``s - lse``,
+    so that each ds is known to that relative error; and ds is rounded to the latents' dtype
+    before it enters a product. A result is a sum over pairs, so to first order it is known to
+    ``(eps32 max|s| + eps(dtype))`` times its sum of absolute values::
+
+        loss         sum |ds|                      (its derivative by s is ds)
+        audio        max_ik temperature sum_j |ds_ij| |text_jk|,  text likewise
+        temperature  sum |ds| |<audio_i, text_j>|
+        bias         sum |ds|
+
+    Args:
+        arguments: of :func:`musiclm_fast.ops.contrastive_loss`, tensors alone.
+        kind: the loss.
+        dtype: in which ds enters its products (default: the latents').
+
+    Returns:
+        The bound by result: ``loss`` and each argument's name.
+    """
+    from musiclm_fast.ops.contrastive.reference import loss_of_similarities
+
+    wide = {name: value.detach().double() for name, value in arguments.items()}
+    audio, text = (wide[n] if wide[n].ndim == 3 else wide[n][None] for n in ("audio", "text"))
+    factor = wide["temperature"][:, None, None]
+    dots = audio @ text.transpose(1, 2)  # (L, B, B)
+    sims = dots * factor
+    if wide.get("bias") is not None and kind == "sigmoid":
+        sims = sims + wide["bias"][:, None, None]
+    with torch.enable_grad():
+        leaf = sims.requires_grad_()
+        ds = torch.autograd.grad(loss_of_similarities(leaf, kind), leaf)[0].abs()
+    largest = sims.detach().abs().max().item()
+    relative = torch.finfo(torch.float32).eps * largest
+    relative += torch.finfo(dtype or arguments["audio"].dtype).eps
+    terms = {
+        "loss": ds.sum(),
+        "audio": ((ds @ text.abs()) * factor).max(),
+        "text": ((ds.transpose(1, 2) @ audio.abs()) * factor).max(),
+        "temperature": (ds * dots.abs()).sum(dim=(1, 2)).max(),
+        "bias": ds.sum(dim=(1, 2)).max(),
+    }
+    return {name: relative * term.item() for name, term in terms.items()}
 
 
 def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:

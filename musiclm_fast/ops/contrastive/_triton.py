@@ -28,6 +28,11 @@ PROGRAMS = 264
 PARTIAL_BYTES = 32 << 20
 # Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
 BOUNDED = 40.0
+# Of products of float32 latents. The backward makes the forward's similarities anew, in tiles of
+# other shapes and with the sides swapped, and takes e^(s - lse): they must be the same bits. Full
+# float32 products commute and add in order of k; so do 16-bit ones. "tf32x3" would add its two
+# small terms, high x low and low x high, in the other order when the sides are swapped.
+PRECISION = "ieee"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -103,6 +108,11 @@ def _kernel(name: str) -> Any:
     return getattr(_triton_kernels, name)
 
 
+def padded(depth: int) -> int:
+    """Width of the tiles that hold latents of that width: a power of two that products take."""
+    return max(16, 1 << (depth - 1).bit_length())
+
+
 class _Side:
     """One launch's rows ``x`` against columns ``y``."""
 
@@ -110,7 +120,7 @@ class _Side:
         self.x, self.y, self.temperature, self.offset = x, y, temperature, offset
         self.layers, self.rows, self.depth = x.shape
         self.columns = y.shape[1]
-        self.block_d = max(16, 1 << (self.depth - 1).bit_length())
+        self.block_d = padded(self.depth)
         recorder = _recorder.get()
         capability = _capability(x.device) if recorder is None else recorder[1]
         self.config = configs(capability, self.block_d, x.dtype)[part]
@@ -134,7 +144,7 @@ class _Side:
             stride_yl=self.y.stride(0), stride_yn=self.y.stride(1),
             rows=self.rows, columns=self.columns, offset=self.offset,
             D=self.depth, BLOCK_D=self.block_d, SPLITS=splits,
-            EVEN=self.columns % self.config.block_n == 0, PRECISION="ieee",
+            EVEN=self.columns % self.config.block_n == 0, PRECISION=PRECISION,
             BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n,
         )  # fmt: skip
         options = dict(num_warps=self.config.num_warps, num_stages=self.config.num_stages)
@@ -334,11 +344,13 @@ def self_check(device: torch.device) -> str | None:
                     if kind != "sigmoid":
                         del grads["bias"]  # zero in exact arithmetic, and here
                     results.append({"loss": loss, **grads})
+                rounding = testing.contrastive_rounding(inputs, kind)
                 for name in results[0]:
                     try:
                         testing.assert_close_to_oracle(
-                            f"{name} ({kind}, {dtype})", *(r[name] for r in results), dtype=dtype
-                        )
+                            f"{name} ({kind}, {dtype})", *(r[name] for r in results),
+                            dtype=dtype, rounding=rounding[name],
+                        )  # fmt: skip
                     except AssertionError as error:
                         return str(error)
     return None

@@ -48,6 +48,12 @@ def _load(base, first, count, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
+def _product(x_tile, y_tile, PRECISION: tl.constexpr):
+    # (BLOCK_M, BLOCK_N) = x y^T; the same bits in every kernel, and with the sides swapped.
+    return tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
+
+
+@triton.jit
 def logsumexp_kernel(
     x, y, temperature, lse, positive,
     stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
@@ -69,7 +75,7 @@ def logsumexp_kernel(
     mine = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         y_tile = _load(y + layer * stride_yl, start, columns, stride_yn, D, BLOCK_N, BLOCK_D)
-        s = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor
+        s = _product(x_tile, y_tile, PRECISION) * factor
         column = (start + lanes)[None, :]
         hidden = column == own[:, None]
         if positive is not None:
@@ -100,7 +106,7 @@ def _gradient_tiles(
         column = start + lanes
         in_range = column < columns
         other = tl.load(y_weight + column, mask=in_range, other=0.0)
-        dots = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
+        dots = _product(x_tile, y_tile, PRECISION)
         if BOUNDED:
             ds = tl.exp2(dots * (factor * LOG2E)) * (weight[:, None] + other[None, :])
         else:
@@ -179,7 +185,7 @@ def sigmoid_kernel(
     grad_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         y_tile = _load(y + layer * stride_yl, start, columns, stride_yn, D, BLOCK_N, BLOCK_D)
-        s = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * factor + shift
+        s = _product(x_tile, y_tile, PRECISION) * factor + shift
         column = (start + lanes)[None, :]
         mine = column == own[:, None]
         s = tl.where(mine, -s, s)  # softplus(-s) for the positive

@@ -24,14 +24,19 @@ def contrastive_loss_reference(
 ) -> Tensor:
     """Same arguments and result as :func:`musiclm_fast.ops.contrastive_loss`, with B x B memory."""
     compute = torch.float64 if audio.dtype == torch.float64 else torch.float32
-    _layers, batch, _ = audio.shape
     sims = audio.to(compute) @ text.to(compute).transpose(1, 2)  # (L, B, B)
     sims = sims * temperature.to(compute)[:, None, None]
     if bias is not None:
         sims = sims + bias.to(compute)[:, None, None]
-    same = torch.eye(batch, dtype=torch.bool, device=audio.device)
+    return loss_of_similarities(sims, kind)
+
+
+def loss_of_similarities(sims: Tensor, kind: str) -> Tensor:
+    """The loss of similarities ``(L, B, B)``, temperature and bias included."""
+    batch = sims.shape[1]
+    same = torch.eye(batch, dtype=torch.bool, device=sims.device)
     if kind == "sigmoid":
-        signs = torch.where(same, 1.0, -1.0).to(compute)
+        signs = torch.where(same, 1.0, -1.0).to(sims.dtype)
         return -F.logsigmoid(signs * sims).sum() / batch
     positive = sims.diagonal(dim1=1, dim2=2)  # (L, B)
     sims = sims.masked_fill(same, -torch.inf)
