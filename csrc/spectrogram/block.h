@@ -5,6 +5,7 @@
 //
 //   forward_fft       a tile of frames; a warp per frame, its transform in shared memory, power
 //                     collected in a (bins, frames) tile, then written with frames contiguous
+//                     (fixed_fft.h has the same for n_fft 256, 512 and 1,024, points in registers)
 //   forward_folded    a tile of frames; a thread per frame, its terms in registers
 //   backward_fft      a segment of positions: spectra of the frames that touch it are computed
 //   backward_folded   again, and their gradients are added in a fixed order: no atomics
@@ -14,8 +15,10 @@
 
 #ifdef __CUDACC__
 #define MUSICLM_FAST_BLOCK __device__
+#define MUSICLM_FAST_UNROLL _Pragma("unroll")
 #else
 #define MUSICLM_FAST_BLOCK
+#define MUSICLM_FAST_UNROLL
 #include <cmath>
 #endif
 

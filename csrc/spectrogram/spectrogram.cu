@@ -4,7 +4,7 @@
 
 #include "common/cuda.h"
 #include "spectrogram/arguments.h"
-#include "spectrogram/block.h"
+#include "spectrogram/fixed_fft.h"
 
 namespace musiclm_fast {
 namespace {
@@ -13,16 +13,24 @@ using namespace spectrogram;
 
 struct BlockTeam {
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  int lane = thread % 32, lanes = 32, warp = thread / 32, warps = threads / 32;
+  int lane = thread % 32, warp = thread / 32, warps = threads / 32;
+  static constexpr int lanes = 32;
   __device__ void sync() const { __syncthreads(); }
   __device__ void sync_warp() const { __syncwarp(); }
 };
 
-extern __shared__ float shared_memory[];
+extern __shared__ __align__(16) float shared_memory[];
 
 __global__ void forward_fft_kernel(Call c, int64_t tiles, FftLayout layout, float* out) {
   const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * layout.tile_frames;
   forward_fft(c, BlockTeam(), clip, begin, layout, shared_memory, out);
+}
+
+template <int kLength, int kSides>
+__global__ void __launch_bounds__(256, 2)
+    forward_fixed_kernel(Call c, int64_t tiles, FixedLayout layout, float* out) {
+  const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * kFixedFrames;
+  forward_fixed<kLength, kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, out);
 }
 
 template <int kTerms, int kSides>
@@ -178,6 +186,19 @@ Tensor spectrogram_forward_cuda(MUSICLM_FAST_SPECTROGRAM_PARAMETERS) {
              layout.tile_frames, layout.total, scope.stream, c, tiles, layout, to);
     });
     return out;
+  }
+  if (has_fixed_fft(c.transform)) {
+    int warps = 8;
+    while (warps > 1 && FixedLayout::make(c, warps).total * 4 > limit) warps /= 2;
+    const FixedLayout layout = FixedLayout::make(c, warps);
+    if (layout.total * 4 <= limit) {
+      const int64_t tiles = (c.out_frames + kFixedFrames - 1) / kFixedFrames;
+      with_fixed_length(c, [&](auto length, auto sides) {
+        launch("spectrogram_forward", forward_fixed_kernel<length(), sides()>, c.clips * tiles,
+               32 * warps, layout.total, scope.stream, c, tiles, layout, to);
+      });
+      return out;
+    }
   }
   // 32 frames make whole cache lines of output; fewer where a long transform leaves no room
   int warps = 8;

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "spectrogram/block.h"
+#include "spectrogram/fixed_fft.h"
 #include "spectrogram/plan.h"
 
 using namespace musiclm_fast::spectrogram;
@@ -34,16 +34,18 @@ struct Barriers {
   }
 };
 
+// kLanes is 1 for a team of one thread, else 32.
+template <int kLanes>
 struct HostTeam {
-  int thread, threads, lane, lanes, warp, warps;
+  int thread, threads, lane, warp, warps;
+  static constexpr int lanes = kLanes;
   Barriers* barriers;
   HostTeam(int index, int count, Barriers* b)
       : thread(index),
         threads(count),
-        lane(count == 1 ? 0 : index % 32),
-        lanes(count == 1 ? 1 : 32),
-        warp(index / 32),
-        warps(count == 1 ? 1 : count / 32),
+        lane(index % kLanes),
+        warp(index / kLanes),
+        warps(count / kLanes),
         barriers(b) {}
   void sync() const {
     if (barriers != nullptr) barriers->block.arrive_and_wait();
@@ -55,11 +57,11 @@ struct HostTeam {
 
 template <class Body>
 void run_block(int threads, const Body& body) {
-  if (threads == 1) return body(HostTeam(0, 1, nullptr));
+  if (threads == 1) return body(HostTeam<1>(0, 1, nullptr));
   Barriers barriers(threads);
   std::vector<std::thread> team;
   for (int i = 0; i < threads; ++i) {
-    team.emplace_back([&, i] { body(HostTeam(i, threads, &barriers)); });
+    team.emplace_back([&, i] { body(HostTeam<32>(i, threads, &barriers)); });
   }
   for (std::thread& member : team) member.join();
 }
@@ -141,14 +143,23 @@ extern "C" void forward(const Case* k) {
         const FoldedLayout layout = FoldedLayout::make(c, tile);
         auto shared = shared_memory(layout.total);
         with_terms(c, [&](auto terms, auto sides) {
-          run_block(threads, [&](const HostTeam& team) {
+          run_block(threads, [&](const auto& team) {
             forward_folded<terms(), sides()>(c, team, clip, begin, layout, shared.data(), k->out);
+          });
+        });
+      } else if (has_fixed_fft(c.transform)) {
+        const FixedLayout layout = FixedLayout::make(c, threads == 1 ? 1 : threads / 32);
+        auto shared = shared_memory(layout.total);
+        with_fixed_length(c, [&](auto length, auto sides) {
+          run_block(threads, [&](const auto& team) {
+            forward_fixed<length(), sides()>(c, team, clip, begin, layout, shared.data(),
+                                             k->out);
           });
         });
       } else {
         const FftLayout layout = FftLayout::make(c, tile, threads == 1 ? 1 : threads / 32);
         auto shared = shared_memory(layout.total);
-        run_block(threads, [&](const HostTeam& team) {
+        run_block(threads, [&](const auto& team) {
           forward_fft(c, team, clip, begin, layout, shared.data(), k->out);
         });
       }
@@ -165,7 +176,7 @@ extern "C" void backward(const Case* k) {
   const auto each = [&](int64_t clip, const auto& layout, const auto& body) {
     for (int64_t begin = -margin; begin < c.samples + margin; begin += segment) {
       auto shared = shared_memory(layout.total);
-      run_block(threads, [&](const HostTeam& team) { body(team, clip, begin, shared.data()); });
+      run_block(threads, [&](const auto& team) { body(team, clip, begin, shared.data()); });
     }
   };
   for (int64_t clip = 0; clip < c.clips; ++clip) {
@@ -173,14 +184,14 @@ extern "C" void backward(const Case* k) {
       const auto layout =
           FoldedBackwardLayout::make(c, static_cast<int>(k->tile_frames), segment);
       with_terms(c, [&](auto terms, auto sides) {
-        each(clip, layout, [&](const HostTeam& team, int64_t at, int64_t begin, float* shared) {
+        each(clip, layout, [&](const auto& team, int64_t at, int64_t begin, float* shared) {
           backward_folded<terms(), sides()>(c, team, at, begin, layout, shared, k->grad, k->out,
                                             margins.data());
         });
       });
     } else {
       const auto layout = FftBackwardLayout::make(c, segment, threads == 1 ? 1 : threads / 32);
-      each(clip, layout, [&](const HostTeam& team, int64_t at, int64_t begin, float* shared) {
+      each(clip, layout, [&](const auto& team, int64_t at, int64_t begin, float* shared) {
         if (c.rates == nullptr) {
           backward_fft<1>(c, team, at, begin, layout, shared, k->grad, k->out, margins.data());
         } else {
@@ -188,7 +199,7 @@ extern "C" void backward(const Case* k) {
         }
       });
     }
-    run_block(threads, [&](const HostTeam& team) {
+    run_block(threads, [&](const auto& team) {
       fold_margins(c, team, clip, margins.data(), k->out);
     });
   }

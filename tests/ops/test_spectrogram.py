@@ -126,6 +126,8 @@ SIZES = {
     "31 squared": dict(n_fft=961, win_length=901, hop_length=300),
     "prime, folded": dict(n_fft=127, win_length=63, hop_length=63),
     "hop above window": dict(n_fft=96, win_length=17, hop_length=50),
+    "200 of 256": dict(n_fft=256, win_length=200, hop_length=80),
+    "odd hop 1023 of 1024": dict(n_fft=1024, win_length=1023, hop_length=255),
     "2048": dict(n_fft=2048, win_length=2048, hop_length=512),
     "one": dict(n_fft=1, win_length=1, hop_length=7),
     "two": dict(n_fft=2, win_length=1, hop_length=3),
@@ -684,7 +686,10 @@ BLOCK_CASES: dict[str, dict[str, Any]] = {
     **{name: dict(sizes) for name, sizes in SIZES.items()},
     **{
         f"{name}, {what}": dict(SIZES[name], **more)
-        for name in ("reference 24 of 128", "mulan 400 of 512", "odd 75", "odd 63 of 75")
+        for name in (
+            "reference 24 of 128", "mulan 400 of 512", "odd 75", "odd 63 of 75", "200 of 256",
+            "odd hop 1023 of 1024",
+        )
         for what, more in {
             "uncentred": dict(center=False, pad=7),
             "magnitude, circular": dict(power=1.0, pad_mode="circular"),
