@@ -202,7 +202,6 @@ def card(stage: Stage) -> None:
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     stage.time("copy of 1 GiB", "torch", lambda: target.copy_(source), traffic=2.0 * 2**30)
-    del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     stage.time("8192^3 bf16 product", "torch", lambda: a @ b, operations=2.0 * 8192**3)
     empty = torch.empty(1, device="cuda")
