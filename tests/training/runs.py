@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,21 @@ def make_mulan(dropout: float = 0.1, audio: dict[str, Any] | None = None, **opti
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Clips of a tone in fresh noise each time, with token ids that say which."""
+    """Clips of a tone in fresh noise each time, with token ids that say which.
 
-    def __init__(self, rows: int = ROWS, noise: float = 0.3) -> None:
-        self.rows, self.noise = rows, noise
+    ``pause``: seconds that a clip takes at least, so that no machine is too fast to be killed.
+    """
+
+    def __init__(self, rows: int = ROWS, noise: float = 0.3, pause: float = 0.0) -> None:
+        self.rows, self.noise, self.pause = rows, noise, pause
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        time = torch.arange(800) / 800
-        tone = torch.sin(2 * torch.pi * (10 + 15 * index) * time)
+        time.sleep(self.pause)
+        moments = torch.arange(800) / 800
+        tone = torch.sin(2 * torch.pi * (10 + 15 * index) * moments)
         return tone + self.noise * torch.randn(800), torch.tensor([index + 1, 1 + index % 5])
 
 
@@ -66,4 +71,6 @@ def make_trainer(folder: Path, **options: Any) -> MuLaNTrainer:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    make_trainer(Path(sys.argv[1]), resume=True, **json.loads(sys.argv[2])).train()
+    given = json.loads(sys.argv[2])
+    clips = Noisy(pause=given.pop("pause", 0.0))
+    make_trainer(Path(sys.argv[1]), resume=True, dataset=clips, **given).train()
