@@ -214,8 +214,6 @@ def parity(stage: Stage) -> None:
     log = stage.output / "parity.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops", f"--junitxml={log}"]
     command += ["-n", str(workers), "-p", "no:cacheprovider", "--tb=short", "--maxfail=400"]
-    command += ["--deselect", "tests/ops/test_contrastive_triton.py::"
-                "test_faster_than_the_peers_in_less_than_200_mb"]  # fmt: skip
     if stage.device == "cpu":
         command += ["--collect-only"]
     start = time.perf_counter()

@@ -316,7 +316,6 @@ for name in run.names():
 
 @pytest.mark.slow
 @pytest.mark.reference
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["quick", "gpu"])
 def test_every_benchmark_runs(mode: str) -> None:
     """At the smallest sizes; the modes for a GPU too, on the CPU: nothing is dead on arrival."""

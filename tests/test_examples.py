@@ -24,7 +24,7 @@ def test_example(example):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1000,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert SAYS[example.name] in run.stdout + run.stderr

@@ -322,4 +322,4 @@ def test_import_loads_nothing() -> None:
         "assert t._tables.cache_info().currsize == 0;"
         "assert t.tokenizer.encode('calm') and 'ftfy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=1000)

@@ -43,7 +43,7 @@ def launch(arguments: list[str], processes: int = 2) -> list[str]:
     said = []
     for process in running:
         try:
-            said.append(process.communicate(timeout=200)[0])
+            said.append(process.communicate(timeout=1000)[0])
         finally:
             process.kill()
     for process, text in zip(running, said, strict=True):
