@@ -8,7 +8,8 @@ the same-dtype torch path, plus a floor of a few units in the last place of the 
 The factor lets a kernel sum in another order; the floor covers outputs on which the torch path
 happens to be exact. Where an intermediate result is rounded and the output is sensitive to it, the
 floor also has that rounding's effect: eps times a condition number, computed in float64 from the
-inputs (:func:`contrastive_rounding`). Nothing here is tuned per op, device or shape.
+inputs (:func:`attention_rounding`, :func:`contrastive_rounding`). Nothing here is tuned per op,
+device or shape.
 """
 
 from __future__ import annotations
@@ -169,6 +170,45 @@ def contrastive_inputs(
     arguments["temperature"] = temperature * torch.linspace(1.0, 0.5, count, device=device)
     arguments["bias"] = torch.linspace(-3.0, 1.0, count, device=device)
     return {name: x.requires_grad_() for name, x in arguments.items()}
+
+
+def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) -> dict[str, float]:
+    """Effect of rounding ``ds = dloss / dsimilarity`` on the bias table's gradient.
+
+    An entry's gradient is the sum of ds over the pairs that read it, with signs. Each ds is known
+    to eps of the inputs' dtype, so the entry is known to eps times the sum of ``|ds|``, however
+    small the sum itself is: where all keys of a query share an entry, its part is exactly zero.
+
+    Args:
+        arguments: of :func:`musiclm_fast.ops.attention`, tensors alone.
+        grad: ``(B, H, M, D)``, the output's gradient.
+        **options: its other arguments.
+
+    Returns:
+        The bound for ``bias_table``; empty without a table.
+    """
+    from musiclm_fast.ops.attention.reference import attention_reference, offset_index
+
+    if "bias_table" not in arguments:
+        return {}
+    wide = to_float64(arguments)
+    table = wide["bias_table"].detach()
+    heads, keys, batch = len(table), wide["k"].shape[2], len(wide["q"])
+    index = offset_index(wide["q_codes"], wide["k_codes"], table.shape[1] // 2)  # (1 or B, M, N)
+    index = index.expand(batch, -1, -1)
+    pairs, queries, device = index.numel(), index.shape[1], index.device
+    # Codes whose offsets are 1, 2, .. over all pairs of all samples: each pair has its own entry.
+    own = torch.zeros(heads, 2 * pairs + 1, dtype=torch.float64, device=device)
+    own[:, pairs + 1 :] = table[:, index.flatten()]
+    rows = torch.arange(1, batch * queries + 1, dtype=torch.int32, device=device) * keys
+    reverse = torch.arange(keys - 1, -1, -1, dtype=torch.int32, device=device)
+    wide["bias_table"], wide["q_codes"] = own.requires_grad_(), rows.view(batch, queries)
+    wide["k_codes"] = reverse.expand(batch, keys)
+    out = attention_reference(**wide, **options)
+    (ds,) = torch.autograd.grad(out, own, grad.double())
+    sizes = torch.zeros_like(table).index_add_(1, index.flatten(), ds[:, pairs + 1 :].abs())
+    largest = sizes.max().item() if sizes.numel() else 0.0
+    return {"bias_table": torch.finfo(arguments["q"].dtype).eps * largest}
 
 
 def contrastive_rounding(

@@ -37,50 +37,21 @@ def output_gradient(out: Tensor) -> Tensor:
     return torch.randn(out.transpose(1, 2).shape, generator=generator).transpose(1, 2)
 
 
-def table_terms(arguments: dict[str, Any]) -> Tensor:
-    """``sum |ds|`` over the pairs that read each table entry; the gradient sums them with signs.
-
-    Where all keys of a query share an entry, its part is exactly zero: what two sums in different
-    order leave there is measured against their terms.
-    """
-    wide = testing.to_float64(arguments)
-    table = wide["bias_table"].detach()
-    index = offset_index(wide["q_codes"], wide["k_codes"], table.shape[1] // 2)  # (B, M, N)
-    batch, queries, keys = index.shape
-    # Codes whose offsets are 1, 2, .. over all pairs of all samples: each pair has its own entry.
-    own = torch.zeros(len(table), 2 * index.numel() + 1, dtype=torch.float64)
-    own[:, index.numel() + 1 :] = table[:, index.flatten()]
-    places = torch.arange(1, batch * queries + 1, dtype=torch.int32).view(batch, queries) * keys
-    reverse = torch.arange(keys - 1, -1, -1, dtype=torch.int32).expand(batch, keys)
-    wide |= {"bias_table": own.requires_grad_(), "q_codes": places, "k_codes": reverse}
-    ds = results(attention_reference, wide)["bias_table"][:, index.numel() + 1 :]
-    return torch.zeros_like(table).index_add_(1, index.flatten(), ds.abs())
-
-
 def check_against_oracle(
-    arguments: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-    *,
-    cancelling: bool = False,
-    **options: Any,
+    arguments: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any
 ) -> dict[str, Tensor]:
-    """The C++ kernel's output and gradients are as close to float64 as torch's; returns them.
-
-    ``cancelling``: the table's gradient is zero but for rounding, whose size is its terms'.
-    """
+    """The C++ kernel's output and gradients are as close to float64 as torch's; returns them."""
     with testing.poisoned_memory():
         ours = results(attention, arguments, backend="cpp", **options)
     same = results(attention_reference, arguments, upcast=False, **options)
     oracle = results(attention_reference, testing.to_float64(arguments), **options)
     assert ours.keys() == oracle.keys()
+    rounding = testing.attention_rounding(arguments, output_gradient(ours["out"]), **options)
     for name in ours:
-        if cancelling and name == "bias_table":
-            error = (ours[name] - oracle[name]).abs().max()
-            yardstick = (same[name] - oracle[name]).abs().max()
-            floor = testing.FLOOR_ULPS * torch.finfo(dtype).eps * table_terms(arguments).max()
-            assert error <= 2 * yardstick + floor, (error, yardstick, floor)
-            continue
-        testing.assert_close_to_oracle(name, ours[name], same[name], oracle[name], dtype=dtype)
+        testing.assert_close_to_oracle(
+            name, ours[name], same[name], oracle[name],
+            dtype=dtype, rounding=rounding.get(name, 0.0),
+        )  # fmt: skip
     return ours
 
 
@@ -306,7 +277,7 @@ def test_cpp_on_any_codes(data: st.DataObject, radius: int, keys: int) -> None:
 
     arguments = testing.attention_inputs(2, 1, queries, keys, 16, radius=radius)
     arguments |= {"q_codes": draw(queries), "k_codes": draw(keys)}
-    check_against_oracle(arguments, cancelling=True)
+    check_against_oracle(arguments)
 
 
 @cpp
@@ -315,7 +286,7 @@ def test_cpp_all_clamped_and_repeated_codes() -> None:
         arguments = testing.attention_inputs(queries=200, radius=8)
         arguments["q_codes"] = torch.full((2, 200), shift, dtype=torch.int32)
         arguments["k_codes"] = (torch.arange(200, dtype=torch.int32) // 7).expand(2, 200)
-        check_against_oracle(arguments, cancelling=True)
+        check_against_oracle(arguments)
 
 
 @cpp
