@@ -42,7 +42,9 @@ here() { # does this processor have what the value needs?
 core="not compile and not opcheck and not memory and not import and not cuda_blocks and not spill"
 core="$core and not interpreter and not gpu_benchmark and not hugging_face and not ranks"
 rounding="radius0 or extreme or unnormalised or won_positive or commute or rectangular"
+common=(-q -n auto --dist worksteal -p no:cacheprovider -m "not slow and not gpu and not aot")
 report=()
+failed=0
 for row in "${rows[@]}"; do
   read -r blas torch simd threads <<<"$row"
   missing=
@@ -58,16 +60,17 @@ for row in "${rows[@]}"; do
     avx512) settings+=(ATEN_CPU_CAPABILITY=avx512 MKL_CBWR=AVX512) ;;
   esac
   echo "== ${settings[*]}${missing:+ (not on this processor:$missing)}"
-  start=$SECONDS
-  env "${settings[@]}" "$PYTHON" -m pytest -q -n auto --dist worksteal -p no:cacheprovider \
-    -m "not slow and not gpu and not aot" -k "$core" tests/ops tests/models
+  start=$SECONDS result=passed
+  pytest() { env "${settings[@]}" "$PYTHON" -m pytest "${common[@]}" "$@" || result=failed; }
+  pytest -k "$core" tests/ops tests/models
   interpreted="triton and ($rounding)"
   [ "${#report[@]}" -gt 0 ] || interpreted=triton
-  env TRITON_INTERPRET=1 "${settings[@]}" "$PYTHON" -m pytest -q -n auto --dist worksteal \
-    -p no:cacheprovider -m "not slow and not gpu and not aot" -k "$interpreted" \
-    tests/ops/test_attention_triton.py tests/ops/test_contrastive.py
-  report+=("$(printf '%-12s %-8s %-9s %7s %6d s %s' "$blas" "$torch" "$simd" "$threads" \
-    $((SECONDS - start)) "${missing:+without$missing}")")
+  settings+=(TRITON_INTERPRET=1)
+  pytest -k "$interpreted" tests/ops/test_attention_triton.py tests/ops/test_contrastive.py
+  [ $result = passed ] || failed=1
+  report+=("$(printf '%-12s %-8s %-9s %7s %6d s  %s' "$blas" "$torch" "$simd" "$threads" \
+    $((SECONDS - start)) "$result${missing:+, without$missing}")")
 done
 printf '\n%-12s %-8s %-9s %7s\n' blas torch simd threads
 printf '%s\n' "${report[@]}"
+exit $failed
