@@ -99,16 +99,37 @@ def run(weights: DecodeWeights, call: dict[str, Any], backend: str) -> tuple[Ten
     return out, keys_values
 
 
-def check(weights: DecodeWeights, *calls: dict[str, Any]) -> None:
-    """The results of the calls, compared together."""
+def condition(weights: DecodeWeights, call: dict[str, Any], draws: int = 16) -> list[float]:
+    """How far the exact results move where the cache does by eps: the output, the new keys."""
+    exact, wide, length = double(replace(weights, packed={})), double(call), call["length"]
+    out, cache = run(exact, wide, "torch")
+    eps, moved = torch.finfo(torch.float32).eps, [0.0, 0.0]
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(2, cache.shape, generator=generator) * 2 - 1
+        near = {**wide, "keys_values": wide["keys_values"] * (1 + eps * signs)}
+        found, found_cache = run(exact, near, "torch")
+        new = (found_cache - cache)[..., length, :]
+        moved = [max(m, x.abs().max().item()) for m, x in zip(moved, (found - out, new))]
+    return moved
+
+
+def check(weights: DecodeWeights, *calls: dict[str, Any], saturated: bool = False) -> None:
+    """The results of the calls, compared together.
+
+    ``saturated``: weights hang on the rounding of a tie, and results on :func:`condition`.
+    """
     with testing.poisoned_memory():
         actual = [run(weights, call, "cpp") for call in calls]
     same = [run(weights, call, "torch") for call in calls]
     exact = double(replace(weights, packed={}))
     oracle = [run(exact, double(call), "torch") for call in calls]
+    rounding = [0.0, 0.0]
+    if saturated:
+        rounding = [max(moved) for moved in zip(*(condition(weights, call) for call in calls))]
     for index, name in enumerate(("out", "keys_values")):
         values = (torch.stack([r[index] for r in results]) for results in (actual, same, oracle))
-        testing.assert_close_to_oracle(name, *values)
+        testing.assert_close_to_oracle(name, *values, rounding=rounding[index])
 
 
 @cpp
@@ -140,10 +161,9 @@ def test_cpp_on_extreme_values() -> None:
     call = arguments(weights, rows=16)
     for factor in (0.0, 1e-30, 1e4):
         check(weights, {**call, "x": call["x"] * factor})
-    # Weights then hang on the rounding of a tie, torch's as the kernel's: of sixteen rows the
-    # larger error is luck, of two dozen draws it is not.
-    draws = [arguments(weights, rows=16, seed=seed) for seed in range(1, 25)]
-    check(weights, *({**draw, "keys_values": draw["keys_values"] * 300} for draw in draws))
+    draws = [arguments(weights, rows=16, seed=seed) for seed in range(1, 9)]
+    saturated = ({**draw, "keys_values": draw["keys_values"] * 300} for draw in draws)
+    check(weights, *saturated, saturated=True)
     hidden = torch.zeros_like(call["key_padding_mask"])
     check(weights, {**call, "key_padding_mask": hidden})
     check(weights, {**call, "context_mask": torch.zeros_like(call["context_mask"])})
