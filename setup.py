@@ -103,11 +103,9 @@ class BuildOps(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMUSICLM_FAST_CUDA={cuda}",
             f"-DMUSICLM_FAST_CUDA_ARCHS={cuda_archs}",
+            f"-DMUSICLM_FAST_TORCH={torch}",
             f"-DMUSICLM_FAST_VERSION={self.distribution.get_version()}",
         ]
-        # CMake asks Python where torch is.
-        paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(torch.parent)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         jobs = ["--parallel", max_jobs] if max_jobs else []
         for arguments in (
             configure,
@@ -115,7 +113,7 @@ class BuildOps(build_ext):
             ["--install", str(build), "--prefix", str(package)],
         ):
             command = [str(tool("cmake")), *arguments]
-            done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             sys.stderr.write(done.stderr)
             if done.returncode:
                 error = re.search(r"CMake Error[^\n]*:\n+((?:  [^\n]+\n)+)", done.stderr)
