@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from musiclm_fast._checks import check_choice
 
 OLDEST_TORCH = (2, 11)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
@@ -42,6 +45,7 @@ _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
 _WHY_NOT_BUILT = Path(__file__).with_name("why_not_built.txt")  # written by setup.py
 _lock = threading.Lock()
 _status: ExtensionStatus | None = None
+_warned = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,24 @@ def extension_status() -> ExtensionStatus:
             if _status is None:
                 _status = _load()
     return _status
+
+
+def warn_if_missing() -> None:
+    """The first call that the compiled kernels would have run warns that they are not there."""
+    global _warned
+    if _warned or load():
+        return
+    _warned = True
+    warnings.warn(
+        f"musiclm_fast runs without its compiled kernels: {why_missing()} "
+        "(MUSICLM_FAST_BACKEND=torch asks for that, without this warning)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler: 4 s.
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def simd_level() -> str | None:
@@ -123,9 +145,8 @@ def _read_facts(library: ctypes.CDLL) -> dict[str, Any]:
 
 def _load() -> ExtensionStatus:
     level = os.environ.get("MUSICLM_FAST_SIMD")
-    if level and level not in SIMD_LEVELS:
-        allowed = ", ".join(SIMD_LEVELS)
-        raise ValueError(f"MUSICLM_FAST_SIMD: got {level!r}, expected one of {allowed}")
+    if level:
+        check_choice("MUSICLM_FAST_SIMD", level, SIMD_LEVELS)
     if not _LIBRARY.exists():
         why = f" ({_WHY_NOT_BUILT.read_text().strip()})" if _WHY_NOT_BUILT.exists() else ""
         reason = f"the compiled library is not built{why}; to build it: {HOW_TO_BUILD}"

@@ -93,12 +93,19 @@ def test_simd_level_from_environment() -> None:
     assert python(code, MUSICLM_FAST_SIMD="baseline") == "baseline"
 
 
-def test_unknown_simd_level_in_environment_is_refused() -> None:
-    with pytest.raises(AssertionError) as raised:
-        python("import musiclm_fast.ops", MUSICLM_FAST_SIMD="avx9000")
-    last = str(raised.value).splitlines()[-1]
-    expected = "MUSICLM_FAST_SIMD: got 'avx9000', expected one of baseline, avx2, avx512"
-    assert last == f"ValueError: {expected}"
+@pytest.mark.parametrize(
+    "name, allowed",
+    [
+        ("MUSICLM_FAST_SIMD", "one of 'baseline', 'avx2', 'avx512'"),
+        ("MUSICLM_FAST_AUTOTUNE", "one of '0', '1'"),
+        ("MUSICLM_FAST_BACKEND", "one of cpp, cuda, torch, triton"),
+    ],
+)
+def test_wrong_environment_is_refused_on_import(name: str, allowed: str) -> None:
+    code = "try: import musiclm_fast.ops\nexcept ValueError as error: print(error)"
+    said = python(code, **{name: "avx9000"})
+    assert f"{name}" in said
+    assert f"got 'avx9000', expected {allowed}" in said
 
 
 @needs_library
@@ -137,6 +144,44 @@ def test_missing_library_says_how_to_build(tmp_path: Path) -> None:
     assert said.startswith("False None the compiled library is not built; to build it: `pip inst")
     (tree / "musiclm_fast" / "why_not_built.txt").write_text("no C++ compiler found\n")
     assert "library is not built (no C++ compiler found); to" in python(code, cwd=tree)
+
+
+CALLS = """
+import warnings, torch
+from musiclm_fast import ops
+q, wav, window = torch.randn(1, 2, 5, 8), torch.randn(2, 400), torch.hann_window(64)
+
+def both(q):
+    return ops.attention(q, q, q).sum() + ops.spectrogram(wav, n_fft=64, window=window).sum()
+
+def warned(*calls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            call(q)
+    return [str(w.message) for w in caught if w.category is RuntimeWarning]
+
+compiled = torch.compile(both, fullgraph=True, backend="eager")
+"""
+
+
+@pytest.mark.parametrize("calls", ["both, both, compiled", "compiled, compiled, both"])
+def test_missing_library_warns_once_at_the_first_call(tmp_path: Path, calls: str) -> None:
+    tree = package_copy(tmp_path / "tree", library=False)
+    forced = "with ops.use_backend('torch'): assert warned(both, compiled) == []"
+    double = "assert warned(lambda q: ops.attention(q.double(), q.double(), q.double())) == []"
+    code = f"{CALLS}\n{forced}\n{double}\nsaid = warned({calls})\nassert len(said) == 1, said\n"
+    said = python(f"{code}print(*said, warned({calls}))", cwd=tree)
+    assert said.startswith(
+        "musiclm_fast runs without its compiled kernels: the compiled library is"
+    )
+    assert "`pip install .`" in said
+    assert said.endswith("[]")
+
+
+@needs_library
+def test_no_warning_with_the_library() -> None:
+    assert python(f"{CALLS}\nprint(warned(both, compiled))") == "[]"
 
 
 @needs_library

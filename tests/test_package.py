@@ -163,16 +163,75 @@ def test_compiled_wheel(tmp_path: Path) -> None:
     assert python(code, cwd=unpacked) == f"{unpacked}/musiclm_fast/_extension.py True []"
 
 
-def test_build_switches_are_checked(tmp_path: Path) -> None:
+def run_setup(source: Path, code: str = "", **environment: str) -> tuple[int, str]:
+    """Exit status and standard error of setup.py's beginning, after ``code``; nothing is built."""
+    code = f"{code}\nimport runpy, sys; sys.argv = ['setup.py', '--version']; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}runpy.run_path('setup.py', run_name='__main__')"],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("MUSICLM_FAST_BUILD", "yes", "one of auto, 0, 1"),
+        ("MUSICLM_FAST_CUDA", "yes", "one of auto, 0, 1"),
+        ("MUSICLM_FAST_CUDA_ARCHS", "sm_90", "CUDA architectures as CMake names them, for example"),
+        ("MUSICLM_FAST_CUDA_ARCHS", "80,90", "CUDA architectures as CMake names them, for example"),
+        ("MAX_JOBS", "0", "a number of compiler processes above 0"),
+    ],
+)
+def test_build_settings_are_checked(name: str, value: str, expected: str) -> None:
+    status, said = run_setup(ROOT, **{name: value})
+    assert status == 1
+    assert said.startswith(f"{name}: got '{value}', expected {expected}")
+    assert "\n" not in said
+
+
+def test_build_against_an_older_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
+    old = dict(PYTHONPATH=str(tmp_path))
+    problem = "torch 2.9.1+cpu is older than 2.11"
+    assert run_setup(ROOT, MUSICLM_FAST_BUILD="1", **old) == (
+        1,
+        f"MUSICLM_FAST_BUILD=1, but {problem}",
+    )
+    status, said = run_setup(ROOT, MUSICLM_FAST_BUILD="auto", **old)
+    assert status == 0
+    assert said.startswith(f"musiclm_fast: building without compiled kernels: {problem}; for")
+
+
+def test_isolated_build_finds_the_environments_torch() -> None:
+    """In a process that cannot import torch, as pip isolates builds, setup.py asks a fresh one."""
+    hide = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)"
+    )
+    _, said = run_setup(ROOT, hide, MUSICLM_FAST_BUILD="auto")
+    assert "torch is not installed here" not in said
+
+
+def test_a_compilation_that_fails(tmp_path: Path) -> None:
+    """Pure Python that knows why, or an error where the library was asked for."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
     source = source_copy(tmp_path / "source")
-    for switch in ("MUSICLM_FAST_BUILD", "MUSICLM_FAST_CUDA"):
-        done = subprocess.run(
-            [sys.executable, "setup.py", "--version"],
-            cwd=source,
-            env={**os.environ, switch: "yes"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode != 0
-        assert f"{switch}: got 'yes', expected one of auto, 0, 1" in done.stderr
+    too_old = 'message(FATAL_ERROR "g++ 9 is too old: 12 or newer is needed")\n'
+    (source / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.26)\n{too_old}")
+    wheel = build_wheel(source, MUSICLM_FAST_BUILD="auto", MUSICLM_FAST_CUDA="auto")
+    assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-any\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read("musiclm_fast/why_not_built.txt").decode()
+        assert "musiclm_fast/__init__.py" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    assert reason == "compiling failed: g++ 9 is too old: 12 or newer is needed\n"
+    with pytest.raises(AssertionError, match=r"compiling failed: g\+\+ 9 is too old"):
+        build_wheel(source, MUSICLM_FAST_BUILD="1")
