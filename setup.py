@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,6 +52,14 @@ def find_torch() -> Path | None:
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return Path(done.stdout.strip()).parent if done.stdout.strip() else None
+
+
+def read_me() -> str:
+    """README.md for an index, where a path leads nowhere: below the repository, or text alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    repository = project.get("urls", {}).get("Repository")
+    link = rf"[\1]({repository}/blob/main/\2)" if repository else r"\1"
+    return re.sub(r"\[([^]]+)\]\((?!https?:)([^)]+)\)", link, (ROOT / "README.md").read_text())
 
 
 def why_not() -> str | None:
@@ -164,6 +173,8 @@ if reason:
     note(reason)
 
 setup(
+    long_description=read_me(),
+    long_description_content_type="text/markdown",
     ext_modules=[] if reason else [Extension("musiclm_fast.libmusiclm_fast_ops", sources=[])],
     cmdclass={"build_ext": BuildOps, "build_py": BuildPy, "bdist_wheel": Wheel},
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,7 +20,6 @@ OPS = sorted(
     if folder.is_dir() and not folder.name.startswith(("_", "."))
 )
 
-IMPORT_SECONDS = 0.3  # of processor time on top of `import torch`
 NOT_ON_IMPORT = (
     "accelerate",
     "audiolm_pytorch",
@@ -51,15 +50,15 @@ def python(code: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def test_import_is_cheap() -> None:
-    """Importing, and reaching for the first model, which imports the ops."""
-    # Processor time: an import waits for nothing, and the clock would count other processes.
+    """Importing, and reaching for the first model, which imports the ops, after `import torch`."""
+    # Processor time, in one process each: a slow or a busy machine is as slow for both.
     code = (
-        "import time, torch; start = time.process_time(); "
-        "import musiclm_fast; musiclm_fast.MuLaN; print(time.process_time() - start)"
+        "import time; start = time.process_time(); import torch; torch_done = time.process_time(); "
+        "import musiclm_fast; musiclm_fast.MuLaN; "
+        "print((time.process_time() - torch_done) / (torch_done - start))"
     )
     python(code)  # the first run writes the bytecode
-    seconds = statistics.median(float(python(code)) for _ in range(3))
-    assert seconds <= IMPORT_SECONDS
+    assert min(float(python(code)) for _ in range(3)) <= 0.2  # 0.04 measured
 
 
 def test_import_is_light() -> None:
@@ -99,9 +98,21 @@ def source_copy(target: Path) -> Path:
     for name in ("musiclm_fast", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
+        shutil.copy(ROOT / name, target)
+    shutil.copy(ROOT / "MANIFEST.in", target)
     return target
+
+
+def unpacked_sdist(source: Path) -> Path:
+    """What the source distribution of ``source`` holds, unpacked."""
+    command = [sys.executable, "setup.py", "--quiet", "sdist"]
+    environment = {**os.environ, "MUSICLM_FAST_BUILD": "0"}
+    subprocess.run(command, cwd=source, env=environment, capture_output=True, check=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(source / "unpacked", filter="data")
+    (folder,) = (source / "unpacked").iterdir()
+    return folder
 
 
 def build_wheel(source: Path, **environment: str) -> Path:
@@ -125,7 +136,11 @@ def python_files() -> set[str]:
 
 
 def test_pure_wheel(tmp_path: Path) -> None:
-    wheel = build_wheel(source_copy(tmp_path / "source"), MUSICLM_FAST_BUILD="0")
+    """From the source distribution: it has what an installation needs."""
+    source = unpacked_sdist(source_copy(tmp_path / "source"))
+    for file in [*(ROOT / "csrc").rglob("*.*"), ROOT / "CMakeLists.txt"]:
+        assert (source / file.relative_to(ROOT)).is_file()
+    wheel = build_wheel(source, MUSICLM_FAST_BUILD="0")
     assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-any\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -140,6 +155,8 @@ def test_pure_wheel(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "musiclm-fast = musiclm_fast.cli:main" in entry_points
     assert "License-Expression: MIT" in text
+    assert "## Where we differ from the reference" in text
+    assert not re.search(r"\]\((?!https?://)", text)  # on an index a relative link leads nowhere
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     core = {re.split(r"[ <>=!~;\[]", line)[1] for line in required if "extra ==" not in line}
     assert core.isdisjoint({"fairseq", "torchaudio", "torchvision", "transformers"})
@@ -150,7 +167,7 @@ def test_pure_wheel(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compiled_wheel(tmp_path: Path) -> None:
     """The wheel with the compiled library is for every Python and works where it is unpacked."""
-    source = source_copy(tmp_path / "source")
+    source = unpacked_sdist(source_copy(tmp_path / "source"))
     wheel = build_wheel(source, MUSICLM_FAST_BUILD="1", MUSICLM_FAST_CUDA="0")
     assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     unpacked = tmp_path / "unpacked"
