@@ -105,7 +105,9 @@ class BuildOps(build_ext):
 
     def run_cmake(self, package: Path) -> str | None:
         """Configure, build and install; None, or in one line what failed."""
-        build = ROOT / "build" / "cmake"
+        # The tools of pip's isolation are gone after it: not the folder of `build_ext --inplace`.
+        pip = self.editable_mode or not self.inplace
+        build = ROOT / "build" / ("cmake-pip" if pip else "cmake")
         configure = [
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",

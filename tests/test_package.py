@@ -221,6 +221,8 @@ def test_build_against_an_older_torch(tmp_path: Path) -> None:
         1,
         f"MUSICLM_FAST_BUILD=1, but {problem}",
     )
+    status, said = run_setup(ROOT, MUSICLM_FAST_BUILD="auto", MUSICLM_FAST_CUDA="1", **old)
+    assert (status, said) == (1, f"MUSICLM_FAST_CUDA=1, but {problem}")
     status, said = run_setup(ROOT, MUSICLM_FAST_BUILD="auto", **old)
     assert status == 0
     assert said.startswith(f"musiclm_fast: building without compiled kernels: {problem}; for")

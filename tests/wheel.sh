@@ -27,7 +27,13 @@ for python in $PYTHONS; do
   "$python" -m venv $folder/venv
   $folder/venv/bin/python -m pip install --quiet "$TORCH" "$wheel" numpy pytest
   cp tests/ops/{conftest,test_geglu_norm,test_hyper_connection,test_decode}.py $folder
-  (cd $folder && venv/bin/python -m musiclm_fast.info | grep -v : &&
-    venv/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider .)
+  cd $folder
+  venv/bin/python -c "
+import sys, torch
+from musiclm_fast import _extension
+assert _extension.load(), _extension.why_missing()
+print('Python', sys.version.split()[0], 'torch', torch.__version__, _extension.simd_level())"
+  venv/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider .
+  cd "$root"
 done
 ls -l dist
