@@ -5,6 +5,7 @@
 #   MAX_JOBS=1           compiler processes
 #   PYTEST_ARGS="-k x"   passed to pytest
 #   BENCH="attention"    passed to the benchmarks' runner
+#   PYTHONS="a b"        interpreters that `make wheel` tests with, and the torch there: TORCH=torch==2.11.0
 # pip reads its own variables, for example PIP_EXTRA_INDEX_URL for an index with CPU builds of torch.
 
 SHELL := /bin/bash
@@ -103,6 +104,10 @@ demo-output/mulan.pt: | $(READY)
 .PHONY: demo-music
 demo-music: $(READY) demo-output/mulan.pt  ## go on from the demo's MuLaN to music, and judge it
 	$(VENV)/bin/musiclm-fast demo-music --checkpoint demo-output/mulan.pt --output demo-output/music
+
+.PHONY: wheel
+wheel: $(READY)  ## the source distribution and a manylinux wheel, tested, in dist/
+	PYTHON=$(abspath $(PY)) bash tests/wheel.sh
 
 .PHONY: clean
 clean:  ## remove what was built, except the environment (`rm -rf .venv .venvs` removes that)

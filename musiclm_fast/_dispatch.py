@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from musiclm_fast import _extension
+
 Supports = Callable[..., tuple[bool, str]]
 
 
@@ -100,13 +102,18 @@ class Dispatcher:
         if backend is not None:
             return self._named(backend, arguments)
         refusals = []
+        compiled = False  # a compiled kernel would run the call, if it were there
         for candidate in self.backends:
             ok, reason = candidate.available()
+            if not ok and candidate.name in ("cpp", "cuda"):
+                compiled = compiled or candidate.supports(**arguments)[0]
             if ok:
                 ok, reason = candidate.supports(**arguments)
             if ok and candidate.self_check is not None:
                 ok, reason = self._passes_self_check(candidate, device)
             if ok:
+                if compiled and candidate.name == "torch":
+                    _extension.warn_if_missing()
                 return candidate
             refusals.append(f"{candidate.name}: {reason}")
         raise BackendError(f"{self.op}: no backend runs this call ({'; '.join(refusals)})")

@@ -1,22 +1,28 @@
 """The compiled library: loaded once, on first use. Without it everything runs on torch alone.
 
-``load()`` never raises; ``why_missing()`` says why there is no library and how to get one.
+``load()`` raises for a wrong ``MUSICLM_FAST_SIMD`` alone; ``why_missing()`` says why there is no
+library and how to get one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from musiclm_fast._checks import check_choice
+
 OLDEST_TORCH = (2, 11)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
-# in a checkout of the project
-HOW_TO_BUILD = "pip install cmake ninja pybind11 && pip install --no-build-isolation ."
+HOW_TO_BUILD = (
+    "`pip install .` in a checkout of musiclm_fast, where torch and a C++ compiler are installed"
+)
 
 # What csrc/library.cpp declares: a library without one of these is an older build's.
 OPS = (
@@ -36,8 +42,10 @@ OPS = (
 )
 
 _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
+_WHY_NOT_BUILT = Path(__file__).with_name("why_not_built.txt")  # written by setup.py
 _lock = threading.Lock()
 _status: ExtensionStatus | None = None
+_warned = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class ExtensionStatus:
         loaded: the library is loaded and its ops are under ``torch.ops.musiclm_fast``.
         reason: why it is missing; empty when loaded.
         facts: what was built (version, compiler, flags, SIMD levels, CUDA architectures, torch);
-            empty where nothing was built for this Python.
+            empty where the library does not load.
     """
 
     loaded: bool
@@ -76,37 +84,84 @@ def extension_status() -> ExtensionStatus:
     return _status
 
 
+def warn_if_missing() -> None:
+    """The first call that the compiled kernels would have run warns that they are not there."""
+    global _warned
+    if _warned or load():
+        return
+    _warned = True
+    warnings.warn(
+        f"musiclm_fast runs without its compiled kernels: {why_missing()} "
+        "(MUSICLM_FAST_BACKEND=torch asks for that, without this warning)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler: 4 s.
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def simd_level() -> str | None:
     """SIMD level that the CPU kernels run at (baseline, avx2, avx512); None without the library."""
     if not load():
         return None
-    from musiclm_fast import _C
+    return _text(_library(), "musiclm_fast_simd_level")
 
-    return _C.simd_level()
+
+def set_simd_level(name: str) -> None:
+    """Run the kernels at another SIMD level; for tests, while no kernel runs.
+
+    Raises:
+        ValueError: this processor, or the build, has no such level.
+    """
+    if _library().musiclm_fast_set_simd_level(name.encode()) != 0:
+        raise ValueError(f"name: got {name!r}, expected a SIMD level that this processor has")
+
+
+def has_avx512_bf16() -> bool:
+    """Whether kernels may use AVX512-BF16 instructions."""
+    return load() and bool(_library().musiclm_fast_has_avx512_bf16())
+
+
+def _library() -> ctypes.CDLL:
+    if not load():
+        raise RuntimeError(why_missing())
+    return ctypes.CDLL(str(_LIBRARY))  # once more the library that is loaded
+
+
+def _text(library: ctypes.CDLL, name: str) -> str:
+    function = library[name]
+    function.restype = ctypes.c_char_p
+    text: bytes = function()
+    return text.decode()
+
+
+def _read_facts(library: ctypes.CDLL) -> dict[str, Any]:
+    text = _text(library, "musiclm_fast_build_facts")
+    facts: dict[str, Any] = dict(line.split("=", 1) for line in text.splitlines())
+    return {**facts, **{name: facts[name].split() for name in ("simd_levels", "cuda_archs")}}
 
 
 def _load() -> ExtensionStatus:
-    try:
-        from musiclm_fast import _C
-    except ImportError as error:
-        built = ", ".join(sorted(file.name for file in _LIBRARY.parent.glob("_C.*.so")))
-        state = f"does not load ({error}; there is {built})" if built else "is not built"
-        return ExtensionStatus(False, f"the compiled library {state}; to build it: {HOW_TO_BUILD}")
-    facts = _C.build_facts()
     level = os.environ.get("MUSICLM_FAST_SIMD")
-    if level and level not in SIMD_LEVELS:
-        reason = f"MUSICLM_FAST_SIMD: got {level!r}, expected one of {', '.join(SIMD_LEVELS)}"
-        return ExtensionStatus(False, reason, facts)
+    if level:
+        check_choice("MUSICLM_FAST_SIMD", level, SIMD_LEVELS)
+    if not _LIBRARY.exists():
+        why = f" ({_WHY_NOT_BUILT.read_text().strip()})" if _WHY_NOT_BUILT.exists() else ""
+        reason = f"the compiled library is not built{why}; to build it: {HOW_TO_BUILD}"
+        return ExtensionStatus(False, reason)
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         reason = f"the compiled library needs torch {oldest} or newer, this is {torch.__version__}"
-        return ExtensionStatus(False, reason, facts)
+        return ExtensionStatus(False, reason)
     try:
-        _C.load_ops(str(_LIBRARY))
-    except RuntimeError as error:
+        library = ctypes.CDLL(str(_LIBRARY))  # its ops register with the torch in this process
+        facts = _read_facts(library)
+    except (OSError, AttributeError) as error:  # AttributeError: an older build's, without facts
         reason = f"the compiled library does not load ({error}); to build it again: {HOW_TO_BUILD}"
-        return ExtensionStatus(False, reason, facts)
+        return ExtensionStatus(False, reason)
     missing = [op for op in OPS if not hasattr(torch.ops.musiclm_fast, op)]
     if missing:
         reason = (
@@ -114,7 +169,7 @@ def _load() -> ExtensionStatus:
             f"to build it again: {HOW_TO_BUILD}"
         )
         return ExtensionStatus(False, reason, facts)
-    if level and level != _C.simd_level():
-        reason = f"MUSICLM_FAST_SIMD={level}, but this processor has {_C.simd_level()} at most"
-        return ExtensionStatus(False, reason, facts)
+    best = _text(library, "musiclm_fast_simd_level")
+    if level and level != best:
+        raise ValueError(f"MUSICLM_FAST_SIMD: got {level!r}, but this processor has {best} at most")
     return ExtensionStatus(True, "", facts)

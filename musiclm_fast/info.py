@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 _PACKAGES = (
-    "torch", "triton", "numpy", "einops", "vector-quantize-pytorch", "accelerate", "transformers",
+    "torch", "triton", "numpy", "vector-quantize-pytorch", "accelerate", "transformers",
     "musiclm-pytorch", "audiolm-pytorch",
 )  # fmt: skip
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,7 +20,6 @@ OPS = sorted(
     if folder.is_dir() and not folder.name.startswith(("_", "."))
 )
 
-IMPORT_SECONDS = 0.3  # of processor time on top of `import torch`
 NOT_ON_IMPORT = (
     "accelerate",
     "audiolm_pytorch",
@@ -51,15 +50,15 @@ def python(code: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def test_import_is_cheap() -> None:
-    """Importing, and reaching for the first model, which imports the ops."""
-    # Processor time: an import waits for nothing, and the clock would count other processes.
+    """Importing, and reaching for the first model, which imports the ops, after `import torch`."""
+    # Processor time, in one process each: a slow or a busy machine is as slow for both.
     code = (
-        "import time, torch; start = time.process_time(); "
-        "import musiclm_fast; musiclm_fast.MuLaN; print(time.process_time() - start)"
+        "import time; start = time.process_time(); import torch; torch_done = time.process_time(); "
+        "import musiclm_fast; musiclm_fast.MuLaN; "
+        "print((time.process_time() - torch_done) / (torch_done - start))"
     )
     python(code)  # the first run writes the bytecode
-    seconds = statistics.median(float(python(code)) for _ in range(3))
-    assert seconds <= IMPORT_SECONDS
+    assert min(float(python(code)) for _ in range(3)) <= 0.2  # 0.04 measured
 
 
 def test_import_is_light() -> None:
@@ -99,9 +98,21 @@ def source_copy(target: Path) -> Path:
     for name in ("musiclm_fast", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
+        shutil.copy(ROOT / name, target)
+    shutil.copy(ROOT / "MANIFEST.in", target)
     return target
+
+
+def unpacked_sdist(source: Path) -> Path:
+    """What the source distribution of ``source`` holds, unpacked."""
+    command = [sys.executable, "setup.py", "--quiet", "sdist"]
+    environment = {**os.environ, "MUSICLM_FAST_BUILD": "0"}
+    subprocess.run(command, cwd=source, env=environment, capture_output=True, check=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(source / "unpacked", filter="data")
+    (folder,) = (source / "unpacked").iterdir()
+    return folder
 
 
 def build_wheel(source: Path, **environment: str) -> Path:
@@ -125,7 +136,11 @@ def python_files() -> set[str]:
 
 
 def test_pure_wheel(tmp_path: Path) -> None:
-    wheel = build_wheel(source_copy(tmp_path / "source"), MUSICLM_FAST_BUILD="0")
+    """From the source distribution: it has what an installation needs."""
+    source = unpacked_sdist(source_copy(tmp_path / "source"))
+    for file in [*(ROOT / "csrc").rglob("*.*"), ROOT / "CMakeLists.txt"]:
+        assert (source / file.relative_to(ROOT)).is_file()
+    wheel = build_wheel(source, MUSICLM_FAST_BUILD="0")
     assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-any\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -140,6 +155,8 @@ def test_pure_wheel(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "musiclm-fast = musiclm_fast.cli:main" in entry_points
     assert "License-Expression: MIT" in text
+    assert "## Where we differ from the reference" in text
+    assert not re.search(r"\]\((?!https?://)", text)  # on an index a relative link leads nowhere
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     core = {re.split(r"[ <>=!~;\[]", line)[1] for line in required if "extra ==" not in line}
     assert core.isdisjoint({"fairseq", "torchaudio", "torchvision", "transformers"})
@@ -149,32 +166,91 @@ def test_pure_wheel(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_wheel(tmp_path: Path) -> None:
-    """The wheel with the compiled library has this Python's tag and works where it is unpacked."""
-    pytest.importorskip("pybind11")
-    source = source_copy(tmp_path / "source")
+    """The wheel with the compiled library is for every Python and works where it is unpacked."""
+    source = unpacked_sdist(source_copy(tmp_path / "source"))
     wheel = build_wheel(source, MUSICLM_FAST_BUILD="1", MUSICLM_FAST_CUDA="0")
-    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert f"-{version}-{version}-linux_" in wheel.name
+    assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     unpacked = tmp_path / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
-    code = "from musiclm_fast import _extension as e; print(e.load(), e.why_missing())"
-    assert python(code, cwd=unpacked) == "True"
-    code = "import musiclm_fast._C as c; print(c.__file__, c.build_facts()['cuda_archs'])"
-    assert python(code, cwd=unpacked).startswith(str(unpacked))
-    assert python(code, cwd=unpacked).endswith("[]")
+    code = (
+        "from musiclm_fast import _extension as e; "
+        "print(e.__file__, e.load(), e.extension_status().facts['cuda_archs'], e.why_missing())"
+    )
+    assert python(code, cwd=unpacked) == f"{unpacked}/musiclm_fast/_extension.py True []"
 
 
-def test_build_switches_are_checked(tmp_path: Path) -> None:
+def run_setup(source: Path, code: str = "", **environment: str) -> tuple[int, str]:
+    """Exit status and standard error of setup.py's beginning, after ``code``; nothing is built."""
+    code = f"{code}\nimport runpy, sys; sys.argv = ['setup.py', '--version']; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}runpy.run_path('setup.py', run_name='__main__')"],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("MUSICLM_FAST_BUILD", "yes", "one of auto, 0, 1"),
+        ("MUSICLM_FAST_CUDA", "yes", "one of auto, 0, 1"),
+        ("MUSICLM_FAST_CUDA_ARCHS", "sm_90", "CUDA architectures as CMake names them, for example"),
+        ("MUSICLM_FAST_CUDA_ARCHS", "80,90", "CUDA architectures as CMake names them, for example"),
+        ("MAX_JOBS", "0", "a number of compiler processes above 0"),
+    ],
+)
+def test_build_settings_are_checked(name: str, value: str, expected: str) -> None:
+    status, said = run_setup(ROOT, **{name: value})
+    assert status == 1
+    assert said.startswith(f"{name}: got '{value}', expected {expected}")
+    assert "\n" not in said
+
+
+def test_build_against_an_older_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
+    old = dict(PYTHONPATH=str(tmp_path))
+    problem = "torch 2.9.1+cpu is older than 2.11"
+    assert run_setup(ROOT, MUSICLM_FAST_BUILD="1", **old) == (
+        1,
+        f"MUSICLM_FAST_BUILD=1, but {problem}",
+    )
+    status, said = run_setup(ROOT, MUSICLM_FAST_BUILD="auto", MUSICLM_FAST_CUDA="1", **old)
+    assert (status, said) == (1, f"MUSICLM_FAST_CUDA=1, but {problem}")
+    status, said = run_setup(ROOT, MUSICLM_FAST_BUILD="auto", **old)
+    assert status == 0
+    assert said.startswith(f"musiclm_fast: building without compiled kernels: {problem}; for")
+
+
+def test_isolated_build_finds_the_environments_torch() -> None:
+    """In a process that cannot import torch, as pip isolates builds, setup.py asks a fresh one."""
+    hide = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)"
+    )
+    _, said = run_setup(ROOT, hide, MUSICLM_FAST_BUILD="auto")
+    assert "torch is not installed here" not in said
+
+
+def test_a_compilation_that_fails(tmp_path: Path) -> None:
+    """Pure Python that knows why, or an error where the library was asked for."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
     source = source_copy(tmp_path / "source")
-    for switch in ("MUSICLM_FAST_BUILD", "MUSICLM_FAST_CUDA"):
-        done = subprocess.run(
-            [sys.executable, "setup.py", "--version"],
-            cwd=source,
-            env={**os.environ, switch: "yes"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode != 0
-        assert f"{switch}: got 'yes', expected one of auto, 0, 1" in done.stderr
+    too_old = 'message(FATAL_ERROR "g++ 9 is too old: 12 or newer is needed")\n'
+    (source / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.26)\n{too_old}")
+    wheel = build_wheel(source, MUSICLM_FAST_BUILD="auto", MUSICLM_FAST_CUDA="auto")
+    assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-any\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read("musiclm_fast/why_not_built.txt").decode()
+        assert "musiclm_fast/__init__.py" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    assert reason == "compiling failed: g++ 9 is too old: 12 or newer is needed\n"
+    with pytest.raises(AssertionError, match=r"compiling failed: g\+\+ 9 is too old"):
+        build_wheel(source, MUSICLM_FAST_BUILD="1")

@@ -49,7 +49,7 @@ bool has_avx512_bf16() {
 
 }  // namespace musiclm_fast
 
-// Read and set by the Python module, which finds them by name.
+// Read and set by musiclm_fast/_extension.py, which finds them by name.
 extern "C" {
 
 __attribute__((visibility("default"))) const char* musiclm_fast_simd_level() {

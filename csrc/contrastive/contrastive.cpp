@@ -8,6 +8,12 @@
 
 #include "common/stable.h"
 
+#if defined(__GLIBC__) && defined(__x86_64__)
+// The same functions as before glibc 2.29, which a library with the newer ones would need.
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+__asm__(".symver log, log@GLIBC_2.2.5");
+#endif
+
 namespace musiclm_fast {
 namespace {
 

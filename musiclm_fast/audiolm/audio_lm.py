@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive, check_positive_int, fail
+from musiclm_fast._optional import require
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.sampling import as_sampling
@@ -316,7 +317,7 @@ class AudioLM(nn.Module):
         Raises:
             ValueError: the model ended at once.
         """
-        import soundfile
+        soundfile = require("soundfile")
 
         pieces = self.stream(**kwargs)
         first = next(pieces, None)

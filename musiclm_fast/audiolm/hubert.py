@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
+from musiclm_fast._optional import require
 from musiclm_fast.models.clustering import kmeans, nearest
 from musiclm_fast.models.resample import resample
 from musiclm_fast.models.transformers_class import transformers_class
@@ -294,6 +295,7 @@ _COMPRESSORS = (
 
 
 def _joblib_centres(path: Path) -> Any:
+    require("joblib")
     from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 
     class Arrays(NumpyArrayWrapper):  # type: ignore[misc]

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from musiclm_fast._optional import missing
     from musiclm_fast.training.data import open_dataset
     from musiclm_fast.training.evaluate import Labels, evaluate
 
@@ -72,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
         written = report.write(args.output, args.map)
         print("wrote " + ", ".join(map(str, written)), file=sys.stderr)
         if len(written) == 1:
-            print("the pictures need matplotlib: pip install matplotlib", file=sys.stderr)
+            print(missing("matplotlib"), file=sys.stderr)
     return 0

@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     from pathlib import Path
 
+    from musiclm_fast._optional import require
     from musiclm_fast.training.music import MusicProject, write_wave
 
+    require("soundfile")  # before the minutes that sampling takes
     project = MusicProject(args.music)
     if window is not None:
         written = project.musiclm().stream_to_file(

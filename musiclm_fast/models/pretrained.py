@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from musiclm_fast._files import atomic_file, seal
+from musiclm_fast._optional import require
 from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
 from musiclm_fast.models.mulan import MuLaN
 
@@ -128,13 +129,12 @@ def from_pretrained(
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> tuple[Path, Path]:
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        require("huggingface_hub")
     except ImportError as error:
-        raise ImportError(
-            f"name: no folder {name!r}; a repository of that name on the Hugging Face Hub needs "
-            "huggingface_hub (pip install huggingface_hub)"
-        ) from error
+        raise ImportError(f"name: no folder {name!r}, and {error}") from error
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         config, weights = (
             hf_hub_download(name, file, revision=revision, local_files_only=local_files_only)

@@ -20,6 +20,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast._optional import require
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,7 @@ def read_sound(path: str | os.PathLike[str], sample_rate: int) -> Sound:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"sound: no file {str(path)!r}")
-    try:
-        import soundfile
-        import soxr
-    except ImportError as error:
-        raise ImportError(
-            f"sound files need soundfile and soxr ({error}): pip install soundfile soxr"
-        ) from error
+    soundfile, soxr = require("soundfile"), require("soxr")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
     except soundfile.LibsndfileError as error:
@@ -113,12 +108,7 @@ def resample(wav: Tensor, from_hz: int, to_hz: int) -> Tensor:
         fail("wav", "a tensor that requires a gradient", "none: resample beforehand")
     if from_hz == to_hz or wav.numel() == 0:
         return wav
-    try:
-        import soxr
-    except ImportError as error:
-        raise ImportError(
-            f"changing the sample rate needs soxr ({error}): pip install soxr"
-        ) from None
+    soxr = require("soxr")
     dtype = torch.float64 if wav.dtype == torch.float64 else torch.float32
     columns = wav.to("cpu", dtype).t().numpy()  # (samples, B): soxr's channels
     changed = soxr.resample(np.ascontiguousarray(columns), from_hz, to_hz, quality="VHQ")

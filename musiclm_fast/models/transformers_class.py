@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from musiclm_fast._optional import require
+
 
 def transformers_class(name: str) -> Any:
     """A class of transformers by name.
@@ -16,10 +18,8 @@ def transformers_class(name: str) -> Any:
     Raises:
         ImportError: transformers is not installed.
     """
-    try:
-        utils = importlib.import_module("transformers.utils")
-    except ImportError as error:
-        raise ImportError(f"this needs transformers ({error}): pip install transformers") from error
+    require("transformers")
+    utils = importlib.import_module("transformers.utils")
     try:
         importlib.import_module("torchaudio")
     except ImportError:

@@ -31,6 +31,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast._optional import require
 from musiclm_fast.models.sound import as_batch
 from musiclm_fast.training.captions import with_extra_words
 from musiclm_fast.training.sources import Listing, Skipped, list_source
@@ -264,7 +265,7 @@ class CaptionedSounds(Dataset[Row]):
         Raises:
             UnreadableSoundError: it cannot be opened.
         """
-        import soundfile
+        soundfile = require("soundfile")
 
         row = self._row(index)
         path = self._paths[row]
@@ -408,7 +409,7 @@ def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.n
     # Frames of an open file as mono at sample_hz, (samples,) float32, and how many are missing at
     # the file's end. What lies around them is read too, for the resampler's filter, as a multiple
     # of the least common period of both rates: sample 0 is then exactly at frame ``first``.
-    import soundfile
+    soundfile = require("soundfile")
 
     rate = file.samplerate
     before = 0
@@ -433,7 +434,7 @@ def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.n
     if not np.isfinite(mono).all():
         raise UnreadableSoundError("holds NaN or infinity")
     if rate != sample_hz:
-        import soxr
+        soxr = require("soxr")
 
         mono = soxr.resample(mono, rate, sample_hz, quality="VHQ")
         skip = before * sample_hz // rate
@@ -443,13 +444,8 @@ def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.n
 
 def need_soundfile() -> None:
     """Raise ImportError, with what to install, where sounds cannot be read."""
-    try:
-        import soundfile  # noqa: F401
-        import soxr  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"sound files need soundfile and soxr ({error}): pip install soundfile soxr"
-        ) from error
+    require("soundfile")
+    require("soxr")
 
 
 def open_dataset(

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from musiclm_fast._optional import require
 from musiclm_fast.training.data import (
     CUT_SHORT,
     CaptionedSounds,
@@ -83,7 +84,7 @@ class _Checks(Dataset[_Sound]):
 
 
 def _read_all(sounds: CaptionedSounds, index: int) -> _Sound:
-    import soundfile
+    soundfile = require("soundfile")
 
     digest = hashlib.blake2b(digest_size=16)
     peak, clipped, done = 0.0, 0, 0

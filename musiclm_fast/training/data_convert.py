@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from musiclm_fast._checks import fail
 from musiclm_fast._files import atomic_file
+from musiclm_fast._optional import require
 from musiclm_fast.training.data import CaptionedSounds, Skipped, UnreadableSoundError
 from musiclm_fast.training.sources import title_of
 
@@ -54,7 +55,7 @@ def _file_name(name: str) -> str:
 
 
 def _is_there(path: Path, sample_hz: int) -> bool:
-    import soundfile
+    soundfile = require("soundfile")
 
     try:
         found = soundfile.info(str(path))
@@ -64,7 +65,7 @@ def _is_there(path: Path, sample_hz: int) -> bool:
 
 
 def _write_wav(path: Path, sounds: CaptionedSounds, index: int) -> None:
-    import soundfile
+    soundfile = require("soundfile")
 
     wav = sounds.whole(index).wav.clamp(-1, 1).numpy()  # resampling overshoots a little
     content = io.BytesIO()

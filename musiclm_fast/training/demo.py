@@ -28,6 +28,7 @@ from musiclm_fast._checks import (
     check_positive_int,
     fail,
 )
+from musiclm_fast._optional import require
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text import TextTransformer
@@ -444,6 +445,8 @@ def run_demo(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for package in ("matplotlib", "soundfile"):  # needed only once the training is done
+        require(package)
 
     data = Notes.render(config)
     rendered = time.monotonic() - began
@@ -517,7 +520,7 @@ def run_demo(
 
 def write_examples(data: Notes, folder: Path) -> list[Path]:
     """Write a held-out note of each of a few instruments as wav files, to try ``similarity`` on."""
-    import soundfile
+    soundfile = require("soundfile")
 
     clips = data.parts["held-out pitches"]
     written = []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from musiclm_fast._optional import require
 from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.front_end import draw_masks
 from musiclm_fast.training.metrics import collapsed_loss
@@ -19,9 +20,7 @@ INK, LINE, ACCENT, MUTED = "#222222", "#2a6f97", "#c8553d", "#8a8a8a"
 
 def pyplot() -> Any:
     """matplotlib.pyplot in the demo's style, without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed, whatever the environment says
+    require("matplotlib").use("Agg")  # no display is needed, whatever the environment says
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(

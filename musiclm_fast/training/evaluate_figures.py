@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musiclm_fast._optional import require
 from musiclm_fast.training.demo_figures import ACCENT, LINE, MUTED, pyplot
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def project(vectors: Tensor, method: str = "auto") -> tuple[np.ndarray, str]:
         ImportError: scikit-learn is not installed and ``"tsne"`` was asked for.
     """
     installed = importlib.util.find_spec("sklearn") is not None
-    if method == "tsne" and not installed:
-        raise ImportError("method: 'tsne' needs scikit-learn: pip install scikit-learn")
+    if method == "tsne":
+        require("sklearn")
     x = vectors.double()
     x = x - x.mean(dim=0)
     if method == "pca" or not installed or len(x) < 10:

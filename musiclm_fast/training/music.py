@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
+from musiclm_fast._optional import require
 from musiclm_fast.audiolm.audio_lm import STAGES, AudioLM
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.embedded import MelCodec, MelKmeans
@@ -297,7 +298,7 @@ def write_wave(path: str | Path, wave: Tensor | None, sample_hz: int) -> None:
     Raises:
         ValueError: there is nothing to write.
     """
-    import soundfile
+    soundfile = require("soundfile")
 
     if wave is None or wave.numel() == 0:
         fail("wave", "an empty one: the model ended at once", "sound; try another seed")

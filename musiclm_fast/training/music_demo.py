@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._optional import require
 from musiclm_fast.audiolm.audio_lm import STAGES
 from musiclm_fast.audiolm.sampling import Sampling
 from musiclm_fast.training.checkpoint import CheckpointError, load_mulan
@@ -261,6 +262,8 @@ def run_music_demo(
     """
     began = time.monotonic()
     config = config or MusicDemoConfig()
+    for package in ("matplotlib", "soundfile"):  # needed only once the training is done
+        require(package)
     folder = Path(folder)
     demo = MusicDemo(config, folder, Path(checkpoint))
     results = _open_results(folder, config, restart)
@@ -368,7 +371,7 @@ def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[
 
 def _generate(demo: MusicDemo, project: MusicProject) -> Tensor:
     # One clip (prompts, samples) per prompt, from generated/ where it lies there already.
-    import soundfile
+    soundfile = require("soundfile")
 
     config, clips = demo.config, []
     model = None

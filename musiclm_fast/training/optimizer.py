@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from musiclm_fast._checks import check_choice, check_positive, fail
+from musiclm_fast._optional import require
 
 OPTIMIZERS = ("adam", "adamw", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -49,9 +50,11 @@ def make_optimizer(
     if weight_decay > 0:
         trained = weight_groups(model, weight_decay)
     if name == "lion":
-        from lion_pytorch import Lion
-
-        return Lion(trained, lr=lr, betas=betas, weight_decay=weight_decay)
+        lion: Any = require("lion_pytorch").Lion
+        optimizer: torch.optim.Optimizer = lion(
+            trained, lr=lr, betas=betas, weight_decay=weight_decay
+        )
+        return optimizer
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from musiclm_fast._checks import fail
@@ -16,6 +14,7 @@ from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.layers import Transformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.training.accelerated import Accelerator, DistributedDataParallelKwargs
 
 
 def processes_on_cpu() -> bool:

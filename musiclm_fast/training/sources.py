@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from musiclm_fast._checks import check_choice, fail
+from musiclm_fast._optional import require
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"})
 KINDS = ("auto", "manifest", "musiccaps", "folder", "webdataset")
@@ -385,7 +386,7 @@ def title_captions(path: str, name: str, source: str) -> list[str]:
     """
     title, genre = title_of(name), ""
     if source == "tags":
-        import soundfile
+        soundfile = require("soundfile")
 
         try:
             with soundfile.SoundFile(path) as file:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, random_split
@@ -28,6 +26,7 @@ from musiclm_fast.audiolm.wrappers import (
 )
 from musiclm_fast.models.resample import resample
 from musiclm_fast.models.sound import read_sound
+from musiclm_fast.training.accelerated import Accelerator, DistributedDataParallelKwargs
 from musiclm_fast.training.batches import EpochBatches, EveryNth
 from musiclm_fast.training.checkpoint import save_atomically
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from musiclm_fast._files import atomic_file
@@ -15,6 +14,7 @@ from musiclm_fast.models.audio import AudioSpectrogramTransformer
 from musiclm_fast.models.configuration import CheckpointError, mulan_config
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.training.accelerated import PartialState
 from musiclm_fast.training.config import (
     AudioTowerConfig,
     ModelConfig,

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, random_split
 from tqdm import tqdm
@@ -34,6 +32,7 @@ from musiclm_fast.models.pretrained import (
     read_weights,
     write_weights,
 )
+from musiclm_fast.training.accelerated import Accelerator, gather_object
 from musiclm_fast.training.batches import (
     random_state,
     set_random_state,

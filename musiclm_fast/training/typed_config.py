@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from musiclm_fast._optional import require
+
 T = TypeVar("T")
 
 
@@ -67,10 +69,7 @@ def read_values(file: str | Path | None, overrides: Sequence[str] = ()) -> dict[
 
 
 def _parse(text: str, where: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"configurations need pyyaml ({error}): pip install pyyaml") from error
+    yaml = require("yaml")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

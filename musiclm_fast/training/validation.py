@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.training.accelerated import Accelerator, gather_object
 from musiclm_fast.training.batches import SeededRows
 from musiclm_fast.training.data import collate
 from musiclm_fast.training.metrics import retrieval

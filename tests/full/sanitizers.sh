@@ -20,7 +20,7 @@ compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' $build/CMakeCache.txt)
 runtime="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-for level in $(sed -n 's/#define BUILD_SIMD_LEVELS R"(\(.*\))"/\1/p' $build/build_facts.h); do
+for level in $(sed -n 's/^simd_levels=//p' $build/build_facts.cpp); do
   cmake --build $build --target simd_test_$level
   case $level in
     avx2) needs=avx2 ;;

@@ -15,15 +15,13 @@ from musiclm_fast import _extension
 @pytest.fixture(params=_extension.SIMD_LEVELS)
 def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test at every SIMD level that this processor has."""
-    from musiclm_fast import _C
-
-    before = _C.simd_level()
+    before = _extension.simd_level()
     try:
-        _C.set_simd_level(request.param)
+        _extension.set_simd_level(request.param)
     except ValueError:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    _C.set_simd_level(before)
+    _extension.set_simd_level(before)
 
 
 def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -227,18 +227,16 @@ def test_latents_wider_than_a_slice(kind: str) -> None:
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_simd_level(kind: str, level: str) -> None:
-    from musiclm_fast import _C
-
-    before = _C.simd_level()
+    before = _extension.simd_level()
     try:
-        _C.set_simd_level(level)
+        _extension.set_simd_level(level)
     except ValueError as error:
         pytest.skip(str(error))
     try:
         check_against_oracle(testing.contrastive_inputs(131, 40, 2), kind, "cpp")
         check_against_oracle(testing.contrastive_inputs(67, 21, temperature=300.0), kind, "cpp")
     finally:
-        _C.set_simd_level(before)
+        _extension.set_simd_level(before)
 
 
 @cpp

@@ -35,12 +35,10 @@ def levels() -> list[str]:
 
 @pytest.fixture(params=levels() or ["no library"])
 def simd_level(request: pytest.FixtureRequest) -> Any:
-    from musiclm_fast import _C
-
-    best = _C.simd_level()
-    _C.set_simd_level(request.param)
+    best = _extension.simd_level()
+    _extension.set_simd_level(request.param)
     yield request.param
-    _C.set_simd_level(best)
+    _extension.set_simd_level(best)
 
 
 @pytest.fixture(scope="session")

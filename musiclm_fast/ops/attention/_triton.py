@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musiclm_fast._checks import check_choice
 from musiclm_fast._dispatch import Backend
 from musiclm_fast.ops.attention import _autograd
 
@@ -37,7 +38,8 @@ _LOG2E = math.log2(math.e)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_AUTOTUNE = os.environ.get("MUSICLM_FAST_AUTOTUNE", "0") == "1"
+_AUTOTUNE = os.environ.get("MUSICLM_FAST_AUTOTUNE") or "0"
+check_choice("MUSICLM_FAST_AUTOTUNE", _AUTOTUNE, ("0", "1"))
 
 
 @dataclass(frozen=True)
@@ -506,7 +508,7 @@ def _tuned(call: _Call, kind: str, run: Callable[[Configs], None]) -> None:
     recorder = _recorder.get()
     capability = _capability(call.device) if recorder is None else recorder.capability
     heuristic = configs(capability, call.head_dim, call.queries, call.dtype, call.causal)
-    if not _AUTOTUNE or call.device.type != "cuda":
+    if _AUTOTUNE == "0" or call.device.type != "cuda":
         run(heuristic)
         return
     key = (
