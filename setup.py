@@ -96,7 +96,7 @@ class BuildOps(build_ext):
         failure = self.run_cmake(library.parent)
         if failure is None:
             return
-        if required or "build_ext" in sys.argv:  # or asked for by name: `setup.py build_ext`
+        if required or by_name:
             sys.exit(f"musiclm_fast: {failure}; MUSICLM_FAST_BUILD=0 installs without kernels")
         global reason
         reason = failure
@@ -106,8 +106,7 @@ class BuildOps(build_ext):
     def run_cmake(self, package: Path) -> str | None:
         """Configure, build and install; None, or in one line what failed."""
         # The tools of pip's isolation are gone after it: not the folder of `build_ext --inplace`.
-        pip = self.editable_mode or not self.inplace
-        build = ROOT / "build" / ("cmake-pip" if pip else "cmake")
+        build = ROOT / "build" / ("cmake" if by_name else "cmake-pip")
         configure = [
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
@@ -166,6 +165,7 @@ examples = "CUDA architectures as CMake names them, for example 90-real or 80-re
 cuda_archs = setting("MUSICLM_FAST_CUDA_ARCHS", "80-real;90", f"{arch}(;{arch})*", examples)
 max_jobs = setting("MAX_JOBS", "", r"([1-9]\d*)?", "a number of compiler processes above 0")
 
+by_name = "build_ext" in sys.argv  # `setup.py build_ext --inplace`, not pip
 torch = find_torch()
 required = wanted == "1" or (cuda == "1" and wanted == "auto")
 reason = "MUSICLM_FAST_BUILD=0" if wanted == "0" else why_not()
