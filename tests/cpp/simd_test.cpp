@@ -1,6 +1,6 @@
 // Checks common/simd.h and common/bf16.h at the SIMD level that this file is compiled for; built and
-// run once per level by tests/test_extension.py and tests/full/sanitizers.sh. Exit status 1: a check
-// failed, as printed.
+// run once per level by tests/test_extension.py and tests/full. Exit status 1: a check failed, as
+// printed.
 
 #include "common/simd.h"
 
@@ -158,6 +158,7 @@ int main() {
   test_bf16();
   test_permute2();
   test_transpose();
-  std::printf("width %d: %d failures\n", kWidth, failures);
+  const char* level = kWidth == 16 ? "avx512" : kWidth == 8 ? "avx2" : "baseline";
+  std::printf("%s simd 6 cases, %d failures\n", level, failures);
   return failures != 0;
 }
