@@ -199,12 +199,12 @@ void test(const Case& c, int workers) {
 
 int main() {
   const Case grouped{.name = "grouped, causal, biased", .batch = 1, .heads = 2, .kv_heads = 1,
-                     .queries = 9, .keys = 21, .dim = 8, .causal = true, .radius = 40};
+                     .queries = 9, .keys = 21, .dim = 8, .causal = true, .radius = 4};
   const Case masked{.name = "masked, normed, dropped", .batch = 2, .heads = 2, .kv_heads = 2,
                     .queries = 3, .keys = 19, .dim = 5, .masked = true, .normed = true,
                     .radius = 6, .dropout = 0.25};
   const Case tiles{.name = "two tiles of keys", .batch = 1, .heads = 1, .kv_heads = 1,
-                   .queries = 2, .keys = 131, .dim = 6, .radius = 9};
+                   .queries = 2, .keys = 131, .dim = 6, .radius = 300};
   const Case blocks{.name = "blocks of queries", .batch = 1, .heads = 1, .kv_heads = 1,
                     .queries = 99, .keys = 7, .dim = 3};
   const Case half{.name = "bf16", .batch = 1, .heads = 2, .kv_heads = 1, .queries = 5, .keys = 33,
