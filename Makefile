@@ -65,7 +65,7 @@ test: $(READY)  ## the tests, under 15 minutes on two cores
 
 # pytest ends with 5 where nothing is selected: no slow test is not a failure.
 .PHONY: test-full
-test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, other versions
+test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, compilers, versions
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	for script in tests/full/*.sh; do echo "== $$script"; PYTHON=$(abspath $(PY)) bash $$script; done
 

@@ -231,6 +231,21 @@ def test_simd_helpers(level: str) -> None:
     assert ran.returncode == 0, ran.stdout
 
 
+@pytest.mark.parametrize("compiler", ["GNU 11.4.0", "Clang 13.0.1"])
+def test_too_old_compiler_is_refused(tmp_path: Path, compiler: str) -> None:
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    kind, version = compiler.split()
+    facts = {"FORCED": 1, "ID_RUN": 1, "ID": kind, "VERSION": version}
+    told = [f"-DCMAKE_CXX_COMPILER_{name}={value}" for name, value in facts.items()]
+    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", *told]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert re.search(rf"{compiler} \(.*\) is too old, expected g\+\+ 12, clang 14 or newer", said)
+
+
 @pytest.mark.slow
 def test_cuda_build_loads_without_cuda(tmp_path: Path) -> None:
     """nvcc compiles every .cu against this torch, CPU build or not, and the result loads here."""

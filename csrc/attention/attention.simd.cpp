@@ -216,14 +216,14 @@ void add_bias(const TableTile& t, const float* table, const int32_t* q_codes, in
       if (first + 1 == end) {
         for (int r = 0; r < length; ++r) {
           float* x = column + r * kKeyRows;
-          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          const vfloat bias = vpermute2(low, high, source + (q_codes[r] - q_codes[0]));
           vstore(x, vload(x) * scale + bias);
         }
         continue;
       }
       for (int r = 0; r < length; ++r) {
         float* x = column + r * kKeyRows;
-        const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+        const vfloat bias = vpermute2(low, high, source + (q_codes[r] - q_codes[0]));
         vstore(x, vload(x) * scale + (vfloat)((vint)bias & window->lanes));
       }
       for (int32_t w = first + 1; w < end; ++w) {
@@ -234,7 +234,7 @@ void add_bias(const TableTile& t, const float* table, const int32_t* q_codes, in
         source = window->source;
         for (int r = 0; r < length; ++r) {
           float* x = column + r * kKeyRows;
-          const vfloat bias = __builtin_shuffle(low, high, source + (q_codes[r] - q_codes[0]));
+          const vfloat bias = vpermute2(low, high, source + (q_codes[r] - q_codes[0]));
           vstore(x, vload(x) + (vfloat)((vint)bias & window->lanes));
         }
       }
@@ -265,8 +265,8 @@ void add_table_gradient(const TableTile& t, float* dtable, const int32_t* q_code
         for (int r = 0; r < length; ++r) {
           const vfloat x = vload(column + r * kKeyRows);
           const int32_t* readers = window.readers + kReach - (q_codes[r] - q_codes[0]);
-          low += __builtin_shuffle(x, vzero(), vload_int(readers));
-          high += __builtin_shuffle(x, vzero(), vload_int(readers + kWidth));
+          low += vpermute2(x, vzero(), vload_int(readers));
+          high += vpermute2(x, vzero(), vload_int(readers + kWidth));
         }
         vstore(start, low);
         vstore(start + kWidth, high);

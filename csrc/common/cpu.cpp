@@ -11,8 +11,7 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 SimdLevel best_level() {
 #ifdef MUSICLM_FAST_HAVE_AVX512
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     return avx512 ? SimdLevel::avx512 : SimdLevel::avx2;

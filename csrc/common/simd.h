@@ -12,9 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/bf16.h"
@@ -171,18 +174,42 @@ MUSICLM_FAST_INLINE vfloat verf(vfloat x) {
   return y * p / q;
 }
 
+// Lane i of the result is lane index[i] of a (from 0 on) and b (from W on); 0 <= index[i] < 2W.
+MUSICLM_FAST_INLINE vfloat vpermute2(vfloat a, vfloat b, vint index) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
+#elif defined(__AVX2__)
+  const __m256 from_a = _mm256_permutevar8x32_ps((__m256)a, (__m256i)index);
+  const __m256 from_b = _mm256_permutevar8x32_ps((__m256)b, (__m256i)index);
+  return (vfloat)_mm256_blendv_ps(from_a, from_b, (__m256)(index << 28));  // by 8's bit
+#elif defined(__aarch64__)
+  const uint8x16x2_t table = {(uint8x16_t)a, (uint8x16_t)b};
+  return (vfloat)vqtbl2q_u8(table, (uint8x16_t)(index * 0x04040404 + 0x03020100));
+#else
+  float lanes[2 * kWidth];
+  vstore(lanes, a);
+  vstore(lanes + kWidth, b);
+  vfloat v;
+  for (int i = 0; i < kWidth; ++i) v[i] = lanes[index[i]];
+  return v;
+#endif
+}
+
+// Lanes of a and b in turn, from their lower or upper halves.
+template <bool kUpper, int... kLane>
+MUSICLM_FAST_INLINE vfloat interleave(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b,
+                                 (kLane / 2 + kLane % 2 * kWidth + kUpper * (kWidth / 2))...);
+}
+
 // x[i] lane j <-> x[j] lane i, by log2(W) perfect shuffles.
 MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
-  vint low, high;  // interleave two vectors' halves
-  for (int i = 0; i < kWidth; ++i) {
-    low[i] = i / 2 + (i % 2) * kWidth;
-    high[i] = low[i] + kWidth / 2;
-  }
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
   for (int step = kWidth; step > 1; step /= 2) {
     vfloat y[kWidth];
     for (int i = 0; i < kWidth / 2; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + kWidth / 2], low);
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kWidth / 2], high);
+      y[2 * i] = interleave<false>(x[i], x[i + kWidth / 2], lanes);
+      y[2 * i + 1] = interleave<true>(x[i], x[i + kWidth / 2], lanes);
     }
     for (int i = 0; i < kWidth; ++i) x[i] = y[i];
   }

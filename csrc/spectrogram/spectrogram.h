@@ -280,7 +280,9 @@ MUSICLM_FAST_HD void run_odd_stage(Array re, Array im, int length, const Stage& 
   for (int i = first; i < length / radix; i += step) {
     const int block = i / span, j = i - block * span, at = block * span * radix + j;
     V a[kMaxRadix], b[kMaxRadix];
-    for (int k = 0; k < radix; ++k) {
+    a[0] = re[at];  // apart: g++ does not know that a radix is not 0, and warns
+    b[0] = im[at];
+    for (int k = 1; k < radix; ++k) {
       a[k] = re[at + k * span];
       b[k] = im[at + k * span];
     }

@@ -22,9 +22,10 @@ constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth;
 template <int kStep, bool kUpper, int... kLane>
 MUSICLM_FAST_INLINE vfloat exchange(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
   // lower row of a pair: keeps its lanes without the bit, takes the upper row's shifted up
-  const vint order = {(kUpper ? ((kLane & kStep) != 0 ? kWidth + kLane : kLane + kStep)
-                              : ((kLane & kStep) != 0 ? kWidth + kLane - kStep : kLane))...};
-  return __builtin_shuffle(a, b, order);
+  return __builtin_shufflevector(
+      a, b,
+      (kUpper ? ((kLane & kStep) != 0 ? kWidth + kLane : kLane + kStep)
+              : ((kLane & kStep) != 0 ? kWidth + kLane - kStep : kLane))...);
 }
 
 template <int kStep = 1>

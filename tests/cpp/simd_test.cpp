@@ -1,6 +1,6 @@
 // Checks common/simd.h and common/bf16.h at the SIMD level that this file is compiled for; built and
-// run once per level by tests/test_extension.py and tests/full/sanitizers.sh. Exit status 1: a check
-// failed, as printed.
+// run once per level by tests/test_extension.py and tests/full. Exit status 1: a check failed, as
+// printed.
 
 #include "common/simd.h"
 
@@ -118,6 +118,37 @@ void test_bf16() {
   }
 }
 
+// Every index in every lane: both vectors' lanes, whatever a compiler knows of the second.
+void test_permute2() {
+  float a[kWidth], b[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    a[i] = static_cast<float>(i + 1);
+    b[i] = static_cast<float>(-i - 1);
+  }
+  for (int shift = 0; shift < 2 * kWidth; ++shift) {
+    simd::vint index;
+    for (int i = 0; i < kWidth; ++i) index[i] = (5 * i + shift) % (2 * kWidth);
+    const simd::vfloat both = simd::vpermute2(simd::vload(a), simd::vload(b), index);
+    const simd::vfloat first = simd::vpermute2(simd::vload(a), simd::vzero(), index);
+    for (int i = 0; i < kWidth; ++i) {
+      const int at = index[i];
+      check(both[i] == (at < kWidth ? a[at] : b[at - kWidth]), "vpermute2", at);
+      check(first[i] == (at < kWidth ? a[at] : 0), "vpermute2 with zeros", at);
+    }
+  }
+}
+
+void test_transpose() {
+  simd::vfloat x[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < kWidth; ++j) x[i][j] = static_cast<float>(i * kWidth + j);
+  }
+  simd::transpose(x);
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < kWidth; ++j) check(x[i][j] == j * kWidth + i, "transpose", i);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -125,6 +156,9 @@ int main() {
   test_partial();
   test_reductions();
   test_bf16();
-  std::printf("width %d: %d failures\n", kWidth, failures);
+  test_permute2();
+  test_transpose();
+  const char* level = kWidth == 16 ? "avx512" : kWidth == 8 ? "avx2" : "baseline";
+  std::printf("%s simd 6 cases, %d failures\n", level, failures);
   return failures != 0;
 }
