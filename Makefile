@@ -5,7 +5,8 @@
 #   MAX_JOBS=1           compiler processes
 #   PYTEST_ARGS="-k x"   passed to pytest
 #   BENCH="attention"    passed to the benchmarks' runner
-#   PYTHONS="a b"        interpreters that `make wheel` tests with, and the torch there: TORCH=torch==2.11.0
+#   PYTHONS="a b"        interpreters that `make wheel` tests with
+#   TORCH=torch==2.11.0  the torch that `make wheel` and `make test-torch` take
 # pip reads its own variables, for example PIP_EXTRA_INDEX_URL for an index with CPU builds of torch.
 
 SHELL := /bin/bash
@@ -68,6 +69,10 @@ test: $(READY)  ## the tests, under 15 minutes on two cores
 test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers, compilers, versions
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	for script in tests/full/*.sh; do echo "== $$script"; PYTHON=$(abspath $(PY)) bash $$script; done
+
+.PHONY: test-torch
+test-torch: $(READY)  ## the tests on another torch, TORCH=torch==2.14.1 (default: the newest); gigabytes
+	PYTHON=$(PYTHON) bash tests/torch_version.sh $(PYTEST_ARGS)
 
 # On the Python and the torch that are there, without a network: a machine with a GPU has its own.
 .PHONY: test-gpu

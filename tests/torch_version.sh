@@ -2,18 +2,18 @@
 # The tests on another torch than the lock's, in an environment of its own, with the library that is
 # built: one file serves every torch. Most indexes only have builds with CUDA: gigabytes.
 #
-#   tests/torch_version.sh 2.14.1 [pytest's arguments]     without a version: pip's newest
+#   TORCH=torch==2.14.1 tests/torch_version.sh [pytest's arguments]     without: pip's newest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-version=${1:-}
-folder=$PWD/.venvs/torch-${version:-newest}
+TORCH=${TORCH:-torch}
+folder=$PWD/.venvs/${TORCH//==/-}
 python=$folder/bin/python
 
 if [ ! -e "$folder/.complete" ]; then
   "$PYTHON" -m venv --clear "$folder"
   pip=("$python" -m pip --disable-pip-version-check install --quiet --no-compile)
-  "${pip[@]}" "torch${version:+==$version}"
+  "${pip[@]}" "$TORCH"
   # This torch brings its own Triton.
   "${pip[@]}" -r <(grep -v '^torch==' requirements/dev.txt)
   "${pip[@]}" --no-deps -r requirements/reference.txt -r requirements/demo.txt
@@ -25,4 +25,4 @@ from musiclm_fast import _extension
 print('torch', torch.__version__)
 status = _extension.extension_status()
 assert status.loaded, status.reason"
-OMP_NUM_THREADS=1 "$python" -m pytest -n auto --dist worksteal "${@:2}"
+OMP_NUM_THREADS=1 "$python" -m pytest -n auto --dist worksteal "$@"
