@@ -62,19 +62,23 @@ Table = dict[int, Configs]
 _HALF: Table = {
     32: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
     64: Configs(Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
-    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
+    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 64, 4, 2)),
 }
 _HALF_AMPERE: Table = {
     32: Configs(Config(128, 64, 8, 3, 255), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
     64: replace(_HALF[64], forward=Config(128, 64, 8, 3), backward_kv=Config(32, 64, 4, 2)),
-    128: replace(_HALF[128], forward=Config(128, 32, 8, 2)),
+    128: Configs(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
 }
-_HALF_BLACKWELL: Table = {**_HALF, 32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3))}
+_HALF_BLACKWELL: Table = {
+    32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
+    64: _HALF[64],
+    128: replace(_HALF[128], backward_q=Config(128, 64, 8, 2)),
+}
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
 _HALF_AMD: Table = {
     32: Configs(Config(128, 32, 8, 2), Config(32, 64, 4, 2), Config(64, 64, 4, 2)),
     64: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
-    128: Configs(Config(64, 32, 4, 2), Config(32, 64, 4, 2), Config(128, 64, 8, 2)),
+    128: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
 }
 _FLOAT32: Table = {
     32: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
