@@ -6,16 +6,22 @@ tensors and compiled with the assemblers that Triton ships, for NVIDIA and for A
     python -m tests.ops.triton_resources                    the usual call of each op
     python -m tests.ops.triton_resources --all              widths, dtypes and options
     python -m tests.ops.triton_resources --target gfx942    one architecture
+    python -m tests.ops.triton_resources --markdown .venvs/triton-3.6.0
+                                            the tables in the ops' READMEs, by the environment's
+                                            Triton and by those in the folders given
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +297,50 @@ def line(r: Resources) -> str:
     )
 
 
+MARKDOWN_TARGETS = ("sm_90", "gfx942")
+MARKERS = ("<!-- python -m tests.ops.triton_resources --markdown -->\n", "<!-- end -->\n")
+ROOT = Path(__file__).parents[2]
+
+
+def rows(op: str) -> dict[str, Any]:
+    """The usual call on ``MARKDOWN_TARGETS``, as plain values."""
+    import triton
+
+    found = [asdict(r) for _, r in table(op, [USUAL[op]], MARKDOWN_TARGETS)]
+    return {"version": triton.__version__, "rows": found}
+
+
+def write_markdown(folders: list[str]) -> None:
+    """Replace each op's table in its README."""
+    for op in USUAL:
+        code = f"from tests.ops import triton_resources as t; print(t.json.dumps(t.rows({op!r})))"
+        cells: dict[str, dict[str, str]] = {}
+        for folder in [*folders, ""]:
+            path = os.pathsep.join(
+                filter(None, [folder and str(Path(folder).resolve()), str(ROOT)])
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            found = json.loads(done.stdout)
+            for row in found["rows"]:
+                column = f"{found['version']}, {row['target']}"
+                cells.setdefault(row["kernel"], {})[column] = (
+                    f"{row['registers']} / {row['spilled_bytes']} / {row['shared_bytes']:,}"
+                )
+        columns = list(next(iter(cells.values())))
+        lines = [f"| kernel | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [
+            f"| {kernel} | {' | '.join(values[c] for c in columns)} |"
+            for kernel, values in cells.items()
+        ]
+        readme = ROOT / "musiclm_fast" / "ops" / op / "README.md"
+        before, rest = readme.read_text().split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        readme.write_text(MARKERS[0].join([before, "\n".join(lines) + "\n" + MARKERS[1] + after]))
+
+
 def main() -> None:
     """Print the table; exit with 1 if a kernel does not fit or spills."""
     import triton
@@ -301,7 +351,11 @@ def main() -> None:
     parser.add_argument(
         "--target", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT)
     )
+    parser.add_argument("--markdown", nargs="*", metavar="FOLDER", help="into the READMEs")
     options = parser.parse_args()
+    if options.markdown is not None:
+        write_markdown(options.markdown)
+        return
     print(f"triton {triton.__version__}, torch {torch.__version__}\n{HEADER}")
     before, failures = None, []
     for op in options.op:
