@@ -66,12 +66,12 @@ _HALF: Table = {
 }
 _HALF_AMPERE: Table = {
     32: Configs(Config(128, 64, 8, 3, 255), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
-    64: replace(_HALF[64], forward=Config(128, 64, 8, 3), backward_kv=Config(32, 64, 4, 2)),
+    64: Configs(Config(128, 64, 8, 3), Config(32, 64, 4, 2), Config(128, 64, 8, 3, 255)),
     128: Configs(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
 }
 _HALF_BLACKWELL: Table = {
     32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
-    64: _HALF[64],
+    64: replace(_HALF[64], backward_kv=Config(64, 64, 4, 2, 255)),
     128: replace(_HALF[128], backward_q=Config(128, 64, 8, 2)),
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
@@ -113,7 +113,7 @@ def configs(
     forward, backward_kv = chosen.forward, chosen.backward_kv
     if limit == 64 and dtype != torch.float32:
         if causal:
-            backward_kv = replace(backward_kv, block_m=32)  # 64 would spill
+            backward_kv = replace(backward_kv, block_m=32, max_registers=None)  # 64 would spill
         if dropout and family in ("hopper", "blackwell"):
             forward = replace(forward, max_registers=128)  # two programs a multiprocessor
     if queries <= 64:
