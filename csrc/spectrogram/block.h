@@ -15,10 +15,8 @@
 
 #ifdef __CUDACC__
 #define MUSICLM_FAST_BLOCK __device__
-#define MUSICLM_FAST_UNROLL _Pragma("unroll")
 #else
 #define MUSICLM_FAST_BLOCK
-#define MUSICLM_FAST_UNROLL
 #include <cmath>
 #endif
 
@@ -255,6 +253,7 @@ MUSICLM_FAST_BLOCK void forward_fft(const Call& c, const Team& team, int64_t cli
 template <int kTerms, class At>
 MUSICLM_FAST_BLOCK void fold(const Call& c, At at, float* even, float* odd) {
   const int taps = c.transform.taps, middle = taps / 2;
+  MUSICLM_FAST_UNROLL
   for (int m = 0; m < kTerms; ++m) {
     const int hi = middle + m, lo = middle - m;
     const float after = hi < taps ? c.window[hi] * at(hi) : 0.0f;
@@ -272,6 +271,7 @@ MUSICLM_FAST_BLOCK void folded_rows(const Transform& t, const float* table,
   const int half = t.n_fft % 2 == 0 ? t.n_fft / 2 : -1;
   for (int row = 0; row < t.rows; ++row) {
     BinPair<float> pair[kSides];
+    MUSICLM_FAST_UNROLL
     for (int side = 0; side < kSides; ++side) {
       FoldedSums<float> sums;
       folded_sums<1, kTerms>(even[side], odd[side], kTerms, table + row * 2 * kTerms, &sums);
@@ -315,6 +315,7 @@ MUSICLM_FAST_BLOCK void spectra_gradient(const Call& c, float slope, float fract
 template <int kTerms, int kSides>
 MUSICLM_FAST_BLOCK void load_terms(const ClipView& view, const Place& place,
                                    float (*even)[kTerms], float (*odd)[kTerms]) {
+  MUSICLM_FAST_UNROLL
   for (int side = 0; side < kSides; ++side) {
     const int64_t frame = place.left + side, first = view.c.framing.first(frame);
     const bool silent = frame >= view.frames;
@@ -623,6 +624,7 @@ MUSICLM_FAST_BLOCK void backward_folded(const Call& c, const Team& team, int64_t
           }
         }
         float even_bar[kTerms], odd_bar[kTerms];
+        MUSICLM_FAST_UNROLL
         for (int m = 0; m < kTerms; ++m) even_bar[m] = odd_bar[m] = 0.0f;
         const auto turn = [&](int bin, Complex<float>* x) {
           float g;
@@ -645,13 +647,16 @@ MUSICLM_FAST_BLOCK void backward_folded(const Call& c, const Team& team, int64_t
               turn(bin, x);
               if (mate >= 0) turn(mate, y);
               const Complex<float> none{0.0f, 0.0f};
-              const FoldedSums<float> sums =
-                  folded_pair_adjoint(x[side], mate >= 0 ? y[side] : none);
+              // Not [side]: registers have no addresses.
+              const Complex<float> low = side == 0 ? x[0] : x[kSides - 1];
+              const Complex<float> high = side == 0 ? y[0] : y[kSides - 1];
+              const FoldedSums<float> sums = folded_pair_adjoint(low, mate >= 0 ? high : none);
               folded_sums_adjoint<1, kTerms>(&sums, kTerms, table + bin * 2 * kTerms, even_bar,
                                              odd_bar);
             });
         const int middle = t.taps / 2;
         float* row = rows + int64_t{f} * layout.taps;
+        MUSICLM_FAST_UNROLL
         for (int m = 0; m < kTerms; ++m) {
           const int hi = middle + m, lo = middle - m;
           if (hi < t.taps) row[hi] = c.window[hi] * (even_bar[m] + odd_bar[m]);

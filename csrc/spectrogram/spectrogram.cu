@@ -26,8 +26,9 @@ __global__ void forward_fft_kernel(Call c, int64_t tiles, FftLayout layout, floa
   forward_fft(c, BlockTeam(), clip, begin, layout, shared_memory, out);
 }
 
+// Two blocks a multiprocessor, where that many registers hold the two spectra of a stretch.
 template <int kLength, int kSides>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, kLength == 512 && kSides == 2 ? 1 : 2)
     forward_fixed_kernel(Call c, int64_t tiles, FixedLayout layout, float* out) {
   const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * kFixedFrames;
   forward_fixed<kLength, kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, out);

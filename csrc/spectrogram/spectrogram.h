@@ -17,8 +17,11 @@
 
 #ifdef __CUDACC__
 #define MUSICLM_FAST_HD __host__ __device__ __forceinline__
+// Of loops over arrays that a GPU is to keep in registers.
+#define MUSICLM_FAST_UNROLL _Pragma("unroll")
 #else
 #define MUSICLM_FAST_HD [[gnu::always_inline]] inline
+#define MUSICLM_FAST_UNROLL
 #endif
 
 namespace musiclm_fast::spectrogram {
@@ -351,6 +354,7 @@ MUSICLM_FAST_HD void folded_sums(const V* e, const V* o, int terms, const float*
   if constexpr (kTerms > 0) terms = kTerms;
   FoldedSums<V> total[kRows];
   for (int r = 0; r < kRows; ++r) total[r] = {V{}, V{}, V{}, V{}};
+  MUSICLM_FAST_UNROLL
   for (int m = 0; m < terms; m += 2) {
     for (int r = 0; r < kRows; ++r) {
       const float* cosines = table + r * 2 * terms;
@@ -380,6 +384,7 @@ template <int kRows, int kTerms = 0, class V>
 MUSICLM_FAST_HD void folded_sums_adjoint(const FoldedSums<V>* sums, int terms, const float* table,
                                          V* e, V* o) {
   if constexpr (kTerms > 0) terms = kTerms;
+  MUSICLM_FAST_UNROLL
   for (int m = 0; m < terms; m += 2) {
     V e0 = e[m], e1 = e[m + 1], o0 = o[m], o1 = o[m + 1];
     for (int r = 0; r < kRows; ++r) {

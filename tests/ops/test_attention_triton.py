@@ -1,4 +1,4 @@
-"""The attention op's Triton kernels: in Triton's interpreter, compiled ahead of time, on a GPU.
+"""The attention op's Triton kernels: in Triton's interpreter and on a GPU.
 
 The interpreter must be asked for before Triton is imported, so the ``interpreted`` tests
 run in a second pytest process over this file, started by
@@ -467,32 +467,6 @@ def test_import_does_not_load_the_kernels() -> None:
     kernels = "musiclm_fast.ops.attention._triton_kernels"
     code = f"import sys, musiclm_fast.ops; assert {kernels!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@compiled
-@pytest.mark.aot
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_ahead_of_time(arch: int) -> None:
-    from tests.ops import triton_resources
-
-    variant = triton_resources.Variant()
-    print(f"\n{triton_resources.HEADER}")
-    for _, found in triton_resources.table([variant], [arch]):
-        print(triton_resources.line(found))
-        assert not triton_resources.problems(variant, found)
-
-
-@compiled
-@pytest.mark.aot
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_variant_compiles_ahead_of_time(arch: int) -> None:
-    from tests.ops import triton_resources
-
-    broken = []
-    for variant, found in triton_resources.table(triton_resources.every_variant(), [arch]):
-        broken += [f"{variant}: {p}" for p in triton_resources.problems(variant, found)]
-    assert not broken
 
 
 @compiled

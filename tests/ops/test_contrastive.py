@@ -105,14 +105,15 @@ def test_on_a_gpu(
 
 def assert_products_commute(depth: int, dtype: torch.dtype, device: str) -> None:
     """Bits of similarities: by every kernel's tiles, and from both sides."""
+    from musiclm_fast.ops import _triton_target
     from musiclm_fast.ops.contrastive import _triton
     from tests.ops.contrastive_product import product
 
     sizes = (130, 70) if INTERPRETED else (700, 450)
     x, y = (testing.contrastive_inputs(n, depth, dtype=dtype)["audio"].detach() for n in sizes)
     x, y = x.to(device), (y * 3).to(device)
-    capability = _triton._capability(x.device)
-    chosen = _triton.configs(capability, _triton.padded(depth), dtype)
+    target = _triton_target.target(x.device)
+    chosen = _triton.configs(target, _triton.padded(depth), dtype)
     found = [
         made for config in chosen for made in (product(x, y, config), product(y, x, config).t())
     ]

@@ -6,13 +6,10 @@ file needs neither Triton nor a GPU. README.md beside this file derives the back
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +18,11 @@ from torch import Tensor
 
 from musiclm_fast._checks import check_choice
 from musiclm_fast._dispatch import Backend
+from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.attention import _autograd
 
 MAX_HEAD_DIM = 128
-MIN_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
 # Bytes of dS that exist at a time, of the table gradient's partial sums and of the index of codes.
 # With the carried sums of k and v (at most 16 MB up to 16,384 keys) that is less than 64 MB.
 DS_BYTES = 40 << 20
@@ -34,22 +32,10 @@ INDEX_BYTES = 2 << 20
 BAND_PROGRAMS = 256
 # Rows of dS are padded to whole tiles of every kernel that touches it.
 DS_ROWS = 128
+_SMALL = dict(num_warps=4, num_stages=1)  # of kernels without products
 _LOG2E = math.log2(math.e)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HAVE_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _AUTOTUNE = os.environ.get("MUSICLM_FAST_AUTOTUNE") or "0"
 check_choice("MUSICLM_FAST_AUTOTUNE", _AUTOTUNE, ("0", "1"))
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes and launch options of one kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -74,42 +60,68 @@ class Band:
 
 
 # By longest head dim, for many queries. The counts behind the choices are in README.md.
-_HALF_PRECISION = {
+Table = dict[int, Configs]
+_HALF: Table = {
     32: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    64: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
-    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 4, 2), Config(128, 64, 8, 2)),
+    64: Configs(Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 64, 4, 2)),
 }
-_FLOAT32 = {
+_HALF_AMPERE: Table = {
+    32: Configs(Config(128, 64, 8, 3, 255), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
+    64: Configs(Config(128, 64, 8, 3), Config(32, 64, 4, 2), Config(128, 64, 8, 3, 255)),
+    128: Configs(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
+}
+_HALF_BLACKWELL: Table = {
+    32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
+    64: replace(_HALF[64], backward_kv=Config(64, 64, 4, 2, 255)),
+    128: replace(_HALF[128], backward_q=Config(128, 64, 8, 2)),
+}
+# 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
+_HALF_AMD: Table = {
+    32: Configs(Config(128, 32, 8, 2), Config(32, 64, 4, 2), Config(64, 64, 4, 2)),
+    64: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
+    128: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
+}
+_FLOAT32: Table = {
     32: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
     64: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
     128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
+_TABLES = {  # 16-bit and float32
+    "ampere": (_HALF_AMPERE, _FLOAT32),
+    "hopper": (_HALF, _FLOAT32),
+    "blackwell": (_HALF_BLACKWELL, _FLOAT32),
+    "amd": (_HALF_AMD, _FLOAT32),
+}
 
 
 def configs(
-    capability: tuple[int, int], head_dim: int, queries: int, dtype: torch.dtype, causal: bool
+    target: str, head_dim: int, queries: int, dtype: torch.dtype, causal: bool, dropout: bool
 ) -> Configs:
     """The heuristic choice of tiles: nothing is measured at run time unless it is asked for.
 
     Args:
-        capability: the device's compute capability.
+        target: the device's architecture, such as ``sm_90``.
         head_dim: D.
         queries: M; few queries (cached decoding) take narrow tiles.
         dtype: q's dtype.
-        causal: the backward then holds a second, masked loop.
+        causal: the backward then also masks.
+        dropout: the forward then also hashes.
     """
-    table = _FLOAT32 if dtype == torch.float32 else _HALF_PRECISION
+    family = _triton_target.family(target)
+    table = _TABLES[family][dtype == torch.float32]
     limit = next(limit for limit in table if head_dim <= limit)
     chosen = table[limit]
     forward, backward_kv = chosen.forward, chosen.backward_kv
     if limit == 64 and dtype != torch.float32:
-        if capability[0] >= 9:
-            forward = Config(128, 32, 8, 3)  # two programs fit on a multiprocessor
-        if capability[0] < 9 or causal:
-            # 64 queries would spill; so would 64 keys with the second loop, except on Hopper
-            backward_kv = Config(32, 32 if causal and capability[0] != 9 else 64, 4, 2)
+        if causal:
+            backward_kv = replace(backward_kv, block_m=32, max_registers=None)  # 64 would spill
+        if dropout and family in ("hopper", "blackwell"):
+            forward = replace(forward, max_registers=128)  # two programs a multiprocessor
     if queries <= 64:
-        rows = 16 if queries <= 16 else min(forward.block_m, 64)
+        # Of narrower tiles with a bias, Triton 3.6 leaves a cast that AMD's LLVM cannot translate.
+        narrow = queries <= 16 and family != "amd"
+        rows = 16 if narrow else min(forward.block_m, 64)
         forward = replace(forward, block_m=rows, num_warps=4)
     return replace(chosen, forward=forward, backward_kv=backward_kv)
 
@@ -171,7 +183,7 @@ def forward(
         q, k, v, bias_table, q_codes, k_codes, key_padding_mask, key_lengths, q_scale, k_scale,
         dropout_seed, scale, causal, dropout_p,
     )  # fmt: skip
-    with call.device_guard():
+    with _triton_target.device_guard(call.device):
         _tuned(call, "forward", lambda chosen: _run_forward(call, out, lse2, chosen.forward))
     return out, lse2
 
@@ -198,7 +210,7 @@ def backward(
         q, k, v, bias_table, q_codes, k_codes, key_padding_mask, key_lengths, q_scale, k_scale,
         dropout_seed, scale, causal, dropout_p,
     )  # fmt: skip
-    with call.device_guard():
+    with _triton_target.device_guard(call.device):
         _tuned(
             call,
             "backward",
@@ -235,11 +247,6 @@ class _Call:
         self.seed, self.dropout_p = dropout_seed, dropout_p
         self.scale, self.causal = scale, causal
 
-    def device_guard(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
-
     def bias(self) -> dict[str, Any]:
         """Arguments that the kernels of the forward and of the backward share."""
         return dict(
@@ -264,11 +271,17 @@ class _Call:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         block = 64
         _launch(
-            "normalize_kernel", batch * heads * -(-length // block), 4, 1,
+            "normalize_kernel", batch * heads * -(-length // block), _SMALL,
             x=x, scale=weight, y=y, **_strides("x", x, "bhn"), heads=heads, length=length,
             HEAD_DIM=head_dim, BLOCK_D=self.block_d, BLOCK=block,
         )  # fmt: skip
         return y
+
+    @property
+    def ptx(self) -> bool:
+        """Whether the kernels may hold NVIDIA's instructions."""
+        on_amd = _triton_target.family(_triton_target.target(self.device)) == "amd"
+        return not (on_amd or _triton_target.INTERPRET)
 
     @property
     def precision(self) -> str:
@@ -281,12 +294,12 @@ def _run_forward(call: _Call, out: Tensor, lse2: Tensor, config: Config) -> None
     _launch(
         "forward_kernel",
         call.batch * call.heads * -(-call.queries // config.block_m),
-        config.num_warps, config.num_stages,
+        config.options,
         q=call.q, k=k, v=call.v, out=out, logsumexp2=lse2, q_scale=call.q_scale, **call.bias(),
         **_strides("q", call.q, "bhm"), **_strides("k", k, "bhn"), **_strides("v", call.v, "bhn"),
         **_strides("o", out, "bhm"), heads=call.heads,
         HEAD_DIM=call.head_dim, BLOCK_D=call.block_d, GROUP=call.group, CAUSAL=call.causal,
-        PRECISION=call.precision, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PRECISION=call.precision, PTX=call.ptx, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
 
 
@@ -308,7 +321,7 @@ def _run_backward(
     delta = empty(batch, heads, queries)
     block = 64
     _launch(
-        "delta_kernel", batch * heads * -(-queries // block), 4, 1,
+        "delta_kernel", batch * heads * -(-queries // block), _SMALL,
         grad_out=grad_out, out=out, delta=delta, **_strides("g", grad_out, "bhm"),
         **_strides("o", out, "bhm"), heads=heads, queries=queries,
         HEAD_DIM=head_dim, BLOCK_D=call.block_d, BLOCK=block,
@@ -334,7 +347,7 @@ def _run_backward(
         units = band.samples * band.kv_heads
         where = dict(sample0=band.sample, row_begin=band.row_begin, row_end=band.row_end)
         _launch(
-            "backward_kv_kernel", units * key_blocks, kv.num_warps, kv.num_stages,
+            "backward_kv_kernel", units * key_blocks, kv.options,
             grad_out=grad_out, q=q, k=k, v=call.v, raw_k=call.k, k_scale=call.k_scale,
             logsumexp2=lse2, delta=delta, ds=ds, carry=carry, grad_k=grad_k, grad_v=grad_v,
             grad_k_scale=k_scale_parts, **call.bias(), **_strides("g", grad_out, "bhm"),
@@ -347,11 +360,11 @@ def _run_backward(
                 call.key_mask is not None or call.key_lengths is not None
                 or keys % kv.block_n != 0
             ),
-            PRECISION=call.precision, BLOCK_M=kv.block_m, BLOCK_N=kv.block_n,
+            PRECISION=call.precision, PTX=call.ptx, BLOCK_M=kv.block_m, BLOCK_N=kv.block_n,
         )  # fmt: skip
         band_blocks = -(-(band.row_end - band.row_begin) // dq.block_m)
         _launch(
-            "backward_q_kernel", units * call.group * band_blocks, dq.num_warps, dq.num_stages,
+            "backward_q_kernel", units * call.group * band_blocks, dq.options,
             ds=ds, k=k, raw_q=call.q, q_scale=call.q_scale, key_lengths=call.key_lengths,
             grad_q=grad_q, grad_q_scale=q_scale_parts, **_strides("k", k, "bhn"),
             **_strides("r", call.q, "bhm"), **_strides("dq", grad_q, "bhm"),
@@ -397,7 +410,7 @@ class _TableGradient:
         self.first, self.following = empty(tables, self.slots), empty(tables, call.queries)
         block = 64
         _launch(
-            "index_kernel", tables * (-(-self.slots // block) + -(-call.queries // block)), 4, 1,
+            "index_kernel", tables * (-(-self.slots // block) + -(-call.queries // block)), _SMALL,
             q_codes=call.q_codes, first=self.first, following=self.following,
             stride_qcb=_batch_stride(call.q_codes), queries=call.queries, slots=self.slots,
             BLOCK=block,
@@ -421,7 +434,7 @@ class _TableGradient:
         if call.radius > 0:
             h_blocks = -(-band_heads // self.block_h)
             _launch(
-                "table_gradient_kernel", self.r_blocks * h_blocks * self.parts, 4, 1,
+                "table_gradient_kernel", self.r_blocks * h_blocks * self.parts, _SMALL,
                 **common, first=self.first, following=self.following, partial=self.inner,
                 stride_firstb=self.slots if per_sample else 0,
                 stride_followingb=call.queries if per_sample else 0, slots=self.slots,
@@ -429,7 +442,7 @@ class _TableGradient:
                 BLOCK_H=self.block_h, BLOCK_J=self.block_j, BLOCK_R=self.block_r,
             )  # fmt: skip
         _launch(
-            "table_edges_kernel", band.samples * band_heads * self.key_blocks, 4, 1,
+            "table_edges_kernel", band.samples * band_heads * self.key_blocks, _SMALL,
             **common, partial=self.edges, BLOCK_M=64, BLOCK_N=self.edge_keys,
         )  # fmt: skip
 
@@ -461,42 +474,10 @@ def _strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
     return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate(axes)}
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    record: Callable[..., None]
-    capability: tuple[int, int]
-
-
-_recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
-
-
-def _launch(name: str, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
+def _launch(name: str, programs: int, options: dict[str, int], **arguments: Any) -> None:
     from musiclm_fast.ops.attention import _triton_kernels
 
-    kernel = getattr(_triton_kernels, name)
-    recorder = _recorder.get()
-    if recorder is None:
-        # Fused multiply-adds by order: newer Triton versions no longer default to them.
-        options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-        kernel[(programs,)](**arguments, **options)
-    else:
-        recorder.record(kernel, arguments, num_warps=num_warps, num_stages=num_stages)
-
-
-@contextlib.contextmanager
-def recorded_launches(record: Callable[..., None], capability: tuple[int, int]) -> Iterator[None]:
-    """For the ahead-of-time check: note every launch of a block instead of running it.
-
-    Args:
-        record: gets ``(kernel, arguments, num_warps=, num_stages=)`` of each launch.
-        capability: the compute capability for which configs are chosen; the tensors may be on
-            the meta device.
-    """
-    token = _recorder.set(_Recorder(record, capability))
-    try:
-        yield
-    finally:
-        _recorder.reset(token)
+    _triton_target.launch(getattr(_triton_kernels, name), programs, arguments, options)
 
 
 _tuning_results: dict[tuple[Any, ...], Configs] = {}
@@ -505,14 +486,15 @@ _tuning_results: dict[tuple[Any, ...], Configs] = {}
 def _tuned(call: _Call, kind: str, run: Callable[[Configs], None]) -> None:
     # Runs with the heuristic configs or, on request, with the fastest of a few, found once per
     # kind of call. Tuning synchronises, so it does not happen inside a CUDA graph's capture.
-    recorder = _recorder.get()
-    capability = _capability(call.device) if recorder is None else recorder.capability
-    heuristic = configs(capability, call.head_dim, call.queries, call.dtype, call.causal)
+    target = _triton_target.target(call.device)
+    heuristic = configs(
+        target, call.head_dim, call.queries, call.dtype, call.causal, call.seed is not None
+    )
     if _AUTOTUNE == "0" or call.device.type != "cuda":
         run(heuristic)
         return
     key = (
-        kind, capability, call.head_dim, call.dtype, call.causal, call.group,
+        kind, target, call.head_dim, call.dtype, call.causal, call.group,
         call.table2 is None, call.seed is None, call.keys.bit_length(), call.queries.bit_length(),
     )  # fmt: skip
     if key not in _tuning_results and not torch.cuda.is_current_stream_capturing():
@@ -545,40 +527,12 @@ def _candidates(heuristic: Configs) -> Iterator[Configs]:
         )
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)
-    return (9, 0)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler.
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def available() -> tuple[bool, str]:
-    """Whether Triton is installed; does not import it."""
-    return _HAVE_TRITON, "" if _HAVE_TRITON else "triton is not installed"
-
-
 def supports(q: Tensor, **_: Any) -> tuple[bool, str]:
     """Whether the kernels take this call, from device, dtype and head dim alone."""
-    if q.device.type == "cpu":
-        if not _INTERPRET:
-            return False, "its kernels run on CUDA tensors (on CPU only with TRITON_INTERPRET=1)"
-        if q.dtype != torch.float32:
-            return False, f"the interpreter runs float32, not {q.dtype}"
-    elif q.device.type != "cuda":
-        return False, f"no kernel for {q.device.type} tensors"
-    elif torch.version.hip is not None:
-        return False, "its tiles are chosen for, and compiled in the tests for, NVIDIA GPUs only"
-    elif _capability(q.device) < MIN_CAPABILITY:
-        major, minor = _capability(q.device)
-        return False, f"compute capability {major}.{minor} is below 8.0"
-    if q.dtype not in _DTYPES:
-        return False, f"dtype {q.dtype} is none of float32, bfloat16 and float16"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return False, f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
-    return True, ""
+    reason = _triton_target.refusal(q)
+    if not reason and q.shape[-1] > MAX_HEAD_DIM:
+        reason = f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    return not reason, reason
 
 
 def run(**arguments: Any) -> Tensor:
@@ -595,7 +549,7 @@ def self_check(device: torch.device) -> str | None:
     from musiclm_fast import testing
     from musiclm_fast.ops.attention.reference import attention_reference
 
-    dtypes = _DTYPES if device.type == "cuda" else (torch.float32,)
+    dtypes = _triton_target.DTYPES if device.type == "cuda" else (torch.float32,)
     cases: tuple[dict[str, Any], ...] = (
         dict(queries=130, head_dim=64, heads=1, radius=200, codes_per_sample=True, key_mask=True),
         dict(queries=40, keys=70, head_dim=48, heads=2, kv_heads=1, lengths=True),
@@ -648,11 +602,13 @@ _library.define(
 _library.define(
     f"attention_backward_triton{_autograd.BACKWARD_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,)
 )
-for _key in ("CUDA", "CPU") if _INTERPRET else ("CUDA",):
+for _key in ("CUDA", "CPU") if _triton_target.INTERPRET else ("CUDA",):
     _library.impl("attention_forward_triton", forward, _key)
     _library.impl("attention_backward_triton", backward, _key)
 _autograd.register(
     "musiclm_fast::attention_forward_triton", "musiclm_fast::attention_backward_triton"
 )
 
-BACKEND = Backend("triton", supports, run, available=available, self_check=self_check)
+BACKEND = Backend(
+    "triton", supports, run, available=_triton_target.available, self_check=self_check
+)

@@ -9,14 +9,11 @@ the row's sum. Optional inputs are None, which Triton treats as a compile-time c
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
 # l2norm's floor on the norm, as in torch.nn.functional.normalize.
 NORM_EPS = tl.constexpr(1e-12)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
@@ -62,12 +59,12 @@ def _code_window(codes, radius):
 
 
 @triton.jit
-def _read_table(row, index):
-    # row[index] for a tile of indices, each inside the table. Written as an instruction because
-    # Triton would pipeline tl.load through shared memory: a copy of 4 bytes per element, with
-    # bank conflicts, then a read in another layout. So the value comes from the first-level
-    # cache straight into the register of the similarity that it is added to.
-    if INTERPRETED:
+def _read_table(row, index, PTX: tl.constexpr):
+    # row[index] for a tile of indices, each inside the table. Written as an instruction where
+    # there is PTX because Triton would pipeline tl.load through shared memory: a copy of 4 bytes
+    # per element, with bank conflicts, then a read in another layout. So the value comes from the
+    # first-level cache straight into the register of the similarity that it is added to.
+    if not PTX:
         return tl.load(row + index)
     return tl.inline_asm_elementwise(
         "ld.global.nc.f32 $0, [$1];", "=f,l", [(row + index).to(tl.int64)],
@@ -123,6 +120,7 @@ def _forward_tiles(
     k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     # One online-softmax sweep over the keys [begin, end). BOUNDED tiles may reach past key_end or
     # the causal diagonal; the others lie inside both and pay for neither comparison.
@@ -149,7 +147,7 @@ def _forward_tiles(
             clamped = tl.minimum(
                 tl.maximum(codes[None, :], window_low[:, None]), window_high[:, None]
             )
-            s2 += _read_table(table_row, code_plus_radius[:, None] - clamped)
+            s2 += _read_table(table_row, code_plus_radius[:, None] - clamped, PTX)
         if mask_row is not None:
             visible = tl.load(mask_row + columns, mask=columns_ok, other=0) != 0
             s2 = tl.where(visible[None, :], s2, float("-inf"))
@@ -187,7 +185,7 @@ def forward_kernel(
     stride_tableh, stride_qcb, stride_kcb, stride_maskb,
     heads, queries, keys, radius, scale_log2, threshold, keep_factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
 
@@ -251,13 +249,13 @@ def forward_kernel(
         acc, row_max, row_sum, q_tile, 0, inside, key_end,
         k_base, v_base, stride_kn, stride_vn, table_row, window_low, window_high, code_plus_radius,
         k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, CAUSAL, seed is not None, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, False, CAUSAL, seed is not None, PRECISION, PTX,
     )  # fmt: skip
     acc, row_max, row_sum = _forward_tiles(
         acc, row_max, row_sum, q_tile, inside, end, key_end,
         k_base, v_base, stride_kn, stride_vn, table_row, window_low, window_high, code_plus_radius,
         k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, seed is not None, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, seed is not None, PRECISION, PTX,
     )  # fmt: skip
 
     seen = row_sum > 0.0
@@ -294,60 +292,6 @@ def delta_kernel(
     tl.store(delta + bh * queries + rows, tl.sum(product, axis=1), mask=rows < queries)
 
 
-@triton.jit
-def _backward_tiles(
-    grad_k, grad_v, k_tile, v_tile, begin, end, row_end, row_begin,
-    q_base, g_base, stride_qm, stride_gm, lse_row, delta_row, ds_base, stride_ds,
-    table_row, window_low, window_high, code_minus_radius, q_codes_row,
-    keys_ok, seed, row0, column_key, threshold, keep_factor, scale_log2, columns, causal_shift,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASK_KEYS: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # One sweep over the queries [begin, end) for a tile of keys. Tiles are (BN, BM), keys first,
-    # so that neither product with a (BM, D) tile needs a transposed accumulator.
-    lanes = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    q_offsets = lanes[:, None] * stride_qm + dims[None, :]
-    g_offsets = lanes[:, None] * stride_gm + dims[None, :]
-    for start in range(begin, end, BLOCK_M):
-        rows = start + lanes
-        rows_ok = rows < row_end
-        start64 = tl.cast(start, tl.int64)
-        tile_ok = rows_ok[:, None] & (dims < HEAD_DIM)[None, :]
-        q_tile = tl.load(q_base + start64 * stride_qm + q_offsets, mask=tile_ok, other=0.0)
-        s2 = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
-        if table_row is not None:
-            codes = tl.load(q_codes_row + rows, mask=rows_ok, other=0)
-            clamped = tl.minimum(
-                tl.maximum(codes[None, :], window_low[:, None]), window_high[:, None]
-            )
-            s2 += _read_table(table_row, clamped - code_minus_radius[:, None])
-        # Rows past the end, and rows that see no key, get +inf: p = 0.
-        lse2 = tl.load(lse_row + rows, mask=rows_ok, other=float("inf"))
-        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-        p = tl.exp2(s2 - lse2[None, :])
-        if MASK_KEYS:
-            p = tl.where(keys_ok[:, None], p, 0.0)
-        if DIAGONAL:
-            p = tl.where(columns[:, None] <= rows[None, :] + causal_shift, p, 0.0)
-        g_tile = tl.load(g_base + start64 * stride_gm + g_offsets, mask=tile_ok, other=0.0)
-        grad_p = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-        if seed is not None:
-            kept = _kept(_row_key(seed, row0 + rows)[None, :], column_key[:, None], threshold)
-            dropped = tl.where(kept, p * keep_factor, 0.0)
-            grad_p = tl.where(kept, grad_p * keep_factor, 0.0)
-        else:
-            dropped = p
-        grad_v = tl.dot(dropped.to(g_tile.dtype), g_tile, grad_v, input_precision=PRECISION)
-        delta = tl.load(delta_row + rows, mask=rows_ok, other=0.0)
-        ds = (p * (grad_p - delta[None, :])).to(q_tile.dtype)  # (BN, BM)
-        # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
-        ds_start = tl.multiple_of(start - row_begin, BLOCK_M)
-        tl.store(ds_base + ds_start + (stride_ds + lanes[None, :]), ds)
-        grad_k = tl.dot(ds, q_tile, grad_k, input_precision=PRECISION)
-    return grad_k, grad_v
-
-
 @triton.jit(do_not_specialize=["threshold", "sample0", "kv_head0", "row_end"])
 def backward_kv_kernel(
     grad_out, q, k, v, raw_k, k_scale, logsumexp2, delta, table2, q_codes, k_codes, key_mask,
@@ -359,15 +303,16 @@ def backward_kv_kernel(
     heads, kv_heads, queries, keys, radius, scale, scale_log2, threshold, keep_factor,
     sample0, kv_head0, band_kv_heads, row_begin, row_end, ds_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v and k_scale, and dS, for one block of keys and a band of queries.
 
-    A band is some samples x some key heads x the queries [row_begin, row_end). dS goes, keys
-    first, to ``ds`` (band samples, band heads, N padded, ds_rows). Where the queries are cut into
-    several bands, ``carry`` (2, band samples * band key heads, N padded, BLOCK_D) holds the
-    unfinished sums in float32; it is None where one band has them all.
+    Tiles are (BN, BM), keys first, so that neither product with a (BM, D) tile needs a transposed
+    accumulator. A band is some samples x some key heads x the queries [row_begin, row_end). dS
+    goes, keys first, to ``ds`` (band samples, band heads, N padded, ds_rows). Where the queries
+    are cut into several bands, ``carry`` (2, band samples * band key heads, N padded, BLOCK_D)
+    holds the unfinished sums in float32; it is None where one band has them all.
     """
     blocks = tl.cdiv(keys, BLOCK_N)
     pid = tl.program_id(0)
@@ -401,28 +346,20 @@ def backward_kv_kernel(
     window_low = None
     window_high = None
     code_minus_radius = None
-    q_codes_row = None
     if table2 is not None:
         codes = tl.load(k_codes + b * stride_kcb + columns, mask=in_range, other=0)
         window_low, window_high = _code_window(codes, radius)
         code_minus_radius = codes - radius  # may wrap; the difference unwraps
-        q_codes_row = q_codes + b * stride_qcb
     column_key = None
     if seed is not None:
         column_key = _column_key(columns)
 
     causal_shift = keys - queries
     begin = row_begin
-    diagonal_end = row_begin
-    if CAUSAL:
-        # The first query that sees any of these keys, and the first that sees them all.
+    if CAUSAL:  # from the first query that sees any of these keys
         first = tl.maximum(block * BLOCK_N - causal_shift, row_begin)
         begin = row_begin + (first - row_begin) // BLOCK_M * BLOCK_M
-        full = tl.maximum((block + 1) * BLOCK_N - 1 - causal_shift, row_begin)
-        diagonal_end = row_begin + tl.cdiv(full - row_begin, BLOCK_M) * BLOCK_M
-        diagonal_end = tl.minimum(diagonal_end, row_end)
     end = tl.where(block * BLOCK_N < key_end, row_end, row_begin)  # beyond its length: no rows
-    diagonal_end = tl.minimum(diagonal_end, end)
 
     padded_keys = blocks.to(tl.int64) * BLOCK_N
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -435,35 +372,62 @@ def backward_kv_kernel(
             dk = tl.load(carry_at)
             dv = tl.load(carry_v_at)
 
-    stride_ds = columns64 * ds_rows
-    for g in range(GROUP):
-        h = hk * GROUP + g
+    lanes_m = tl.arange(0, BLOCK_M)
+    q_offsets = lanes_m[:, None] * stride_qm + dims[None, :]
+    g_offsets = lanes_m[:, None] * stride_gm + dims[None, :]
+    ds_offsets = columns64 * ds_rows + lanes_m[None, :]
+    # One loop over all heads' queries: a loop over heads around one over queries would keep the
+    # addresses of both in registers, more than there are.
+    span = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * BLOCK_M
+    for at in range(begin, begin + GROUP * span, BLOCK_M):
+        start = at
+        h = hk * GROUP
+        local = unit64 * GROUP
+        if GROUP > 1:
+            g = (at - begin) // tl.maximum(span, 1)
+            start = at - g * span
+            h += g
+            local += g
+        rows = start + lanes_m
+        rows_ok = rows < row_end
+        row_mask = rows_ok[:, None] & (dims < HEAD_DIM)[None, :]
+        start64 = tl.cast(start, tl.int64)
         bh = b * heads + h
-        ds_base = ds + (unit64 * GROUP + g) * padded_keys * ds_rows
-        q_base = q + b * stride_qb + h * stride_qh
-        g_base = grad_out + b * stride_gb + h * stride_gh
-        lse_row = logsumexp2 + bh * queries
-        delta_row = delta + bh * queries
-        table_row = None
+        q_at = q + b * stride_qb + h * stride_qh + start64 * stride_qm
+        q_tile = tl.load(q_at + q_offsets, mask=row_mask, other=0.0)
+        s2 = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         if table2 is not None:
+            row_codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
+            clamped = tl.minimum(
+                tl.maximum(row_codes[None, :], window_low[:, None]), window_high[:, None]
+            )
             table_row = table2 + h * stride_tableh
-        if CAUSAL:
-            dk, dv = _backward_tiles(
-                dk, dv, k_tile, v_tile, begin, diagonal_end, row_end, row_begin,
-                q_base, g_base, stride_qm, stride_gm, lse_row, delta_row, ds_base, stride_ds,
-                table_row, window_low, window_high, code_minus_radius, q_codes_row,
-                keys_ok, seed, bh * queries, column_key, threshold, keep_factor, scale_log2,
-                columns, causal_shift,
-                HEAD_DIM, BLOCK_D, BLOCK_M, MASK_KEYS, True, PRECISION,
-            )  # fmt: skip
-        dk, dv = _backward_tiles(
-            dk, dv, k_tile, v_tile, diagonal_end, end, row_end, row_begin,
-            q_base, g_base, stride_qm, stride_gm, lse_row, delta_row, ds_base, stride_ds,
-            table_row, window_low, window_high, code_minus_radius, q_codes_row,
-            keys_ok, seed, bh * queries, column_key, threshold, keep_factor, scale_log2,
-            columns, causal_shift,
-            HEAD_DIM, BLOCK_D, BLOCK_M, MASK_KEYS, False, PRECISION,
-        )  # fmt: skip
+            s2 += _read_table(table_row, clamped - code_minus_radius[:, None], PTX)
+        # Rows past the end, and rows that see no key, get +inf: p = 0.
+        lse2 = tl.load(logsumexp2 + bh * queries + rows, mask=rows_ok, other=float("inf"))
+        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+        p = tl.exp2(s2 - lse2[None, :])
+        if MASK_KEYS:
+            p = tl.where(keys_ok[:, None], p, 0.0)
+        if CAUSAL:  # in every tile: a second loop for those on the diagonal costs more registers
+            p = tl.where(columns[:, None] <= rows[None, :] + causal_shift, p, 0.0)
+        g_at = grad_out + b * stride_gb + h * stride_gh + start64 * stride_gm
+        g_tile = tl.load(g_at + g_offsets, mask=row_mask, other=0.0)
+        grad_p = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+        if seed is not None:
+            row_key = _row_key(seed, bh * queries + rows)
+            kept = _kept(row_key[None, :], column_key[:, None], threshold)
+            dropped = tl.where(kept, p * keep_factor, 0.0)
+            grad_p = tl.where(kept, grad_p * keep_factor, 0.0)
+        else:
+            dropped = p
+        dv = tl.dot(dropped.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
+        row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
+        ds_tile = (p * (grad_p - row_delta[None, :])).to(q_tile.dtype)  # (BN, BM)
+        # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
+        ds_start = tl.multiple_of(start - row_begin, BLOCK_M)
+        tl.store(ds + local * padded_keys * ds_rows + ds_start + ds_offsets, ds_tile)
+        dk = tl.dot(ds_tile, q_tile, dk, input_precision=PRECISION)
 
     if row_end < queries:
         if carry is not None:

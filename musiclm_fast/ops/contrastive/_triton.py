@@ -6,22 +6,17 @@ file needs neither Triton nor a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
-import os
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.contrastive import _autograd
 
 MAX_DEPTH = 256
-MIN_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
 # Programs that a launch should have: two for each of an H100's multiprocessors.
 PROGRAMS = 264
 # Bytes of partial gradients where few rows make a launch cut its columns into splits.
@@ -33,23 +28,10 @@ BOUNDED = 40.0
 # float32 products commute and add in order of k; so do 16-bit ones. "tf32x3" would add its two
 # small terms, high x low and low x high, in the other order when the sides are swapped.
 PRECISION = "ieee"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HAVE_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes and launch options of one kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# (logsumexp, gradient, sigmoid) by the largest padded depth; tests/ops/test_contrastive_triton.py
-# compiles each and holds it to no spills up to depth 128 and to the shared memory of its device.
+# (logsumexp, gradient, sigmoid) by the largest padded depth; tests/ops/test_triton_resources.py
+# compiles each and holds it to no spills and to the shared memory of its device.
 Table = dict[int, tuple[Config, Config, Config]]
 _HALF: Table = {
     128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
@@ -60,9 +42,13 @@ _HALF_AMPERE: Table = {
     128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
     256: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
 }
+_HALF_BLACKWELL: Table = {
+    **_HALF,
+    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+}
 _FLOAT32: Table = {
     64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 64, 8, 2, 128), Config(32, 32, 8, 2)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
 _FLOAT32_AMPERE: Table = {
@@ -70,35 +56,28 @@ _FLOAT32_AMPERE: Table = {
     64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     128: (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
 }
+# 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
+_HALF_AMD: Table = {
+    128: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 2)),
+    256: (Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
+}
+_FLOAT32_AMD: Table = {
+    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
+    256: (Config(16, 32, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+}
+_TABLES = {  # 16-bit and float32
+    "ampere": (_HALF_AMPERE, _FLOAT32_AMPERE),
+    "hopper": (_HALF, _FLOAT32),
+    "blackwell": (_HALF_BLACKWELL, _FLOAT32),
+    "amd": (_HALF_AMD, _FLOAT32_AMD),
+}
 
 
-def configs(
-    capability: tuple[int, int], block_d: int, dtype: torch.dtype
-) -> tuple[Config, Config, Config]:
+def configs(target: str, block_d: int, dtype: torch.dtype) -> tuple[Config, Config, Config]:
     """Tiles of the three kernels: a choice by table, nothing is measured at run time."""
-    if dtype == torch.float32:
-        table = _FLOAT32 if capability >= (9, 0) else _FLOAT32_AMPERE
-    else:
-        table = _HALF if capability >= (9, 0) else _HALF_AMPERE
+    table = _TABLES[_triton_target.family(target)][dtype == torch.float32]
     return next(chosen for limit, chosen in table.items() if block_d <= limit)
-
-
-Launch = Callable[..., None]
-_recorder: ContextVar[tuple[Launch, tuple[int, int]] | None] = ContextVar("recorder", default=None)
-
-
-@contextlib.contextmanager
-def recorded_launches(record: Launch, capability: tuple[int, int]) -> Iterator[None]:
-    """Hand every launch to ``record(kernel, arguments, num_warps, num_stages)``, run none.
-
-    Then meta tensors will do: the tests compile what a call would launch on a device of that
-    compute capability.
-    """
-    token = _recorder.set((record, capability))
-    try:
-        yield
-    finally:
-        _recorder.reset(token)
 
 
 @functools.cache
@@ -121,9 +100,7 @@ class _Side:
         self.layers, self.rows, self.depth = x.shape
         self.columns = y.shape[1]
         self.block_d = padded(self.depth)
-        recorder = _recorder.get()
-        capability = _capability(x.device) if recorder is None else recorder[1]
-        self.config = configs(capability, self.block_d, x.dtype)[part]
+        self.config = configs(_triton_target.target(x.device), self.block_d, x.dtype)[part]
         self.blocks = self.layers * -(-self.rows // self.config.block_m)
 
     def splits(self, row_bytes: int) -> int:
@@ -147,16 +124,7 @@ class _Side:
             EVEN=self.columns % self.config.block_n == 0, PRECISION=PRECISION,
             BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n,
         )  # fmt: skip
-        options = dict(num_warps=self.config.num_warps, num_stages=self.config.num_stages)
-        recorder = _recorder.get()
-        if recorder is not None:
-            recorder[0](_kernel(name), arguments, **options)
-        elif self.blocks:
-            _kernel(name)[(self.blocks * splits,)](**arguments, **options)
-
-
-def _device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+        _triton_target.launch(_kernel(name), self.blocks * splits, arguments, self.config.options)
 
 
 def logsumexp(
@@ -173,7 +141,7 @@ def logsumexp(
         merged = lse[0] if splits == 1 else torch.logsumexp(lse, dim=0)
         return merged, merged if positive is None else positive.sum(dim=0)
 
-    with _device_guard(audio):
+    with _triton_target.device_guard(audio.device):
         row, positive = of_rows(audio, text, offset, True)
         column, _ = of_rows(text, audio, -offset, False)
     return row, column, positive
@@ -217,7 +185,7 @@ def logsumexp_backward(
         )  # fmt: skip
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
-    with _device_guard(audio):
+    with _triton_target.device_guard(audio.device):
         d_audio = of_rows(audio, text, offset, 0, 1, weights[2])
         d_text = of_rows(text, audio, -offset, 1, 0, of_column)
     return _finish(d_audio, d_text, audio, temperature, scale)
@@ -241,7 +209,7 @@ def sigmoid(
         total = [] if dx is None else [dx[0] if splits == 1 else dx.sum(dim=0)]
         return [loss, ds_sum, *total]
 
-    with _device_guard(audio):
+    with _triton_target.device_guard(audio.device):
         loss, ds_sum, *d_audio = of_rows(audio, text, offset, True)
         if not gradients:
             none = [loss.new_empty(0) for _ in range(4)]
@@ -267,38 +235,12 @@ def _largest_norm(latents: Tensor) -> Tensor:
     return torch.linalg.vector_norm(latents, dim=-1, dtype=torch.float32).amax(dim=-1)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-# What torch.compiler.assume_constant_result sets, which imports torch._dynamo (seconds).
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def available() -> tuple[bool, str]:
-    """Whether Triton is installed; does not import it."""
-    return _HAVE_TRITON, "" if _HAVE_TRITON else "triton is not installed"
-
-
 def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
     """Whether the kernels take this call, from device, dtype and width alone."""
-    if audio.device.type == "cpu":
-        if not _INTERPRET:
-            return False, "its kernels run on CUDA tensors (on CPU only with TRITON_INTERPRET=1)"
-        if audio.dtype != torch.float32:
-            return False, f"the interpreter runs float32, not {audio.dtype}"
-    elif audio.device.type != "cuda":
-        return False, f"no kernel for {audio.device.type} tensors"
-    elif torch.version.hip is not None:
-        return False, "its tiles are chosen for, and compiled in the tests for, NVIDIA GPUs only"
-    elif _capability(audio.device) < MIN_CAPABILITY:
-        major, minor = _capability(audio.device)
-        return False, f"compute capability {major}.{minor} is below 8.0"
-    if audio.dtype not in _DTYPES:
-        return False, f"dtype {audio.dtype} is none of float32, bfloat16 and float16"
-    if not 0 < audio.shape[-1] <= MAX_DEPTH:
-        return False, f"latents of width {audio.shape[-1]}, not 1 to {MAX_DEPTH}"
-    return True, ""
+    reason = _triton_target.refusal(audio)
+    if not reason and not 0 < audio.shape[-1] <= MAX_DEPTH:
+        reason = f"latents of width {audio.shape[-1]}, not 1 to {MAX_DEPTH}"
+    return not reason, reason
 
 
 def run(
@@ -328,7 +270,7 @@ def self_check(device: torch.device) -> str | None:
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        for dtype in _DTYPES if device.type == "cuda" else (torch.float32,):
+        for dtype in _triton_target.DTYPES if device.type == "cuda" else (torch.float32,):
             for kind, factor in (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0)):
                 inputs = testing.contrastive_inputs(
                     300, 128, 2, temperature=factor, dtype=dtype, device=device
@@ -367,7 +309,7 @@ for _name, _schema, _function in (
     ("contrastive_sigmoid_triton", _autograd.SIGMOID_SCHEMA, sigmoid),
 ):
     _library.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CUDA", "CPU") if _INTERPRET else ("CUDA",):
+    for _key in ("CUDA", "CPU") if _triton_target.INTERPRET else ("CUDA",):
         _library.impl(_name, _function, _key)
 kernels = _autograd.register(
     "musiclm_fast::contrastive_logsumexp_triton",

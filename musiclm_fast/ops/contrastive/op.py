@@ -15,6 +15,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops import _triton_target
 from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
 from musiclm_fast.ops.contrastive.reference import (
@@ -161,7 +162,9 @@ dispatcher = Dispatcher(
     "contrastive",
     [
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("triton", _triton.supports, _triton.run, _triton.available, _triton.self_check),
+        Backend(
+            "triton", _triton.supports, _triton.run, _triton_target.available, _triton.self_check
+        ),
         Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
     ],
 )

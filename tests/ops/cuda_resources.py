@@ -1,0 +1,48 @@
+"""Compiles the spectrogram's CUDA file and tabulates what its kernels need; no GPU takes part."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tests.ops.triton_resources import cuda_usage
+
+ROOT = Path(__file__).parents[2]
+
+
+def nvcc() -> str | None:
+    """Where the compiler is, if it is there."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
+    """By kernel, ``forward_fixed_kernel<512, 2>``: registers and bytes of stack, ``STACK``.
+
+    Args:
+        target: ``sm_90``.
+        folder: for the object file.
+    """
+    include = Path(torch.__file__).parent / "include"
+    arch = target.removeprefix("sm_")
+    found = folder / f"spectrogram_{target}.o"
+    command = [
+        nvcc(), "-std=c++20", "-O2", "-Icsrc", "-isystem", str(include), "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "--expt-relaxed-constexpr",
+        "--expt-extended-lambda", f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-c", "csrc/spectrogram/spectrogram.cu", "-o", str(found),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    usage = cuda_usage(found.read_bytes())
+    return {_readable(name): values for name, values in usage.items()}
+
+
+def _readable(symbol: str) -> str:
+    match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:Li\d+E)+)E)?", symbol)
+    assert match is not None, symbol
+    numbers = re.findall(r"Li(\d+)E", match[2] or "")
+    return match[1] + (f"<{', '.join(numbers)}>" if numbers else "")
