@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The ahead-of-time compilation of the Triton kernels (tests marked `aot`, the slow ones among them)
 # with the oldest Triton that is supported, that of torch 2.11, with that of torch 2.14 and with the
-# newest that pip finds, except the environment's own, which has run them already.
+# newest that pip finds, except the environment's own, which has run them already. Rare calls (every
+# variant) are compiled for Hopper and one AMD device alone: minutes for each.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -23,6 +24,7 @@ for version in $(printf '%s\n' 3.6.0 3.8.0 "$newest" | sort -uV | grep -vxF "$ow
 import triton
 assert triton.__version__ == '$version', triton.__version__
 print('Triton', triton.__version__)"
-    "$PYTHON" -m pytest -n auto --dist worksteal tests/ops -m "aot and not gpu"
+    "$PYTHON" -m pytest -n auto --dist worksteal tests/ops -m "aot and not gpu" \
+      -k "not every_variant or sm_90 or gfx942"
   )
 done

@@ -34,12 +34,12 @@ PRECISION = "ieee"
 # compiles each and holds it to no spills and to the shared memory of its device.
 Table = dict[int, tuple[Config, Config, Config]]
 _HALF: Table = {
-    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
-    256: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    256: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
 }
 # Products before Hopper keep both operands in registers, so tiles of 128 columns would spill.
 _HALF_AMPERE: Table = {
-    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 3)),
     256: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
 }
 _HALF_BLACKWELL: Table = {
@@ -63,7 +63,7 @@ _HALF_AMD: Table = {
 }
 _FLOAT32_AMD: Table = {
     64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(32, 32, 8, 2)),
+    128: (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(32, 16, 8, 2)),
     256: (Config(16, 32, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
 _TABLES = {  # 16-bit and float32
