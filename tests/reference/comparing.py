@@ -100,6 +100,11 @@ class _Rounding(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._softmax_backward_data.default:
+            grad, weights, dim, _ = args
+            with self:  # a product, a sum and a difference, in one operation
+                terms = grad * weights
+                return terms - weights * terms.sum(dim, keepdim=True)
         results = func(*args, **kwargs)
         if any(result.alias_info is not None for result in func._schema.returns):
             return results  # a view, or written in place
