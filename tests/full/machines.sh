@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests of the ops and the models as other machines run them: another BLAS under numpy, other
+# Tests of the ops, the models and their parity as other machines run them: another BLAS under numpy, other
 # instructions in torch and in our kernels, other numbers of threads. A row sets all columns at once:
 # six rows hold every value of each, and each of torch's instruction sets beside several of ours. A
 # value that needs instructions which this processor lacks is left unset, and named: the libraries
@@ -64,6 +64,7 @@ for row in "${rows[@]}"; do
   start=$SECONDS result=passed
   pytest() { env "${settings[@]}" "$PYTHON" -m pytest "${common[@]}" "$@" || result=failed; }
   pytest -k "$core" tests/ops tests/models
+  pytest tests/reference/test_parity_{audio,mulan,audiolm,text}.py
   interpreted="triton and ($rounding)"
   [ "${#report[@]}" -gt 0 ] || interpreted=triton
   settings+=(TRITON_INTERPRET=1)
