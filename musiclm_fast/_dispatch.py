@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from musiclm_fast import _extension
+from musiclm_fast._compiling import assume_constant_result
 
 Supports = Callable[..., tuple[bool, str]]
 
@@ -157,12 +158,9 @@ class Dispatcher:
         return self._checked[key]
 
 
+@assume_constant_result
 def _run_self_check(op: str, backend_name: str, device: str) -> str | None:
     return _dispatchers[op].check_now(backend_name, device)
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler: 4 s.
-_run_self_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _self_check_result(dispatcher: Dispatcher, backend_name: str, device: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from musiclm_fast._checks import check_choice
+from musiclm_fast._compiling import assume_constant_result
 
 OLDEST_TORCH = (2, 11)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
@@ -84,6 +85,7 @@ def extension_status() -> ExtensionStatus:
     return _status
 
 
+@assume_constant_result
 def warn_if_missing() -> None:
     """The first call that the compiled kernels would have run warns that they are not there."""
     global _warned
@@ -96,10 +98,6 @@ def warn_if_missing() -> None:
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler: 4 s.
-warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def simd_level() -> str | None:

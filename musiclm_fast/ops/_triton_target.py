@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musiclm_fast._compiling import assume_constant_result
+
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # AMD architectures for which tests/ops/triton_resources.py compiles the kernels.
 AMD_TARGETS = ("gfx90a", "gfx942")
@@ -32,6 +34,7 @@ def target(device: torch.device) -> str:
     return _target_of(device) if recorder is None else recorder[1]
 
 
+@assume_constant_result
 def _target_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
@@ -40,10 +43,6 @@ def _target_of(device: torch.device) -> str:
         return name.split(":")[0]  # without features such as sramecc+
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
-
-
-# What torch.compiler.assume_constant_result sets, which imports torch._dynamo (seconds).
-_target_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def family(target: str) -> str:

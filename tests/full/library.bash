@@ -8,16 +8,21 @@ configure() {
     -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" "${@:2}" >/dev/null
 }
 
+# has_simd LEVEL: does this processor run it? The same features as csrc/common/cpu.cpp
+has_simd() {
+  local flag flags=
+  case $1 in
+    avx2) flags="avx2 fma" ;;
+    avx512) flags="avx2 fma avx512f avx512bw avx512dq avx512vl" ;;
+  esac
+  for flag in $flags; do grep -qw "$flag" /proc/cpuinfo || return 1; done
+}
+
 # simd_levels FOLDER: those that it was built for and that this processor has
 simd_levels() {
   local level
   for level in baseline avx2 avx512; do
-    [ -x "$1/simd_test_$level" ] || continue
-    case $level in
-      avx2) grep -qw avx2 /proc/cpuinfo || continue ;;
-      avx512) grep -qw avx512dq /proc/cpuinfo || continue ;;
-    esac
-    echo "$level"
+    if [ -x "$1/simd_test_$level" ] && has_simd "$level"; then echo "$level"; fi
   done
 }
 

@@ -15,7 +15,7 @@
 # alone and take minutes: the first row runs them all, the others the cases that rounding decides.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=${PYTHON:-python3}
+source tests/full/library.bash
 unset OPENBLAS_CORETYPE ATEN_CPU_CAPABILITY MKL_CBWR ONEDNN_MAX_CPU_ISA MUSICLM_FAST_SIMD
 export OMP_WAIT_POLICY=passive # more threads than cores must not spin
 
@@ -28,15 +28,13 @@ rows=("Haswell      default  avx2      2"
       "-            avx512   baseline  2")
 
 here() { # does this processor have what the value needs?
-  local flags
   case $1 in
-    Nehalem) flags=sse4_2 ;;
-    Sandybridge) flags=avx ;;
-    Haswell | Zen | avx2) flags="avx2 fma" ;;
-    SkylakeX | avx512) flags="avx512f avx512bw avx512dq avx512vl" ;;
-    *) flags= ;;
+    Nehalem) grep -qw sse4_2 /proc/cpuinfo ;;
+    Sandybridge) grep -qw avx /proc/cpuinfo ;;
+    Haswell | Zen) has_simd avx2 ;;
+    SkylakeX) has_simd avx512 ;;
+    *) has_simd "$1" ;;
   esac
-  for flag in $flags; do grep -qw "$flag" /proc/cpuinfo || return 1; done
 }
 
 core="not compile and not opcheck and not memory and not import and not cuda_blocks and not spill"
@@ -44,6 +42,7 @@ core="$core and not interpreter and not gpu_benchmark and not hugging_face and n
 rounding="radius0 or extreme or unnormalised or won_positive or commute or rectangular"
 common=(-q -n auto --dist worksteal -p no:cacheprovider -m "not slow and not gpu and not aot"
   --ignore tests/ops/test_contrastive_distributed.py)
+pytest() { env "${settings[@]}" "$PYTHON" -m pytest "${common[@]}" "$@" || result=failed; }
 report=()
 failed=0
 for row in "${rows[@]}"; do
@@ -62,7 +61,6 @@ for row in "${rows[@]}"; do
   esac
   echo "== ${settings[*]}${missing:+ (not on this processor:$missing)}"
   start=$SECONDS result=passed
-  pytest() { env "${settings[@]}" "$PYTHON" -m pytest "${common[@]}" "$@" || result=failed; }
   pytest -k "$core" tests/ops tests/models
   pytest tests/reference/test_parity_{audio,mulan,audiolm,text}.py
   interpreted="triton and ($rounding)"

@@ -26,22 +26,6 @@ LENGTHS = [3000, 1999, 1300]
 needs_library = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
 
 
-def levels() -> list[str]:
-    """SIMD levels of this processor and build, best last."""
-    if not _extension.load():
-        return []
-    known = ["baseline", "avx2", "avx512"]
-    return known[: known.index(str(_extension.simd_level())) + 1]
-
-
-@pytest.fixture(params=levels() or ["no library"])
-def simd_level(request: pytest.FixtureRequest) -> Any:
-    best = _extension.simd_level()
-    _extension.set_simd_level(request.param)
-    yield request.param
-    _extension.set_simd_level(best)
-
-
 @pytest.fixture(scope="session")
 def torchaudio() -> Any:
     """The real torchaudio, importable through the live reference's stand-ins."""
