@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOOR_ULPS = 8.0
 
@@ -173,11 +173,12 @@ def contrastive_inputs(
 
 
 def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) -> dict[str, float]:
-    """Effect of rounding ``ds = dloss / dsimilarity`` on the bias table's gradient.
+    """Effect of rounding ``ds = dloss / dsimilarity`` on gradients that add up all pairs' ds.
 
-    An entry's gradient is the sum of ds over the pairs that read it, with signs. Each ds is known
-    to eps of the inputs' dtype, so the entry is known to eps times the sum of ``|ds|``, however
-    small the sum itself is: where all keys of a query share an entry, its part is exactly zero.
+    A bias table's entry has the sum of ds over the pairs that read it, a scale of the QK norm the
+    sum of ``ds q k``, with signs. Each ds is known to eps of the inputs' dtype, so the gradient is
+    known to eps times the sum of absolute values, however small the sum itself is: where all keys
+    of a query share an entry, its part is exactly zero.
 
     Args:
         arguments: of :func:`musiclm_fast.ops.attention`, tensors alone.
@@ -185,30 +186,41 @@ def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) 
         **options: its other arguments.
 
     Returns:
-        The bound for ``bias_table``; empty without a table.
+        The bound for ``bias_table``, ``q_scale`` and ``k_scale``, where they are given.
     """
     from musiclm_fast.ops.attention.reference import attention_reference, offset_index
 
-    if "bias_table" not in arguments:
-        return {}
     wide = to_float64(arguments)
-    table = wide["bias_table"].detach()
-    heads, keys, batch = len(table), wide["k"].shape[2], len(wide["q"])
-    index = offset_index(wide["q_codes"], wide["k_codes"], table.shape[1] // 2)  # (1 or B, M, N)
-    index = index.expand(batch, -1, -1)
-    pairs, queries, device = index.numel(), index.shape[1], index.device
+    q, k = wide["q"].detach(), wide["k"].detach()
+    (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+    device, zero = q.device, torch.zeros(1, 1, dtype=torch.int32, device=q.device)
+    table = wide["bias_table"].detach() if "bias_table" in wide else q.new_zeros(heads, 1)
+    q_codes = wide.get("q_codes", zero.expand(1, queries))
+    k_codes = wide.get("k_codes", zero.expand(1, keys))
+    index = offset_index(q_codes, k_codes, table.shape[1] // 2)  # (1 or B, M, N)
+    index = index.expand(batch, -1, -1).flatten()
+    pairs = index.numel()
     # Codes whose offsets are 1, 2, .. over all pairs of all samples: each pair has its own entry.
-    own = torch.zeros(heads, 2 * pairs + 1, dtype=torch.float64, device=device)
-    own[:, pairs + 1 :] = table[:, index.flatten()]
+    own = q.new_zeros(heads, 2 * pairs + 1)
+    own[:, pairs + 1 :] = table[:, index]
     rows = torch.arange(1, batch * queries + 1, dtype=torch.int32, device=device) * keys
     reverse = torch.arange(keys - 1, -1, -1, dtype=torch.int32, device=device)
     wide["bias_table"], wide["q_codes"] = own.requires_grad_(), rows.view(batch, queries)
     wide["k_codes"] = reverse.expand(batch, keys)
     out = attention_reference(**wide, **options)
-    (ds,) = torch.autograd.grad(out, own, grad.double())
-    sizes = torch.zeros_like(table).index_add_(1, index.flatten(), ds[:, pairs + 1 :].abs())
-    largest = sizes.max().item() if sizes.numel() else 0.0
-    return {"bias_table": torch.finfo(arguments["q"].dtype).eps * largest}
+    ds = torch.autograd.grad(out, own, grad.double())[0][:, pairs + 1 :].abs()
+    sizes = {"bias_table": torch.zeros_like(table).index_add_(1, index, ds)}
+    if "q_scale" in wide:
+        ds = ds.view(heads, batch, queries, keys).transpose(0, 1)  # (B, H, M, N)
+        scale = options.get("scale")
+        ds = ds * (head_dim**-0.5 if scale is None else scale)
+        q, k = (nn.functional.normalize(x, dim=-1).abs() for x in (q, k))
+        k = k.repeat_interleave(heads // kv_heads, dim=1)
+        terms = (q * (ds @ k)).sum((0, 1, 2))  # (D,), without either scale
+        sizes["q_scale"] = terms * wide["k_scale"].detach().abs()
+        sizes["k_scale"] = terms * wide["q_scale"].detach().abs()
+    eps = torch.finfo(arguments["q"].dtype).eps
+    return {name: eps * x.max().item() if x.numel() else 0.0 for name, x in sizes.items()}
 
 
 def contrastive_rounding(
