@@ -51,6 +51,17 @@ def options(n_fft: int, samples: int, device: str, log_mel: bool) -> dict[str, A
     return found
 
 
+def traffic(clips: int, samples: int, n_fft: int, variant: str) -> float:
+    """Bytes that must be moved: waveform read, spectrogram written; for the gradient, both read and
+    the waveform's written."""
+    bands = 64 if variant == "log-mel" else n_fft // 2 + 1
+    frames = samples // common.FRONT_ENDS[n_fft]["hop_length"] + 1
+    values = clips * (samples + bands * frames)
+    if "gradient" in variant:
+        values += clips * (2 * samples + bands * frames)
+    return 4.0 * values
+
+
 def check_parity(n_fft: int, samples: int, device: str, backend: str, log_mel: bool) -> None:
     """Raise AssertionError where ours is not as exact as the same-dtype torch path."""
     wav = torch.randn(2, samples, generator=torch.Generator().manual_seed(1)).to(device)
@@ -100,21 +111,20 @@ def torchaudio_chain(wav: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def contenders(
-    wav: Tensor, given: dict[str, Any], gradient: bool, backend: str, repeats: int
+    wav: Tensor, n_fft: int, variant: str, backend: str, repeats: int
 ) -> dict[str, Contender]:
     """Name -> what is timed, ``repeats`` runs at once."""
-    gpu = wav.device.type == "cuda"
+    gpu, gradient = wav.device.type == "cuda", "gradient" in variant
+    given = options(n_fft, wav.shape[1], str(wav.device), variant == "log-mel")
     with torch.no_grad():
         weights = torch.randn_like(spectrogram(wav, backend=backend, **given))
-    traffic = 4.0 * (wav.numel() + weights.numel())
-    if gradient:  # reads the waveform and the spectrogram's gradient, writes the waveform's
-        traffic += 4.0 * (2 * wav.numel() + weights.numel())
+    moved = traffic(*wav.shape, n_fft, variant)
 
     def contender(make: Callable[[], Run], role: str = "peer") -> Contender:
         return Contender(
             lambda: functools.partial(_repeat, repeats, make()),
             memory=(lambda: harness.gpu_memory(make)) if gpu else None,
-            traffic=traffic, role=role,
+            traffic=moved, role=role,
         )  # fmt: skip
 
     def run(function: Callable[[Tensor], Tensor]) -> Run:
@@ -123,7 +133,7 @@ def contenders(
         return torch.no_grad()(lambda: function(wav))
 
     def copy() -> Run:
-        source = torch.zeros(int(traffic) // 8, device=wav.device)
+        source = torch.zeros(int(moved) // 8, device=wav.device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
@@ -155,10 +165,9 @@ def measure(n_fft: int, variant: str, settings: Settings, backend: str = "cuda")
     log_mel, gradient = variant == "log-mel", "gradient" in variant
     window = f"window {common.FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
     wav = torch.randn(clips, samples, device=device, requires_grad=gradient)
-    given = options(n_fft, samples, device, log_mel)
     found = harness.measure(
         "spectrogram", f"{window}, {variant}, {clips} x {samples / 16_000:g} s",
-        contenders(wav, given, gradient, backend, repeats), settings,
+        contenders(wav, n_fft, variant, backend, repeats), settings,
         check=lambda: check_parity(n_fft, min(samples, 16_000), device, backend, log_mel),
         rounds=7, warmup=2,
         headline=f"spectrogram with masks, {clips} clips of 10 s, {window}"
