@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_attention_gpu, bench_contrastive, bench_spectrogram
-from benchmarks import bench_spectrogram_gpu, bench_training_step, contrastive_peers
+from benchmarks import (
+    bench_attention_gpu,
+    bench_contrastive,
+    bench_spectrogram,
+    bench_spectrogram_gpu,
+    bench_training_step,
+    contrastive_peers,
+)
 from musiclm_fast.training import cost
 
 OURS = "ours"
 SHARED, PER_SAMPLE, QK_NORM = "ours, shared", "ours, per sample", "ours, QK norm"
-FLASH, CUDNN, SDPA_BIAS, FLEX = "flash", "cuDNN, no bias", "SDPA + bias", "FlexAttention"
+FLASH, CUDNN, SDPA_BIAS, FLEX = "flash", "cuDNN", "SDPA + bias", "FlexAttention"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""One command for a CUDA GPU that is at hand for minutes: parity, speed, profile, in that order.
+
+    python -m benchmarks.harvest                        # everything, under eight minutes
+    python -m benchmarks.harvest --stages card,parity   # some stages
+    python -m benchmarks.harvest --deadline 300         # stop starting stages after 300 s
+    TRITON_INTERPRET=1 python -m benchmarks.harvest --tiny   # on a CPU: do these lines run?
+
+Needs torch, Triton, pytest and numpy, and no network. Every stage is a process of its own with a
+deadline of its own; its results are on disk as soon as they are there, and one that fails or is cut
+off is named with its error while the others go on. What else a stage can use (the reference's
+packages, peers, ncu, compute-sanitizer) it uses if it is there and names if it is not.
+
+Writes into the output folder: harvest.json (all figures), harvest.md (tables), summary.txt (what is
+printed at the end, beside what was predicted), profile-step.txt, trace-step.json.gz, ncu.csv, and a
+log per stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT
+from benchmarks.harvest import checks, kernels, models, summary
+from benchmarks.harvest import survey as surveying
+from benchmarks.harvest.measuring import Stage, write
+from benchmarks.harvest.triton_cache import report_compilations
+
+STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function, its deadline in s
+    "card": (kernels.card, 40),
+    "library": (checks.library, 120),
+    "parity": (checks.parity, 150),
+    "bits": (checks.bits, 60),
+    "attention": (kernels.attention, 70),
+    "contrastive": (kernels.contrastive, 70),
+    "spectrogram": (kernels.spectrogram, 40),
+    "step": (models.step, 80),
+    "step_reference": (models.step_reference, 80),
+    "generation": (models.generation, 60),
+    "counters": (kernels.counters, 70),
+    "flex": (kernels.flex, 60),
+    "step_captured": (models.step_captured, 60),
+    "step_compiled": (models.step_compiled, 120),
+    "sanitizer": (checks.sanitizer, 90),
+}
+WORKERS = {"one_launch": kernels.one_launch, "small_calls": checks.small_calls}
+CACHE = ROOT / "build" / "triton-cache"  # where `python -m benchmarks.harvest.triton_cache` writes
+
+
+def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, Any]:
+    """A stage in its own process, ended at its deadline with what it has found."""
+    log = output / f"stage-{name}.log"
+    (output / f"stage-{name}.json").unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "benchmarks.harvest", "--worker", name, "--output", str(output),
+        *(["--tiny"] if tiny else []),
+    ]  # fmt: skip
+    start = time.perf_counter()
+    problem = ""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            if process.wait(limit):
+                said = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+                problem = f"exit {process.returncode}: {said[0] if said else ''}"[:400]
+        except subprocess.TimeoutExpired:
+            problem = f"cut off after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {**rows_of(name, output), "problem": problem, "seconds": time.perf_counter() - start}
+
+
+def rows_of(name: str, output: Path) -> dict[str, Any]:
+    """What a stage has written so far."""
+    path = output / f"stage-{name}.json"
+    return {"rows": json.loads(path.read_text()) if path.exists() else []}
+
+
+def survey(output: Path) -> surveying.Survey:
+    """What is here; in a process of its own, which a broken driver may hang or kill."""
+    command = [sys.executable, "-m", "benchmarks.harvest", "--worker", "survey", "--output",
+               str(output)]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired:
+        return surveying.Survey(problem="CUDA did not answer within 90 s")
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:]
+        return surveying.Survey(problem=f"CUDA ended the process: {said[0] if said else ''}")
+    return surveying.Survey(**json.loads((output / "survey.json").read_text()))
+
+
+def work(name: str, output: Path, tiny: bool) -> int:
+    """The body of a stage's process; 1 if a row says what is wrong."""
+    if name == "survey":
+        write(output / "survey.json", json.dumps(vars(surveying.survey())))
+        return 0
+    stage = Stage(output, name, tiny)
+    with report_compilations(stage):
+        (WORKERS.get(name) or STAGES[name][0])(stage)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.harvest", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--deadline", type=float, default=480.0, help="seconds for all stages")
+    parser.add_argument("--output", type=Path, default=Path("harvest-output"))
+    parser.add_argument(
+        "--triton-cache",
+        type=Path,
+        default=CACHE,
+        metavar="FOLDER",
+        help="compiled Triton kernels, taken and left there (default: %(default)s)",
+    )
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes; also without a GPU")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.output = args.output.absolute()
+    args.stages = [name for name in args.stages.split(",") if name]
+    unknown = sorted(set(args.stages) - set(STAGES))
+    if unknown:
+        parser.error(f"--stages: got {', '.join(unknown)}, expected some of {', '.join(STAGES)}")
+    if args.deadline <= 0:
+        parser.error(f"--deadline: got {args.deadline:g}, expected seconds above 0")
+    problem = surveying.no_space(args.output)
+    if problem:
+        parser.error(f"--output: {problem}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages; 1 if one failed, 2 if none can run."""
+    args = parse(argv)
+    if args.worker:
+        return work(args.worker, args.output, args.tiny)
+    start = time.perf_counter()
+    here = survey(args.output)
+    if here.problem and not args.tiny:
+        print(
+            f"{here.problem}.\nWithout a GPU these lines can be run, at the smallest sizes: "
+            "TRITON_INTERPRET=1 python -m benchmarks.harvest --tiny", file=sys.stderr,
+        )  # fmt: skip
+        return 2
+    print(here.device or f"dry run on the CPU: {here.problem}")
+    for line in (*here.remarks, *(f"{s}: left out: {why}" for s, why in here.left_out.items())):
+        print(f"  {line}")
+    os.environ["TRITON_CACHE_DIR"] = str(args.triton_cache.absolute())
+    found = collect(args, here, start)
+    text = summary.text(found, here.device)
+    write(args.output / "summary.txt", text)
+    print(text)
+    return int(any(summary.failed(stage) for stage in found.values()))
+
+
+def collect(
+    args: argparse.Namespace, here: surveying.Survey, start: float
+) -> dict[str, dict[str, Any]]:
+    """Every stage's result, on disk after each; on Ctrl-C or SIGTERM what there is by then."""
+    found: dict[str, dict[str, Any]] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name in args.stages:
+            left = args.deadline - (time.perf_counter() - start)
+            found[name] = {"rows": [], "problem": "", "seconds": 0.0}
+            if name in here.left_out:
+                found[name]["left_out"] = here.left_out[name]
+            elif left < 5:
+                found[name]["problem"] = "not started: no time left"
+            else:
+                limit = min(left, STAGES[name][1] * (10 if here.problem else 1))
+                found[name] = run_stage(name, args.output, args.tiny, limit)
+            print(summary.stage_line(name, found[name]), flush=True)
+            save(found, here, args.output)
+    except KeyboardInterrupt:
+        found[name] = {**rows_of(name, args.output), "problem": "interrupted", "seconds": 0.0}
+        save(found, here, args.output)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return found
+
+
+def save(found: dict[str, dict[str, Any]], here: surveying.Survey, output: Path) -> None:
+    """harvest.json and harvest.md."""
+    whole = {"device": here.device, "remarks": here.remarks, "stages": found}
+    write(output / "harvest.json", json.dumps(whole, indent=1))
+    write(output / "harvest.md", summary.markdown(found, here.device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

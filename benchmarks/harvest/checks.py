@@ -1,0 +1,174 @@
+"""Stages that check: the compiled library, parity, equal bits, memory accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.harness import ROOT
+from benchmarks.harvest.measuring import Stage, write
+from musiclm_fast import _extension, testing
+from musiclm_fast.ops import attention, contrastive_loss, spectrogram
+
+FRONT_ENDS = (
+    dict(n_fft=128, win_length=24, hop_length=12),
+    dict(n_fft=512, win_length=400, hop_length=160),
+)
+
+
+def library(stage: Stage) -> None:
+    """The compiled library: taken as it is where it has CUDA kernels for this GPU, else built."""
+    status = _extension.extension_status()
+    stage.note("as found", status.reason or describe(status.facts))
+    if not stage.gpu:
+        return
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    if status.loaded and runs_on(status.facts["cuda_archs"], int(capability)):
+        return
+    environ = {
+        **os.environ, "MUSICLM_FAST_BUILD": "1", "MUSICLM_FAST_CUDA": "1",
+        "MUSICLM_FAST_CUDA_ARCHS": f"{capability}-real",
+    }  # fmt: skip
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    print(done.stdout + done.stderr)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        stage.fail("build", lines[-1] if lines else f"exit {done.returncode}")
+    else:
+        stage.note("build", f"built for compute capability {capability}")
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """A library's build in words."""
+    cuda = ", ".join(facts["cuda_archs"]) or "none"
+    return f"{facts['compiler']}, CUDA architectures: {cuda}"
+
+
+def runs_on(archs: list[str], capability: int) -> bool:
+    """Whether code for architectures as CMake names them runs on a GPU: machine code on later minor
+    versions, PTX (no suffix, or ``-virtual``) on all later GPUs."""
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", arch)
+        if match is None:
+            continue
+        built, exact, kind = int(match[1]), match[2], match[3]
+        if built == capability or (not exact and built // 10 == capability // 10
+                                   and built <= capability):  # fmt: skip
+            return True
+        if kind != "-real" and not exact and built <= capability:
+            return True
+    return False
+
+
+def parity(stage: Stage) -> None:
+    """The ops' tests for a GPU, in parallel; in a dry run a few, in Triton's interpreter."""
+    report = stage.output / "parity.json"
+    command = [sys.executable, "-m", "tests.parallel", "--report", str(report), "-m", "gpu",
+               "tests/ops", "-p", "no:cacheprovider"]  # fmt: skip
+    if not stage.gpu:
+        command += ["-k", DRY_TESTS]
+    with (stage.output / "parity.log").open("w") as log:
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+    found = json.loads(report.read_text()) if report.exists() else {}
+    for op, counts in found.get("files", {}).items():
+        stage.note(op, counts)
+    for failure in found.get("failures", []):
+        stage.fail(failure["id"], failure["message"][:300])
+    if code and not found.get("failures"):
+        text = (stage.output / "parity.log").read_text().strip().splitlines()
+        stage.fail("tests", f"exit {code}: {text[-1] if text else ''}"[:300])
+
+
+DRY_TESTS = "n1 or two-narrow"
+
+
+def bits(stage: Stage) -> None:
+    """One case of each kernel 200 times: equal bits, or a race."""
+    times = 200 if stage.gpu and not stage.tiny else 2
+    for name, run in small_cases(stage).items():
+        with stage.attempt(name, "ours"):
+            first = [t.clone() for t in run()]
+            other = sum(
+                not all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+                for _ in range(times - 1)
+            )
+            text = f"{other} of {times - 1} runs gave other bits"
+            (stage.fail if other else stage.note)(name, text, "ours")
+
+
+def small_cases(stage: Stage) -> dict[str, Callable[[], list[torch.Tensor]]]:
+    """Name -> outputs and gradients of a kernel."""
+    dtype = torch.bfloat16 if stage.gpu else torch.float32
+    found: dict[str, Callable[[], list[torch.Tensor]]] = {}
+    for causal in (False, True):
+        inputs = testing.attention_inputs(
+            2, 2, 40 if stage.tiny else 744, head_dim=64, radius=200, dtype=dtype,
+            device=stage.device,
+        )  # fmt: skip
+        grad = torch.randn_like(inputs["q"])
+
+        def attend(inputs: Any = inputs, causal: bool = causal, grad: Any = grad) -> list[Any]:
+            out = attention(**inputs, causal=causal, backend="triton")
+            return [out, *testing.gradients(out, inputs, grad).values()]
+
+        found[f"attention{', causal' if causal else ''}"] = attend
+    for kind in ("softmax", "sigmoid"):
+        inputs = testing.contrastive_inputs(
+            40 if stage.tiny else 4096, 16 if stage.tiny else 128, dtype=dtype, device=stage.device
+        )
+
+        def lose(inputs: Any = inputs, kind: str = kind) -> list[Any]:
+            loss = contrastive_loss(**inputs, kind=kind, backend="triton")
+            return [loss, *testing.gradients(loss, inputs, torch.ones_like(loss)).values()]
+
+        found[f"contrastive {kind}"] = lose
+    backend = "cuda" if stage.gpu else "cpp"
+    for sizes in FRONT_ENDS:
+        wav = torch.randn(4, 16_000, device=stage.device, requires_grad=True)
+        window = torch.hann_window(sizes["win_length"], device=stage.device)
+
+        def transform(wav: Any = wav, sizes: Any = sizes, window: Any = window) -> list[Any]:
+            out = spectrogram(wav, window=window, backend=backend, **sizes)
+            return [out, *torch.autograd.grad(out.sum(), wav)]
+
+        found[f"spectrogram {sizes['win_length']} of {sizes['n_fft']}"] = transform
+    return found
+
+
+def sanitizer(stage: Stage) -> None:
+    """A small call of every kernel under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer")
+    if not stage.gpu:
+        stage.note("compute-sanitizer", "dry run: the calls run without it")
+        small_calls(stage)
+        return
+    if tool is None:
+        stage.note("compute-sanitizer", "left out: it is not on PATH")
+        return
+    for check in ("memcheck", "racecheck"):
+        command = [
+            tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m",
+            "benchmarks.harvest", "--worker", "small_calls", "--tiny", "--output",
+            str(stage.output),
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        write(stage.output / f"sanitizer-{check}.log", done.stdout + done.stderr)
+        last = [line for line in done.stdout.splitlines() if "SUMMARY" in line][-1:]
+        text = f"{last[0] if last else 'no summary'}; exit {done.returncode}"
+        (stage.fail if done.returncode else stage.note)(f"compute-sanitizer {check}", text)
+
+
+def small_calls(stage: Stage) -> None:
+    """What :func:`sanitizer` watches."""
+    for name, run in small_cases(stage).items():
+        with stage.attempt(name, "ours"):
+            stage.note(name, f"{len(run())} results", "ours")

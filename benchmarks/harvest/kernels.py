@@ -1,0 +1,251 @@
+"""Stages that time kernels: the card's own, attention, the contrastive losses, the spectrogram."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import bench_attention_gpu, bench_spectrogram_gpu, contrastive_peers
+from benchmarks.harness import ROOT, environment
+from benchmarks.harvest import cases
+from benchmarks.harvest.measuring import Run, Stage, kernel_table, own_stream, write
+from musiclm_fast import testing
+from musiclm_fast.ops import contrastive_loss
+
+
+def card(stage: Stage) -> None:
+    """Versions, and the ceilings: a copy, a product, a launch."""
+    for key, value in environment().items():
+        stage.note(key, str(value))
+    copy, product, launch = cases.card(stage.tiny)
+    source = torch.randn(copy.shape["bytes"] // 4, device=stage.device)
+    target = torch.empty_like(source)
+    side = product.shape["side"]
+    a, b = (torch.randn(side, side, device=stage.device, dtype=torch.bfloat16) for _ in range(2))
+    one = torch.ones(1, device=stage.device)
+    with own_stream(stage.gpu):
+        stage.time(copy, "torch", lambda: target.copy_(source))
+        stage.time(product, "torch", lambda: a @ b)
+        stage.time(launch, "torch", lambda: one.add_(1))
+
+
+def attention(stage: Stage) -> None:
+    """Attention with a learned bias, forward and backward, beside attention without one."""
+    _attention(stage, "attention")
+
+
+def flex(stage: Stage) -> None:
+    """FlexAttention with the learned table, compiled."""
+    _attention(stage, "flex")
+
+
+def _attention(stage: Stage, name: str) -> None:
+    functions = {
+        cases.FLASH: bench_attention_gpu.flash,
+        cases.CUDNN: _cudnn if stage.gpu else bench_attention_gpu.flash,
+        cases.SDPA_BIAS: bench_attention_gpu.sdpa_with_bias,
+        cases.FLEX: bench_attention_gpu.flex,
+    }
+    options = {cases.PER_SAMPLE: (True, False), cases.QK_NORM: (True, True)}
+    for case in cases.attention(stage.tiny, name):
+        shape = case.shape
+        for contender in stage.contenders(case):
+            ours = contender.startswith("ours")
+            function = functions.get(contender, bench_attention_gpu.ours)
+            with stage.attempt(case.name, contender, peer=not ours), own_stream(stage.gpu):
+                inputs = bench_attention_gpu.make_inputs(
+                    shape["batch"],
+                    shape["length"],
+                    shape["heads"],
+                    stage.device,
+                    shape["dtype"],
+                    *options.get(contender, (False, False)),
+                )
+                if shape["direction"] == "forward":
+                    run: Run = functools.partial(torch.no_grad()(function), inputs)
+                else:
+                    run = _backward(function(inputs), inputs, contender)
+                backward = shape["direction"] == "backward"
+                stage.time(case, contender, run, memory=backward, graph=contender != cases.FLEX)
+                if ours and backward:
+                    note_kernels(stage, case.name, contender, run)
+
+
+def _backward(out: torch.Tensor, inputs: dict[str, Any], contender: str) -> Run:
+    plain = contender in (cases.FLASH, cases.CUDNN)
+    leaves = [
+        value for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.requires_grad and (not plain or name in "qkv")
+    ]  # fmt: skip
+    return functools.partial(
+        torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True,
+        allow_unused=True,
+    )  # fmt: skip
+
+
+def _cudnn(inputs: dict[str, Any]) -> torch.Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(*(inputs[n] for n in "qkv"))
+
+
+def note_kernels(stage: Stage, case: str, contender: str, run: Run) -> None:
+    """The nine longest kernels of a call."""
+    if stage.gpu:
+        parts = [f"{n[:40]} {ms:.3f} ms x {c:.0f}" for n, ms, c in kernel_table(run)[:9]]
+        stage.note(f"kernels of {case}", "; ".join(parts), contender)
+
+
+def contrastive(stage: Stage) -> None:
+    """Losses of a large batch, forward and backward."""
+    for case in cases.contrastive(stage.tiny):
+        for contender in stage.contenders(case):
+            ours = contender == cases.OURS
+            with stage.attempt(case.name, contender, peer=not ours), own_stream(stage.gpu):
+                step = _loss(case.shape, stage.device, None if ours else contender)
+                stage.time(case, contender, step, memory=True, budget=0.3)
+                if ours:
+                    note_kernels(stage, case.name, contender, step)
+
+
+def _loss(shape: dict[str, Any], device: str, peer: str | None) -> Run:
+    kind = shape["kind"]
+    inputs = testing.contrastive_inputs(
+        shape["batch"], shape["depth"], dtype=shape["dtype"], device=device
+    )
+    if kind != "sigmoid":
+        del inputs["bias"]
+    if peer is not None:
+        return contrastive_peers.PEERS[peer][1](inputs)
+    leaves = list(inputs.values())
+    return lambda: torch.autograd.grad(
+        contrastive_loss(**inputs, kind=kind, backend="triton"), leaves
+    )
+
+
+def spectrogram(stage: Stage) -> None:
+    """The spectrogram with masks beside a copy of as many bytes and torchaudio."""
+    backend = "cuda" if stage.gpu else "cpp"
+    for case in cases.spectrogram(stage.tiny):
+        for contender in stage.contenders(case):
+            peer = contender in ("torchaudio", "torch")
+            with stage.attempt(case.name, contender, peer=peer), own_stream(stage.gpu):
+                run = _spectrogram(case.shape, stage.device, backend, contender)
+                stage.time(case, contender, run, budget=0.15)
+
+
+def _spectrogram(shape: dict[str, Any], device: str, backend: str, contender: str) -> Run:
+    variant = shape["variant"]
+    wav = torch.randn(
+        shape["clips"], shape["samples"], device=device, requires_grad="gradient" in variant
+    )
+    found = bench_spectrogram_gpu.contenders(wav, shape["n_fft"], variant, backend, 1)
+    run: Run = found[contender].build()
+    return run
+
+
+COUNTERS = {
+    "gpu__time_duration.sum": "ns",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor %",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue %",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "stall: memory",
+    "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": "stall: wait",
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": "stall: barrier",
+    "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio": "stall: pipe",
+    "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio": "stall: shared",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
+    "launch__registers_per_thread": "registers",
+    "launch__occupancy_limit_registers": "blocks by registers",
+    "launch__occupancy_limit_shared_mem": "blocks by shared memory",
+}
+
+
+def counters(stage: Stage) -> None:
+    """Hardware counters of one launch of each kernel, by Nsight Compute."""
+    tool = shutil.which("ncu")
+    if not stage.gpu:
+        stage.note("ncu", "dry run: the kernels run without it")
+        one_launch(stage)
+        return
+    if tool is None:
+        stage.note("ncu", "left out: ncu is not on PATH")
+        return
+    command = [
+        tool, "--csv", "--clock-control", "none", "--profile-from-start", "off",
+        "--metrics", ",".join(COUNTERS), "--launch-count", "60",
+        sys.executable, "-m", "benchmarks.harvest", "--worker", "one_launch",
+        "--output", str(stage.output), *(["--tiny"] if stage.tiny else []),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    write(stage.output / "ncu.csv", done.stdout + done.stderr[-3000:])
+    found = counted(done.stdout)
+    for name, text in found:
+        stage.note(name, text, "ours")
+    if not found:
+        stage.fail("ncu", f"no counters: {(done.stdout + done.stderr)[-300:]}")
+
+
+def counted(text: str) -> list[tuple[str, str]]:
+    """Kernels and their counters from ncu's CSV."""
+    import csv
+
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in csv.DictReader(lines):
+        metric = COUNTERS.get(entry["Metric Name"])
+        if metric is not None:
+            key = (entry["ID"], entry["Kernel Name"][:60])
+            found.setdefault(key, []).append(f"{metric} {entry['Metric Value']}")
+    return [(name, ", ".join(parts)) for (_, name), parts in found.items()]
+
+
+def one_launch(stage: Stage) -> None:
+    """What :func:`counters` profiles: every kernel once, warm."""
+    runs: list[Run] = []
+    backward = [c for c in cases.attention(stage.tiny) if c.shape["direction"] == "backward"]
+    shape = backward[len(backward) // 2].shape
+    inputs = bench_attention_gpu.make_inputs(
+        4 if stage.gpu else 1, shape["length"], shape["heads"], stage.device, shape["dtype"],
+        False, False,
+    )  # fmt: skip
+    leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    grad = torch.randn_like(inputs["q"])
+    runs.append(lambda: torch.autograd.grad(
+        bench_attention_gpu.ours(inputs), leaves, grad, allow_unused=True
+    ))  # fmt: skip
+    for case in cases.contrastive(stage.tiny):
+        if case.shape["depth"] <= 256 and case.shape["kind"] != "decoupled":
+            small = {**case.shape, "batch": min(case.shape["batch"], 16_384)}
+            runs.append(_loss(small, stage.device, None))
+    backend = "cuda" if stage.gpu else "cpp"
+    for case in cases.spectrogram(stage.tiny):
+        if "gradient" in case.shape["variant"]:
+            runs.append(_spectrogram(case.shape, stage.device, backend, cases.OURS))
+    for run in runs:
+        run()
+    with _profiled(stage.gpu):
+        for run in runs:
+            run()
+    stage.note("one launch of each kernel", f"{len(runs)} calls")
+
+
+@contextlib.contextmanager
+def _profiled(gpu: bool) -> Iterator[None]:
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    yield
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()

@@ -1,0 +1,242 @@
+"""Rows of a stage, and the clocks: CUDA events, CUPTI, a replayed graph.
+
+On a CPU each has a stand-in, so that a dry run runs the same lines: events become the host's clock,
+a replay becomes a plain call, and no kernel is seen. A row of theirs says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import timed
+from benchmarks.harvest.cases import Case
+
+Run = Callable[[], Any]
+STAND_IN = "dry run: host clock, plain call for a replay, no kernel seen"
+
+
+@dataclasses.dataclass
+class Row:
+    """One figure of a stage.
+
+    Args:
+        case: what was run; contender: who ran it.
+        ms: median of one call between CUDA events, so that it holds the gaps of a CPU that
+            launches too slowly; least, most: of all calls.
+        kernels_ms: sum of the kernels' own times of one call, by CUPTI; launches: their number.
+        graph_ms: of one call replayed from a CUDA graph, without the cost of launching.
+        tflops, gbs: operations and bytes that the case needs, over ``kernels_ms``, else ``ms``.
+        memory: peak bytes of a call beyond what is held before.
+        failed: why there is no time, or what is wrong.
+        note: anything else that was found.
+    """
+
+    case: str
+    contender: str = ""
+    ms: float | None = None
+    least: float | None = None
+    most: float | None = None
+    kernels_ms: float | None = None
+    launches: int | None = None
+    graph_ms: float | None = None
+    tflops: float | None = None
+    gbs: float | None = None
+    memory: int | None = None
+    failed: str = ""
+    note: str = ""
+
+
+class Stage:
+    """Where a stage writes its rows: the file is whole after each.
+
+    Args:
+        output: folder of the results.
+        name: the stage's.
+        tiny: smallest sizes, and few repetitions.
+    """
+
+    def __init__(self, output: Path, name: str, tiny: bool) -> None:
+        self.output, self.name, self.tiny = output, name, tiny
+        self.gpu = torch.cuda.is_available()
+        self.device = "cuda" if self.gpu else "cpu"
+        self.only_ours = False
+        self.rows: list[Row] = []
+        self._flush()
+
+    def contenders(self, case: Case) -> list[str]:
+        """Who is to run a case."""
+        return [name for name in case.contenders if name.startswith("ours") or not self.only_ours]
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        found = {k: v for k, v in vars(row).items() if v not in (None, "")}
+        short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
+        print("  ".join(f"{k}={v}" for k, v in short.items()), flush=True)
+        self._flush()
+        return row
+
+    def note(self, case: str, text: str, contender: str = "") -> None:
+        """A finding that is no time."""
+        self.add(Row(case, contender, note=text))
+
+    def fail(self, case: str, text: str, contender: str = "") -> None:
+        """What is wrong: the stage counts as failed, and goes on."""
+        self.add(Row(case, contender, failed=text))
+
+    def _flush(self) -> None:
+        write(self.output / f"stage-{self.name}.json", json.dumps([vars(r) for r in self.rows]))
+
+    @contextlib.contextmanager
+    def attempt(self, case: str, contender: str, peer: bool = False) -> Iterator[None]:
+        """A contender that raises is a row with the reason; of a peer that is a finding alone."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.add(Row(case, contender, note=text) if peer else Row(case, contender, failed=text))
+            if self.gpu:
+                torch.cuda.empty_cache()
+
+    def time(
+        self, case: Case, contender: str, run: Run, *, budget: float = 0.4, memory: bool = False,
+        graph: bool = True, note: str = "",
+    ) -> Row:  # fmt: skip
+        """Measure ``run`` and add its row.
+
+        Args:
+            case: whose operations and bytes count.
+            contender: who runs it.
+            run: one call, on the current stream.
+            budget: seconds of calls between events.
+            memory: measure the peak too.
+            graph: replay it from a CUDA graph too.
+            note: goes into the row.
+        """
+        milliseconds = call_times(run, budget, self.gpu)
+        row = Row(case.name, contender, statistics.median(milliseconds), min(milliseconds),
+                  max(milliseconds), note=note)  # fmt: skip
+        if self.gpu:
+            table = kernel_table(run)
+            if table:
+                row.kernels_ms = sum(ms for _, ms, _ in table)
+                row.launches = round(sum(n for _, _, n in table))
+        if graph:
+            try:
+                row.graph_ms = replay_time(run, self.gpu)
+            except RuntimeError as error:
+                row.note = f"{row.note} no graph: {' '.join(str(error).split())[:100]}".strip()
+        if memory and self.gpu:
+            row.memory = peak_memory(run)
+        seconds = (row.kernels_ms or row.ms or 0.0) / 1e3
+        row.tflops = case.operations / seconds / 1e12 if case.operations else None
+        row.gbs = case.traffic / seconds / 1e9 if case.traffic else None
+        if not self.gpu:
+            row.note = f"{row.note} {STAND_IN}".strip()
+        return self.add(row)
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is whole at any time."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def call_times(run: Run, budget: float, gpu: bool) -> list[float]:
+    """Milliseconds of single calls: three to warm up, then as many as ``budget`` seconds hold, 5
+    to 200."""
+    if not gpu:
+        return [1e3 * timed(run)]
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    count = max(5, min(200, int(budget / max(time.perf_counter() - start, 1e-6))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for before, after in events:
+        before.record()
+        run()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+def kernel_table(run: Run, calls: int = 3, trace: Path | None = None) -> list[
+    tuple[str, float, float]
+]:  # fmt: skip
+    """Name, milliseconds and launches a call of every kernel, longest first; on a GPU.
+
+    Args:
+        run: one call.
+        calls: how many are profiled.
+        trace: a Chrome trace is written there, with the CPU's side.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CUDA, *([ProfilerActivity.CPU] if trace else [])]
+    torch.cuda.synchronize()
+    with profile(activities=activities) as profiler:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    found: dict[str, list[float]] = {}
+    for event in profiler.events() or []:
+        if "cuda" in str(event.device_type).lower():
+            entry = found.setdefault(event.name, [0.0, 0.0])
+            entry[0] += event.device_time / 1e3 / calls
+            entry[1] += 1 / calls
+    return sorted(((n, ms, c) for n, (ms, c) in found.items()), key=lambda f: -f[1])
+
+
+def replay_time(run: Run, gpu: bool, replays: int = 20) -> float:
+    """Milliseconds of one call from a captured graph, back to back with others.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    if not gpu:
+        return 1e3 * timed(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
+    graph.replay()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    for _ in range(replays):
+        graph.replay()
+    after.record()
+    torch.cuda.synchronize()
+    return float(before.elapsed_time(after)) / replays
+
+
+def peak_memory(run: Run) -> int:
+    """Peak bytes of a call beyond what is held before; on a GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+@contextlib.contextmanager
+def own_stream(gpu: bool) -> Iterator[None]:
+    """A stream of its own: what autograd runs backward on the stream of the forward can then be
+    captured, which it cannot on the default stream."""
+    with torch.cuda.stream(torch.cuda.Stream()) if gpu else contextlib.nullcontext():
+        yield

@@ -1,0 +1,255 @@
+"""Triton's compiled kernels: made ahead of time on a machine without a GPU, and counted on one.
+
+    python -m benchmarks.harvest.triton_cache --target sm_90     # into build/triton-cache
+
+Run it with the Python, the torch and the Triton of the machine that has the GPU: Triton looks for a
+kernel by its source, its arguments, its own files and its version. The stages and the GPU tests run
+first in Triton's interpreter with every launch noted and left out, so that their results mean
+nothing; what was noted is then compiled as Triton's launcher would, and so are the C launchers, for
+which the machine with the GPU then needs no compiler. What is missed is compiled there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.harness import ROOT
+from benchmarks.harvest.measuring import Run, Stage
+from musiclm_fast.ops import _triton_target
+
+NOTED = "MUSICLM_FAST_NOTED_LAUNCHES"  # the folder that a noting process writes into
+
+
+@contextlib.contextmanager
+def report_compilations(stage: Stage) -> Iterator[None]:
+    """A row that says how many kernels came from the cache, and how long compiling others took."""
+    if not stage.gpu:
+        yield
+        return
+    from triton import knobs
+
+    hits, compiled = 0, []
+
+    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        nonlocal hits
+        hits += cache_hit
+        if not cache_hit:
+            compiled.append(times.total / 1e6)
+
+    knobs.compilation.listener = listen
+    yield
+    if hits or compiled:
+        stage.note("Triton kernels", f"{hits} from the cache, {len(compiled)} compiled in "
+                   f"{sum(compiled):.1f} s")  # fmt: skip
+
+
+# ---- noting: in a process with TRITON_INTERPRET=1
+
+
+class Notes:
+    """The distinct launches of a process, written when it ends."""
+
+    def __init__(self) -> None:
+        self.seen: dict[bytes, None] = {}
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        """Takes the place of :func:`musiclm_fast.ops._triton_target.launch`."""
+        function = getattr(kernel, "fn", kernel)
+        given = {
+            name: (value.dtype, value.data_ptr() % 16) if hasattr(value, "data_ptr") else value
+            for name, value in arguments.items()
+        }
+        noted = (function.__module__, function.__name__, given, options)
+        self.seen.setdefault(pickle.dumps(noted))
+        for value in arguments.values():  # some code refuses what is not finite
+            if hasattr(value, "data_ptr") and value.is_floating_point():
+                value.data.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
+
+    def write(self) -> None:
+        path = Path(os.environ[NOTED]) / f"{os.getpid()}.pickle"
+        path.write_bytes(pickle.dumps(list(self.seen)))
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Launches of a block are noted and left out, in 16 bits too."""
+    notes = Notes()
+    with (
+        mock.patch.object(_triton_target, "launch", notes.launch),
+        mock.patch.object(_triton_target, "refusal", return_value=""),
+    ):
+        yield
+    notes.write()
+
+
+class Noting(Stage):
+    """A stage that runs each of our contenders once, at full size on a CPU."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        super().__init__(output, name, tiny=False)
+        self.only_ours = True
+
+    def time(self, case: Any, contender: str, run: Run, **_: Any) -> Any:
+        run()
+
+
+def note_stages(output: Path) -> None:
+    """The launches of the stages that time or check kernels."""
+    from benchmarks.harvest import checks, kernels
+
+    with noted():
+        for function in (kernels.attention, kernels.contrastive, kernels.one_launch, checks.bits):
+            function(Noting(output, "noting"))
+        note_step()
+
+
+def note_step() -> None:
+    """The launches of training steps in each precision; few pairs do."""
+    import dataclasses
+
+    from benchmarks import bench_training_step
+    from benchmarks.harvest import cases
+    from musiclm_fast.ops import use_backend
+
+    for case in cases.steps(False, "step"):
+        sizes = dataclasses.replace(case.shape["sizes"], batch=2)
+        with use_backend(attention="triton", contrastive="triton"):
+            model = bench_training_step.build(bench_training_step.OURS, sizes)
+            batch = bench_training_step.inputs(sizes)
+            bench_training_step.gradients(model, batch, case.shape["mode"])()
+
+
+def pytest_configure(config: Any) -> None:
+    """As a plugin of pytest: the launches of tests."""
+    context = noted()
+    context.__enter__()
+    config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+
+# ---- compiling
+
+
+class Pointer:
+    """A tensor as Triton's launcher sees it: a dtype and an address."""
+
+    def __init__(self, dtype: Any, address: int) -> None:
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def compile_noted(launches: Sequence[bytes], target: str) -> tuple[int, int]:
+    """Compile what was noted into TRITON_CACHE_DIR: how many kernels, how many launches failed."""
+    import importlib
+
+    from triton import knobs
+    from triton.runtime import driver
+
+    made: set[str] = set()
+
+    def listen(*, metadata: Any, **_: Any) -> None:
+        made.add(metadata["hash"] if isinstance(metadata, dict) else metadata.hash)
+
+    knobs.compilation.listener = listen
+    driver.set_active(_driver(target))
+    failed = 0
+    with _unloaded_launchers() as launcher:
+        for noted_launch in launches:
+            module, name, arguments, options = pickle.loads(noted_launch)
+            kernel = getattr(importlib.import_module(module), name)
+            arguments = {
+                k: Pointer(*v) if isinstance(v, tuple) else v for k, v in arguments.items()
+            }
+            try:
+                compiled = kernel.warmup(grid=(1,), **arguments, **options, enable_fp_fusion=True)
+                launcher(compiled)
+            except Exception as error:
+                failed += 1
+                print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    return len(made), failed
+
+
+def _driver(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    driver.get_current_device.return_value = 0
+    driver.get_current_stream.return_value = 0
+    return driver
+
+
+@contextlib.contextmanager
+def _unloaded_launchers() -> Iterator[Any]:
+    """Builds a kernel's C launcher without loading it: a driver's library is not here."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder, "empty.c")
+        empty.write_text("")
+        subprocess.run(
+            ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1", empty],
+            check=True,
+        )
+        with (
+            mock.patch.object(nvidia, "libcuda_dirs", return_value=[folder]),
+            mock.patch.object(build, "_load_module_from_path"),
+        ):
+            nvidia.CudaUtils()
+            yield lambda compiled: nvidia.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Note, compile, and say what was made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.harvest.triton_cache", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--target", default="sm_90", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "triton-cache")
+    parser.add_argument("--note-stages", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.note_stages:
+        note_stages(args.note_stages)
+        return 0
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {**os.environ, "TRITON_INTERPRET": "1", NOTED: folder, "PYTHONPATH": str(ROOT)}
+        stages = ["-m", "benchmarks.harvest.triton_cache", "--note-stages", folder]
+        tests = ["-m", "pytest", "-q", "-p", "benchmarks.harvest.triton_cache", "--tb=no",
+                 "-m", "gpu", "tests/ops"]  # fmt: skip
+        for what, command in (("stages", stages), ("tests", tests)):
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environ, capture_output=True, text=True
+            )
+            if what == "stages" and done.returncode:
+                sys.exit(f"noting the {what} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        notes = sorted(Path(folder).glob("*.pickle"))
+        launches = dict.fromkeys(x for path in notes for x in pickle.loads(path.read_bytes()))
+    noting = time.perf_counter() - start
+    os.environ["TRITON_CACHE_DIR"] = str(args.output.absolute())
+    count, failed = compile_noted(list(launches), args.target)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    print(f"{len(launches)} launches noted in {noting:.0f} s; {count} kernels for {args.target} in "
+          f"{args.output}, {size / 2**20:.0f} MiB, in {time.perf_counter() - start:.0f} s; "
+          f"{failed} failed")  # fmt: skip
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
