@@ -27,6 +27,11 @@ def available() -> tuple[bool, str]:
     return status.loaded, status.reason
 
 
+def check_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """In which dtypes of wav there is something to check on a device."""
+    return (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else ()
+
+
 def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
     if wav.device.type != "cuda":
@@ -40,7 +45,7 @@ def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def self_check(device: torch.device) -> str | None:
+def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare values and gradients with the reference; None, or what differs.
 
     Both transforms, the stretch, mel bands, the logarithm, masks and lengths take part. Gradients
@@ -87,7 +92,7 @@ def self_check(device: torch.device) -> str | None:
     for name, case in cases.items():
         # wav first, and some cases bring their own
         arguments: dict[str, Any] = {"wav": wav, **defaults, **common, **case}
-        arguments["wav"] = arguments["wav"].clone().requires_grad_()
+        arguments["wav"] = arguments["wav"].to(dtype, copy=True).requires_grad_()
         oracle = result(spectrogram_reference, to_float64(arguments), torch.device("cpu"))
         same_dtype = result(spectrogram_reference, arguments, torch.device("cpu"))
         ours = result(_autograd.run, arguments, device)
