@@ -106,11 +106,11 @@ class Dispatcher:
         if backend is not None:
             return self._named(backend, arguments)
         refusals = []
-        compiled = False  # a compiled kernel would run the call, if it were there
+        missing = ""  # why a compiled kernel that would run the call is not there
         for candidate in self.backends:
             ok, reason = candidate.available()
-            if not ok and candidate.name in ("cpp", "cuda"):
-                compiled = compiled or candidate.supports(**arguments)[0]
+            if not ok and candidate.name in ("cpp", "cuda") and candidate.supports(**arguments)[0]:
+                missing = missing or reason
             if ok:
                 ok, reason = candidate.supports(**arguments)
             if ok and candidate.self_check is not None:
@@ -119,8 +119,8 @@ class Dispatcher:
                 )
                 ok = not reason
             if ok:
-                if compiled and candidate.name == "torch":
-                    _extension.warn_if_missing()
+                if missing and candidate.name == "torch":
+                    _extension.warn_of_missing_kernels(missing)
                 return candidate
             refusals.append(f"{candidate.name}: {reason}")
         raise BackendError(f"{self.op}: no backend runs this call ({'; '.join(refusals)})")

@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from musiclm_fast import _dispatch, info
+from musiclm_fast import _dispatch, _extension, info
 from musiclm_fast._dispatch import Backend, BackendError, Dispatcher, use_backend
 
 CPU = torch.device("cpu")
@@ -272,3 +273,25 @@ def test_info_names_every_op_and_backend():
         assert f"  {op}\n" in text
         for name in dispatcher.names():
             assert f"    {name} " in text
+
+
+def test_a_library_without_cuda_kernels_warns_at_the_first_call_on_cuda(monkeypatch):
+    """There the spectrogram's wav lies on a GPU; the call itself needs none."""
+    status = _extension.ExtensionStatus(True, facts={"cuda_archs": []})
+    monkeypatch.setattr(_extension, "_status", status)
+    monkeypatch.setattr(_extension, "_warned", set())
+    with FakeTensorMode():
+        wav, window = torch.empty(2, 400, device="cuda"), torch.empty(64, device="cuda")
+    rest = dict.fromkeys(("mel", "stretch_rate")) | {"power": 2.0}
+
+    def select():
+        dispatcher = _dispatch.dispatchers()["spectrogram"]
+        return dispatcher.select(None, wav.device, wav=wav, n_fft=64, window=window, **rest).name
+
+    name, said = warned(select)
+    assert name == "torch"
+    assert len(said) == 1
+    assert (
+        "built without CUDA kernels; to build it with nvcc and MUSICLM_FAST_CUDA=1: `pip" in said[0]
+    )
+    assert warned(select) == ("torch", [])

@@ -23,7 +23,9 @@ def available() -> tuple[bool, str]:
     """Whether the compiled library is loaded and has CUDA kernels, and why not."""
     status = _extension.extension_status()
     if status.loaded and not status.facts["cuda_archs"]:
-        return False, "the compiled library was built without CUDA kernels (MUSICLM_FAST_CUDA=1)"
+        why = "the compiled library was built without CUDA kernels"
+        how = f"to build it with nvcc and MUSICLM_FAST_CUDA=1: {_extension.HOW_TO_BUILD}"
+        return False, f"{why}; {how}"
     return status.loaded, status.reason
 
 
