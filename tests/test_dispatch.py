@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from musiclm_fast import _dispatch, _extension, info
 from musiclm_fast._dispatch import Backend, BackendError, Dispatcher, use_backend
+from musiclm_fast.ops import _triton_target
 
 CPU = torch.device("cpu")
 
@@ -273,6 +276,59 @@ def test_info_names_every_op_and_backend():
         assert f"  {op}\n" in text
         for name in dispatcher.names():
             assert f"    {name} " in text
+
+
+def test_info_check_says_that_nothing_here_has_a_self_check(monkeypatch, capsys):
+    monkeypatch.setattr(_triton_target, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert info.main(["--check"]) == 0
+    assert capsys.readouterr().out == "no kernel with a self-check runs on this machine's devices\n"
+
+
+def test_info_check_runs_every_self_check_on_every_device(monkeypatch, capsys):
+    problems = {torch.float32: None, torch.float16: "wrong numbers", torch.bfloat16: OSError("cc")}
+
+    def check(device, dtype):
+        if isinstance(problems[dtype], Exception):
+            raise problems[dtype]
+        return problems[dtype]
+
+    def dtypes(device):
+        return tuple(problems) if device.type == "cuda" else ()
+
+    kernel = Backend("kernel", lambda x: (True, ""), str, self_check=check, check_dtypes=dtypes)
+    missing = replace(kernel, name="missing", available=lambda: (False, "not built"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(_dispatch, "_dispatchers", {})
+    Dispatcher("toy", [missing, kernel])
+    assert info.main(["--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for device in ("cuda:0", "cuda:1"):
+        found = [re.sub(r" +", " ", line) for line in lines if device in line]
+        assert found == [
+            f"toy missing {device} not available: not built",
+            f"toy kernel {device} float32 0.0 s passed",
+            f"toy kernel {device} float16 0.0 s wrong numbers",
+            f"toy kernel {device} bfloat16 0.0 s OSError: cc",
+        ]
+    assert len(lines) == 8
+    problems.update(dict.fromkeys(problems))
+    assert info.main(["--check"]) == 0
+
+
+@pytest.mark.skipif(not _triton_target.available()[0], reason="triton is not installed")
+def test_info_check_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "musiclm_fast.info", "--check"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [re.sub(r" +[\d.]+ s +", " ", line) for line in lines] == [
+        f"{op:<14}triton  cpu     float32 passed" for op in ("attention", "contrastive")
+    ]
 
 
 def test_a_library_without_cuda_kernels_warns_at_the_first_call_on_cuda(monkeypatch):
