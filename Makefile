@@ -74,11 +74,13 @@ test-full: $(READY)  ## what is too slow for `make test`: slow tests, sanitizers
 test-torch: $(READY)  ## the tests on another torch, TORCH=torch==2.14.1 (default: the newest); gigabytes
 	PYTHON=$(PYTHON) bash tests/torch_version.sh $(PYTEST_ARGS)
 
-# On the Python and the torch that are there, without a network: a machine with a GPU has its own.
+# On the Python, torch and pytest that are there, without a network: a machine with a GPU has its own.
+# A library that was compiled elsewhere serves there too.
 .PHONY: test-gpu
-test-gpu:  ## the tests that need a CUDA device, with the environment's own torch, offline
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+test-gpu:  ## the ops' tests that need a CUDA device, with the environment's own torch, offline
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make: torch {torch.__version__} finds no CUDA device")'
+	[ -e musiclm_fast/libmusiclm_fast_ops.so ] || $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m tests.parallel -m gpu tests/ops $(PYTEST_ARGS)
 
 # ---- benchmarks and demonstration
 

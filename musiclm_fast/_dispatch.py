@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from musiclm_fast import _extension
 from musiclm_fast._compiling import assume_constant_result
+from musiclm_fast._self_check import SelfCheck, SelfChecks
 
 Supports = Callable[..., tuple[bool, str]]
 
@@ -39,15 +39,18 @@ class Backend:
         run: takes the same arguments, returns the op's result.
         available: ``(ok, reason)`` on this machine, whatever the arguments.
         self_check: for kernels that no machine of the authors may have run: compares the kernel
-            with the reference on the given device and returns None, or what went wrong. It runs
-            once per device, on the first call there, unless the backend was asked for by name.
+            with the reference and returns None, or what is wrong; raises what is no wrong number.
+            It runs once per device and dtype (of the op's first floating tensor), at the first call
+            there (:class:`SelfChecks` says when else), unless the backend was asked for by name.
+        check_dtypes: in which dtypes there is something to check on a device.
     """
 
     name: str
     supports: Supports
     run: Callable[..., Any]
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
-    self_check: Callable[[torch.device], str | None] | None = None
+    self_check: SelfCheck | None = None
+    check_dtypes: Callable[[torch.device], tuple[torch.dtype, ...]] = lambda device: ()
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +82,7 @@ class Dispatcher:
     def __init__(self, op: str, backends: Sequence[Backend]) -> None:
         self.op = op
         self.backends = tuple(backends)
-        self._checked: dict[tuple[str, str], str | None] = {}
+        self._self_checks = SelfChecks(op, {b.name: b.self_check for b in backends})
         _dispatchers[op] = self
 
     def names(self) -> tuple[str, ...]:
@@ -103,18 +106,21 @@ class Dispatcher:
         if backend is not None:
             return self._named(backend, arguments)
         refusals = []
-        compiled = False  # a compiled kernel would run the call, if it were there
+        missing = ""  # why a compiled kernel that would run the call is not there
         for candidate in self.backends:
             ok, reason = candidate.available()
-            if not ok and candidate.name in ("cpp", "cuda"):
-                compiled = compiled or candidate.supports(**arguments)[0]
+            if not ok and candidate.name in ("cpp", "cuda") and candidate.supports(**arguments)[0]:
+                missing = missing or reason
             if ok:
                 ok, reason = candidate.supports(**arguments)
             if ok and candidate.self_check is not None:
-                ok, reason = self._passes_self_check(candidate, device)
+                reason = _self_check_refusal(
+                    self.op, candidate.name, str(device), str(_dtype(arguments))
+                )
+                ok = not reason
             if ok:
-                if compiled and candidate.name == "torch":
-                    _extension.warn_if_missing()
+                if missing and candidate.name == "torch":
+                    _extension.warn_of_missing_kernels(missing)
                 return candidate
             refusals.append(f"{candidate.name}: {reason}")
         raise BackendError(f"{self.op}: no backend runs this call ({'; '.join(refusals)})")
@@ -132,42 +138,18 @@ class Dispatcher:
             raise BackendError(f"{self.op}: backend {name!r} cannot run this call: {reason}")
         return candidate
 
-    def _passes_self_check(self, backend: Backend, device: torch.device) -> tuple[bool, str]:
-        problem = _self_check_result(self, backend.name, str(device))
-        return problem is None, problem or ""
-
-    def check_now(self, backend_name: str, device: str) -> str | None:
-        """Run a backend's self-check on a device once; None if it passed, else the problem."""
-        key = (backend_name, device)
-        if key not in self._checked:
-            self._checked[key] = None  # the check itself calls the op by name
-            backend = next(b for b in self.backends if b.name == backend_name)
-            assert backend.self_check is not None
-            try:
-                problem = backend.self_check(torch.device(device))
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-            self._checked[key] = problem
-            if problem is not None:
-                warnings.warn(
-                    f"musiclm_fast: {self.op} on {device} does not use its {backend_name} "
-                    f"kernel, whose self-check failed: {problem}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-        return self._checked[key]
-
 
 @assume_constant_result
-def _run_self_check(op: str, backend_name: str, device: str) -> str | None:
-    return _dispatchers[op].check_now(backend_name, device)
+def _self_check_refusal(op: str, name: str, device: str, dtype: str) -> str:
+    # Strings alone: torch.compile takes no dispatcher, device or dtype as a constant argument.
+    return _dispatchers[op]._self_checks.refusal(name, device, dtype)
 
 
-def _self_check_result(dispatcher: Dispatcher, backend_name: str, device: str) -> str | None:
-    key = (backend_name, device)
-    if key in dispatcher._checked:
-        return dispatcher._checked[key]
-    return _run_self_check(dispatcher.op, backend_name, device)
+def _dtype(arguments: dict[str, Any]) -> torch.dtype:
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.dtype
+    raise TypeError("a self-check needs a call with a floating tensor")
 
 
 def dispatchers() -> dict[str, Dispatcher]:

@@ -46,7 +46,7 @@ _LIBRARY = Path(__file__).with_name("libmusiclm_fast_ops.so")
 _WHY_NOT_BUILT = Path(__file__).with_name("why_not_built.txt")  # written by setup.py
 _lock = threading.Lock()
 _status: ExtensionStatus | None = None
-_warned = False
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,13 @@ def extension_status() -> ExtensionStatus:
 
 
 @assume_constant_result
-def warn_if_missing() -> None:
-    """The first call that the compiled kernels would have run warns that they are not there."""
-    global _warned
-    if _warned or load():
+def warn_of_missing_kernels(reason: str) -> None:
+    """The first call that compiled kernels would have run warns of why they are not there."""
+    if reason in _warned:
         return
-    _warned = True
+    _warned.add(reason)
     warnings.warn(
-        f"musiclm_fast runs without its compiled kernels: {why_missing()} "
+        f"musiclm_fast runs without its compiled kernels: {reason} "
         "(MUSICLM_FAST_BACKEND=torch asks for that, without this warning)",
         RuntimeWarning,
         stacklevel=4,

@@ -1,12 +1,21 @@
-"""What runs where: ``python -m musiclm_fast.info`` prints versions, the build and every backend."""
+"""What runs where: ``python -m musiclm_fast.info`` prints versions, the build and every backend.
+
+With ``--check`` it runs the self-check of every kernel that has one instead.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.metadata
 import platform
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
+HELP = "versions, build and backends"
+CHECK_HELP = "compare each GPU kernel with its definition, on every device and in every dtype"
 _PACKAGES = (
     "torch", "triton", "numpy", "vector-quantize-pytorch", "accelerate", "transformers",
     "musiclm-pytorch", "audiolm-pytorch",
@@ -83,10 +92,63 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print :func:`render` of :func:`collect`."""
+def check() -> int:
+    """Run every self-check on every device and in every dtype; a line for each, as it ends.
+
+    Returns:
+        How many found something wrong, or did not run to their end.
+    """
+    import torch
+
+    from musiclm_fast import _dispatch
+
+    importlib.import_module("musiclm_fast.ops")  # registers the dispatchers
+    cuda = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    checks = [
+        (op, backend, backend.self_check, device, backend.check_dtypes(device))
+        for device in (*cuda, torch.device("cpu"))
+        for op, dispatcher in _dispatch.dispatchers().items()
+        for backend in dispatcher.backends
+        if backend.self_check is not None
+    ]
+    if not any(dtypes for *_, dtypes in checks):
+        print("no kernel with a self-check runs on this machine's devices")
+    failures = 0
+    for op, backend, self_check, device, dtypes in checks:
+        where = f"{op:<14}{backend.name:<8}{device!s:<8}"
+        available, reason = backend.available()
+        if dtypes and not available:
+            print(f"{where}not available: {reason}")
+            continue
+        for dtype in dtypes:
+            start = time.perf_counter()
+            try:
+                problem = self_check(device, dtype)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            seconds = time.perf_counter() - start
+            failures += problem is not None
+            name = str(dtype).removeprefix("torch.")
+            print(f"{where}{name:<10}{seconds:7.1f} s  {problem or 'passed'}", flush=True)
+    return failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print :func:`render` of :func:`collect`, or run :func:`check`.
+
+    Args:
+        argv: arguments; None takes the process's own.
+
+    Returns:
+        1 where a self-check failed, else 0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m musiclm_fast.info", description=HELP)
+    parser.add_argument("--check", action="store_true", help=CHECK_HELP)
+    if parser.parse_args(argv).check:
+        return int(check() > 0)
     print(render(collect()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import musiclm_fast
-from musiclm_fast import cli
+from musiclm_fast import cli, info
 from musiclm_fast.training.checkpoint import save_checkpoint
 
 soundfile = pytest.importorskip("soundfile", reason="needs the demo extra")
@@ -153,6 +153,12 @@ def test_empty_text(text, model, tone, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert musiclm_fast.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_info_check(monkeypatch, failures):
+    monkeypatch.setattr(info, "check", lambda: failures)
+    assert cli.main(["info", "--check"]) == (failures > 0)
 
 
 @pytest.mark.parametrize("argv", [[], ["dance"], ["similarity", "a.wav"], ["demo", "--steps", "x"]])

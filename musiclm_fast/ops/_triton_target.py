@@ -70,6 +70,11 @@ def refusal(x: Tensor) -> str:
     return ""
 
 
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that the kernels take on a device."""
+    return tuple(d for d in DTYPES if not refusal(torch.empty(0, dtype=d, device=device)))
+
+
 def _target_refusal(target: str) -> str:
     if family(target) == "amd":
         known = " and ".join(AMD_TARGETS)

@@ -13,13 +13,14 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from musiclm_fast import testing
-from musiclm_fast.ops import attention, grid_codes
+from musiclm_fast.ops import _triton_target, attention, grid_codes
 from musiclm_fast.ops.attention import _triton, attention_reference
 from musiclm_fast.ops.attention.reference import offset_bias
 
@@ -366,22 +367,39 @@ def test_inference_mode_and_checkpointing() -> None:
 
 @interpreted
 def test_self_check_passes() -> None:
-    assert _triton.self_check(torch.device("cpu")) is None
+    assert _triton.self_check(torch.device("cpu"), torch.float32) is None
+
+
+# Which kernel's arguments to spoil: in the first case, with a mask and dropout, or in the second,
+# causal, with lengths and another head dim.
+SPOILED: dict[str, tuple[str, int, Callable[[dict[str, Any]], Any]]] = {
+    "scale": ("backward_q_kernel", 64, lambda a: {"scale": a["scale"] * 1.01}),
+    "mask": ("forward_kernel", 64, lambda a: {"key_mask": torch.ones_like(a["key_mask"])}),
+    "dropout": ("backward_kv_kernel", 64, lambda a: {"seed": a["seed"] + 1}),
+    "causal": ("forward_kernel", 48, lambda a: {"CAUSAL": False}),
+    "lengths": ("backward_kv_kernel", 48, lambda a: {"key_lengths": a["key_lengths"] + 1}),
+    "norm": ("normalize_kernel", 48, lambda a: {"scale": a["scale"] * 1.01}),
+    "delta": ("delta_kernel", 48, lambda a: {"out": a["out"] * 1.01}),
+    "table": ("table_gradient_kernel", 0, lambda a: {"first": a["first"].roll(1, -1)}),
+    "edges": ("table_edges_kernel", 0, lambda a: {"radius": a["radius"] - 1}),
+}
 
 
 @interpreted
-def test_self_check_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel, head_dim, change", SPOILED.values(), ids=SPOILED)
+def test_self_check_sees_a_wrong_kernel(
+    kernel: str, head_dim: int, change: Callable[[dict[str, Any]], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     launch = _triton._launch
 
-    def wrong(name: str, *args: Any, **arguments: Any) -> None:
-        if name == "backward_q_kernel":
-            arguments["scale"] *= 1.01
-        launch(name, *args, **arguments)
+    def wrong(name: str, programs: int, options: dict[str, int], **arguments: Any) -> None:
+        if name == kernel and arguments.get("HEAD_DIM", 0) == head_dim:
+            arguments.update(change(arguments))
+        launch(name, programs, options, **arguments)
 
     monkeypatch.setattr(_triton, "_launch", wrong)
-    problem = _triton.self_check(torch.device("cpu"))
-    assert problem is not None
-    assert problem.startswith("q (")
+    assert "error" in str(_triton.self_check(torch.device("cpu"), torch.float32))
 
 
 @interpreted
@@ -534,8 +552,9 @@ class TestOnGpu:
         for name, value in step().items():
             assert torch.equal(captured[name], value), name
 
-    def test_self_check_passes(self) -> None:
-        assert _triton.self_check(torch.device("cuda")) is None
+    @pytest.mark.parametrize("dtype", _triton_target.DTYPES)
+    def test_self_check_passes(self, dtype: torch.dtype) -> None:
+        assert _triton.self_check(torch.device("cuda"), dtype) is None
 
     def test_workspace_is_at_most_64_megabytes(self) -> None:
         inputs = testing.attention_inputs(

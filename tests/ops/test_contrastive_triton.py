@@ -130,10 +130,11 @@ def test_few_rows_are_cut_into_splits() -> None:
 
 
 @pytest.mark.gpu
-def test_self_check_on_a_gpu() -> None:
+@pytest.mark.parametrize("dtype", _triton_target.DTYPES)
+def test_self_check_on_a_gpu(dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert _triton.self_check(torch.device("cuda")) is None
+    assert _triton.self_check(torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.gpu

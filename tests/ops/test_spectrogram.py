@@ -489,14 +489,15 @@ def test_cuda_says_why_it_is_not_used() -> None:
 def test_self_check_passes_a_right_kernel_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     with torch.inference_mode():  # where a first call may well be
-        assert _cuda.self_check(cpu) is None  # the same op, with its CPU kernel
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert _cuda.self_check(cpu, dtype) is None  # the same op, with its CPU kernel
     right = _cuda._autograd.run
 
     def later(**arguments: Any) -> Tensor:
         return right(**{**arguments, "wav": arguments["wav"].roll(1)})
 
     monkeypatch.setattr(_cuda._autograd, "run", later)
-    assert "values, 24 of 128: error" in str(_cuda.self_check(cpu))
+    assert "values, 24 of 128: error" in str(_cuda.self_check(cpu, torch.float32))
 
 
 # bad input
@@ -754,8 +755,9 @@ def test_cuda_file_keeps_spectra_in_registers(tmp_path: Path, target: str) -> No
 
 
 @pytest.mark.gpu
-def test_cuda_self_check() -> None:
-    assert _cuda.self_check(torch.device("cuda")) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_self_check(dtype: torch.dtype) -> None:
+    assert _cuda.self_check(torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.gpu

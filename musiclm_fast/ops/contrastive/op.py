@@ -163,7 +163,12 @@ dispatcher = Dispatcher(
     [
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
         Backend(
-            "triton", _triton.supports, _triton.run, _triton_target.available, _triton.self_check
+            "triton",
+            _triton.supports,
+            _triton.run,
+            _triton_target.available,
+            _triton.self_check,
+            _triton_target.dtypes,
         ),
         Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
     ],

@@ -23,8 +23,15 @@ def available() -> tuple[bool, str]:
     """Whether the compiled library is loaded and has CUDA kernels, and why not."""
     status = _extension.extension_status()
     if status.loaded and not status.facts["cuda_archs"]:
-        return False, "the compiled library was built without CUDA kernels (MUSICLM_FAST_CUDA=1)"
+        why = "the compiled library was built without CUDA kernels"
+        how = f"to build it with nvcc and MUSICLM_FAST_CUDA=1: {_extension.HOW_TO_BUILD}"
+        return False, f"{why}; {how}"
     return status.loaded, status.reason
+
+
+def check_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """In which dtypes of wav there is something to check on a device."""
+    return (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else ()
 
 
 def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple[bool, str]:
@@ -40,7 +47,7 @@ def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def self_check(device: torch.device) -> str | None:
+def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare values and gradients with the reference; None, or what differs.
 
     Both transforms, the stretch, mel bands, the logarithm, masks and lengths take part. Gradients
@@ -87,7 +94,7 @@ def self_check(device: torch.device) -> str | None:
     for name, case in cases.items():
         # wav first, and some cases bring their own
         arguments: dict[str, Any] = {"wav": wav, **defaults, **common, **case}
-        arguments["wav"] = arguments["wav"].clone().requires_grad_()
+        arguments["wav"] = arguments["wav"].to(dtype, copy=True).requires_grad_()
         oracle = result(spectrogram_reference, to_float64(arguments), torch.device("cpu"))
         same_dtype = result(spectrogram_reference, arguments, torch.device("cpu"))
         ours = result(_autograd.run, arguments, device)

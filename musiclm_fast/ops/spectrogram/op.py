@@ -194,7 +194,14 @@ def _check_lengths(lengths: Tensor | None, wav: Tensor, shortest: int, n_fft: in
 dispatcher = Dispatcher(
     "spectrogram",
     [
-        Backend("cuda", _cuda.supports, _cuda.run, _cuda.available, _cuda.self_check),
+        Backend(
+            "cuda",
+            _cuda.supports,
+            _cuda.run,
+            _cuda.available,
+            _cuda.self_check,
+            _cuda.check_dtypes,
+        ),
         Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
         Backend("torch", lambda **_: (True, ""), spectrogram_reference),
     ],
