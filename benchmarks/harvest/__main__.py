@@ -18,6 +18,7 @@ log per stage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -76,10 +77,17 @@ def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, An
         except subprocess.TimeoutExpired:
             problem = f"cut off after {limit:.0f} s"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
     return {**rows_of(name, output), "problem": problem, "seconds": time.perf_counter() - start}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a stage and what it has started; it has five seconds to write what it knows."""
+    for sent, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            os.killpg(process.pid, sent)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
 
 
 def rows_of(name: str, output: Path) -> dict[str, Any]:

@@ -1,0 +1,307 @@
+"""The command for a GPU at hand: its survey, its stages' processes, its tables, and a dry run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import ROOT
+from benchmarks.harvest import __main__ as harvest
+from benchmarks.harvest import cases, checks, kernels, summary
+from benchmarks.harvest import survey as surveying
+from benchmarks.harvest.measuring import Row, Stage
+
+needs_triton = pytest.mark.skipif(surveying.no_triton() != "", reason="triton is not installed")
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+def run_harvest(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.harvest", *arguments], cwd=ROOT,
+        env={**os.environ, **environ}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+# ---- bad input and poor machines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stages", "card,nope"], "--stages: got nope, expected some of card, library, parity"),
+        (["--deadline", "0"], "--deadline: got 0, expected seconds above 0"),
+        (["--output", "/dev/null/x"], "--output: /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        harvest.parse(["--output", str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert surveying.no_space(tmp_path) == ""
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: argparse.Namespace(free=surveying.SPACE - 1)
+    )
+    assert "511 MiB free, of 512" in surveying.no_space(tmp_path)
+
+
+@no_gpu_here
+def test_without_a_gpu_it_says_what_can_be_run(tmp_path: Path) -> None:
+    done = run_harvest("--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 python -m benchmarks.harvest --tiny" in done.stderr
+    assert done.stderr.startswith(f"{surveying.no_gpu()}.")
+
+
+def test_no_gpu_gives_torch_s_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in surveying.no_gpu()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def old_driver() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    monkeypatch.setattr(surveying, "driver_version", lambda: "470.57.02")
+    text = surveying.no_gpu()
+    assert "finds no usable GPU (driver 470.57.02): The NVIDIA driver" in text
+    assert "found version 11040" in text
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    properties = argparse.Namespace(
+        name="Card", major=major, minor=minor, multi_processor_count=80, total_memory=2**34
+    )
+    monkeypatch.setattr(surveying, "no_gpu", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@needs_triton
+def test_an_old_gpu_leaves_out_the_stages_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, 7, 5)
+    found = surveying.survey()
+    assert found.device.startswith("Card, compute capability 7.5, 80 multiprocessors, 16 GiB")
+    assert set(found.left_out) == set(surveying.TRITON)
+    assert "7.5 is below 8.0" in found.left_out["attention"]
+    fake_gpu(monkeypatch, 9, 0)
+    assert surveying.survey().left_out == {}
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, 9, 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(
+        surveying._extension, "extension_status",
+        lambda: argparse.Namespace(facts={"cuda_archs": []}),
+    )  # fmt: skip
+    remarks = "\n".join(surveying.survey().remarks)
+    for words in (
+        "cannot be built: no nvcc, cmake, ninja; the spectrogram's kernels are then left out",
+        "no ncu: stage counters", "no compute-sanitizer: stage sanitizer",
+    ):  # fmt: skip
+        assert words in remarks
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if surveying.importlib.util.find_spec("triton"):
+        assert "no C compiler" in surveying.no_triton()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["80-real", "90"], 90, True),
+        (["80-real", "90"], 100, True),  # by its PTX
+        (["80-real"], 86, True),
+        (["80-real"], 90, False),
+        (["90a-real"], 90, True),
+        (["90a"], 100, False),
+        (["90-virtual"], 89, False),
+        (["90-real"], 103, False),
+        ([], 90, False),
+    ],
+)
+def test_which_gpus_a_library_runs_on(archs: list[str], capability: int, runs: bool) -> None:
+    assert checks.runs_on(archs, capability) is runs
+
+
+# ---- stages as processes
+
+
+def test_a_stage_at_its_deadline_keeps_its_rows(tmp_path: Path) -> None:
+    found = harvest.run_stage("card", tmp_path, tiny=True, limit=0.2)
+    assert found["problem"] == "cut off after 0 s"
+    assert found["seconds"] < 10
+    (tmp_path / "stage-card.json").write_text(json.dumps([vars(Row("a", "b", 1.0))]))
+    assert harvest.rows_of("card", tmp_path)["rows"][0]["case"] == "a"
+
+
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    time.sleep(0.5)
+    harvest.end(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_an_interrupted_run_keeps_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, Any]:
+        rows = [vars(Row(f"case of {name}", "ours", 1.0))]
+        if name == "parity":
+            (output / "stage-parity.json").write_text(json.dumps(rows))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return {"rows": rows, "problem": "", "seconds": 1.0}
+
+    monkeypatch.setattr(harvest, "run_stage", stage)
+    args = harvest.parse(["--output", str(tmp_path), "--stages", "card,attention,parity,bits"])
+    here = surveying.Survey(device="Card", left_out={"attention": "no Triton"})
+    found = harvest.collect(args, here, time.perf_counter())
+    saved = json.loads((tmp_path / "harvest.json").read_text())["stages"]
+    assert saved == found
+    assert list(saved) == ["card", "attention", "parity"]
+    assert saved["attention"]["left_out"] == "no Triton"
+    assert saved["parity"]["problem"] == "interrupted"
+    assert saved["parity"]["rows"][0]["case"] == "case of parity"
+    assert "case of card" in (tmp_path / "harvest.md").read_text()
+    args.deadline = 1.0
+    late = harvest.collect(args, here, time.perf_counter())
+    assert late["card"]["problem"] == "not started: no time left"
+
+
+def test_what_raises_is_a_row_and_the_stage_goes_on(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "made-up", tiny=True)
+    for peer in (False, True):
+        with stage.attempt("case", "name", peer=peer):
+            raise ValueError("no\n  good")
+    stage.time(cases.Case("made-up", "case", ("ours",), operations=1e9), "ours", lambda: None)
+    saved = json.loads((tmp_path / "stage-made-up.json").read_text())
+    assert [row["failed"] for row in saved] == ["ValueError: no good", "", ""]
+    assert saved[1]["note"] == "ValueError: no good"
+    assert saved[2]["tflops"] == pytest.approx(1e-3 / (saved[2]["ms"] / 1e3))
+    assert torch.cuda.is_available() or "dry run" in saved[2]["note"]
+
+
+# ---- tables
+
+
+def test_counters_are_read_from_ncu_s_csv() -> None:
+    text = (
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","forward_kernel","gpu__time_duration.sum","ns","1,234"\n'
+        '"0","forward_kernel","launch__registers_per_thread","","128"\n'
+        '"1","backward_kernel","smsp__issue_active.avg.pct_of_peak_sustained_active","%","61"\n'
+        '"1","backward_kernel","something else","%","1"\n'
+    )
+    assert kernels.counted(text) == [
+        ("forward_kernel", "ns 1,234, registers 128"),
+        ("backward_kernel", "issue % 61"),
+    ]
+
+
+def test_the_short_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.attention(False)[0]
+    copy, product, _ = cases.card(False)
+    rows = {
+        "card": [Row(product.name, "torch", 1.6, tflops=700.0), Row(copy.name, "torch", gbs=3e3)],
+        "bits": [Row("attention", "ours", note="0 of 199 runs gave other bits")],
+        "parity": [Row("tests/ops/test_attention.py", failed="1 failed")],
+        "attention": [
+            Row(case.name, cases.SHARED, 0.30, kernels_ms=0.2, graph_ms=0.21, tflops=210.0),
+            Row(case.name, cases.FLASH, 0.16, kernels_ms=0.15, tflops=300.0),
+        ],
+    }
+    found = {
+        name: {"rows": [vars(row) for row in stage], "problem": "", "seconds": 3.0}
+        for name, stage in rows.items()
+    }
+    guess = argparse.Namespace(ms=0.5, kernels_ms=0.25)
+    monkeypatch.setattr(summary.predict, "load", lambda device: {(case.name, cases.SHARED): guess})
+    text = summary.text(found, "Card")
+    lines = text.splitlines()
+    assert "== parity: 3 s, 1 wrong; first: tests/ops/test_attention.py : 1 failed" in lines
+    ours = lines[lines.index(case.name) + 1].split("  ")
+    cells = [cell.strip() for cell in ours if cell.strip()]
+    assert cells == [
+        "ours, shared", "0.3", "0.2", "0.21", "210 TF/s", "30%", "0.25", "x 0.80", "wrong",
+        "flash 0.75",
+    ]  # fmt: skip
+    markdown = summary.markdown(found, "Card")
+    assert f"| {case.name} | flash | 0.16 | 0.15 |" in markdown
+    assert "**1 failed**" in markdown
+
+
+# ---- every line of it
+
+
+@needs_triton
+@no_gpu_here
+@pytest.mark.slow
+@pytest.mark.reference
+def test_dry_run(tmp_path: Path) -> None:
+    done = run_harvest("--tiny", "--deadline", "3000", "--output", str(tmp_path),
+                       TRITON_INTERPRET="1")  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    saved = json.loads((tmp_path / "harvest.json").read_text())["stages"]
+    assert list(saved) == list(harvest.STAGES)
+    rows = [Row(**row) for stage in saved.values() for row in stage["rows"]]
+    timed = {(row.case, row.contender) for row in rows if row.ms}
+    wanted = {(c.name, who) for c in cases.all_cases(tiny=True) for who in c.contenders}
+    assert timed == wanted
+    text = (tmp_path / "summary.txt").read_text()
+    assert all(case.name in text for case in cases.all_cases(tiny=True))
+    assert any("tests/ops" in row.case and "passed" in row.note for row in rows)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.aot
+def test_kernels_made_ahead_of_time_are_found_again(tmp_path: Path) -> None:
+    note = (
+        "from benchmarks.harvest import triton_cache as t\n"
+        "from musiclm_fast import testing\n"
+        "from musiclm_fast.ops import attention\n"
+        "import torch\n"
+        "with t.noted():\n"
+        "    inputs = testing.attention_inputs(dtype=torch.bfloat16)\n"
+        "    out = attention(**inputs, backend='triton')\n"
+        "    testing.gradients(out, inputs, torch.ones_like(out))\n"
+    )
+    compile_ = (
+        "import pathlib, pickle, sys\n"
+        "from benchmarks.harvest import triton_cache as t\n"
+        "paths = pathlib.Path(sys.argv[1]).glob('*.pickle')\n"
+        "launches = [x for path in paths for x in pickle.loads(path.read_bytes())]\n"
+        "print(*t.compile_noted(launches, 'sm_90'))\n"
+    )
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run(code: str, **more: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env={**environ, **more},
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    run(note, TRITON_INTERPRET="1", MUSICLM_FAST_NOTED_LAUNCHES=str(tmp_path))
+    count, failed = map(int, run(compile_).split())
+    assert count >= 4 and failed == 0
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+    assert len(kept) == count
+    run(compile_)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == kept
