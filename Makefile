@@ -5,6 +5,7 @@
 #   MAX_JOBS=1           compiler processes
 #   PYTEST_ARGS="-k x"   passed to pytest
 #   BENCH="attention"    passed to the benchmarks' runner
+#   GPU="--deadline 300" passed to `make gpu`
 #   PYTHONS="a b"        interpreters that `make wheel` tests with
 #   TORCH=torch==2.11.0  the torch that `make wheel` and `make test-torch` take
 # pip reads its own variables, for example PIP_EXTRA_INDEX_URL for an index with CPU builds of torch.
@@ -81,6 +82,22 @@ test-gpu:  ## the ops' tests that need a CUDA device, with the environment's own
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make: torch {torch.__version__} finds no CUDA device")'
 	[ -e musiclm_fast/libmusiclm_fast_ops.so ] || $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m tests.parallel -m gpu tests/ops $(PYTEST_ARGS)
+
+# ---- a GPU that is at hand: everything that it has to say, in under eight minutes
+
+GPU ?=
+
+.PHONY: gpu
+gpu:  ## parity, speed and profile on a CUDA GPU, with the environment's own torch, offline
+	$(PYTHON) -m benchmarks.harvest $(GPU)
+
+.PHONY: gpu-dry
+gpu-dry: $(READY)  ## the same lines on the CPU, at the smallest sizes
+	TRITON_INTERPRET=1 $(PY) -m benchmarks.harvest --tiny $(GPU)
+
+.PHONY: gpu-bare
+gpu-bare: $(READY)  ## both, and the GPU tests, where only torch 2.11, Triton 3.6 and pytest are; gigabytes
+	bash tests/bare_environment.sh
 
 # ---- benchmarks and demonstration
 
