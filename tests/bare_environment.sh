@@ -2,7 +2,8 @@
 # What a machine with a GPU may have: torch 2.11 with its Triton 3.6, pytest and numpy, and nothing
 # else. There, without a GPU: the GPU tests are collected, some run in Triton's interpreter, and every
 # stage of `make gpu` runs at the smallest sizes. The library that is built serves. Gigabytes: this
-# torch brings CUDA's libraries.
+# torch brings CUDA's libraries. numpy 2.4 refuses what the interpreter of Triton 3.6 does with it; on
+# a GPU, where nothing is interpreted, any numpy does.
 #
 #   PYTHON=python3.12 tests/bare_environment.sh [arguments of benchmarks.harvest]
 set -euo pipefail
@@ -13,7 +14,7 @@ python=$folder/bin/python
 
 if [ ! -e "$folder/.complete" ]; then
   "$PYTHON" -m venv --clear "$folder"
-  "$python" -m pip --disable-pip-version-check install --quiet torch==2.11.0 pytest numpy
+  "$python" -m pip --disable-pip-version-check install --quiet torch==2.11.0 pytest "numpy<2.4"
   touch "$folder/.complete"
 fi
 "$python" -c "

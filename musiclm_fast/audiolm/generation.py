@@ -6,13 +6,12 @@ and rows that are done are taken out of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.audiolm.layers import Positions
@@ -102,7 +101,7 @@ def generate_tokens(
     stepper = Stepper(stage.transformer, prompt.positions)
     ids = rows
     prefix_mask = context_mask if stage.transformer.cond_as_self_attn_prefix else None
-    for step in tqdm(range(steps), desc=description, disable=not progress, leave=False):
+    for step in _shown(range(steps), description) if progress else range(steps):
         if step > 0:
             index = length + step - 1
             seen = _seen(index, mask, prefix_mask, cache, stage)
@@ -136,6 +135,13 @@ def generate_tokens(
             mask, prefix_mask = _rows(both, mask, prefix_mask)
             rows, ids = rows[kept], ids[kept]
     return written
+
+
+def _shown(steps: Iterable[int], description: str) -> Iterable[int]:
+    from tqdm.auto import tqdm
+
+    bar: Iterable[int] = tqdm(steps, desc=description, leave=False)
+    return bar
 
 
 def _seen(
