@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import torch
 
 from benchmarks.harness import ROOT
 from benchmarks.harvest import __main__ as harvest
-from benchmarks.harvest import cases, checks, kernels, summary
+from benchmarks.harvest import cases, checks, kernels, measuring, models, summary
 from benchmarks.harvest import survey as surveying
 from benchmarks.harvest.measuring import Row, Stage
 
@@ -186,8 +187,8 @@ def test_an_interrupted_run_keeps_what_there_is(
 
 def test_what_raises_is_a_row_and_the_stage_goes_on(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "made-up", tiny=True)
-    for peer in (False, True):
-        with stage.attempt("case", "name", peer=peer):
+    for optional in (False, True):
+        with stage.attempt("case", "name", optional=optional):
             raise ValueError("no\n  good")
     stage.time(cases.Case("made-up", "case", ("ours",), operations=1e9), "ours", lambda: None)
     saved = json.loads((tmp_path / "stage-made-up.json").read_text())
@@ -305,3 +306,72 @@ def test_kernels_made_ahead_of_time_are_found_again(tmp_path: Path) -> None:
     assert len(kept) == count
     run(compile_)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == kept
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's events, streams and graphs replaced by ones that do nothing, so that the lines for a
+    GPU run here."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def elapsed_time(self, other: Event) -> float:
+            return 3.0
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    @contextlib.contextmanager
+    def block(*_: Any, **__: Any) -> Any:
+        yield
+
+    stand_ins: dict[str, Any] = dict(
+        Event=Event, Stream=Stream, CUDAGraph=Graph, stream=block, graph=block,
+        current_stream=Stream, synchronize=lambda: None, empty_cache=lambda: None,
+        reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 5,
+        max_memory_allocated=lambda: 12, set_sync_debug_mode=lambda mode: None,
+    )  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    table = [("long_kernel", 0.5, 1.0), ("short_kernel", 0.25, 3.0)]
+    for module in (measuring, kernels, models):
+        monkeypatch.setattr(module, "kernel_table", lambda run, calls=3, trace=None: table)
+    monkeypatch.setattr(models, "_kernels", lambda gpu: contextlib.nullcontext())
+
+
+def test_the_lines_for_a_gpu(pretended_gpu: None, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "made-up", tiny=True)
+    stage.gpu = True
+    case = cases.Case("made-up", "case", ("ours",), operations=1.5e9)
+    with measuring.own_stream(True):
+        row = stage.time(case, "ours", lambda: None, memory=True)
+    assert (row.ms, row.least, row.kernels_ms, row.launches) == (3.0, 3.0, 0.75, 4)
+    assert row.graph_ms == 3.0 / 20
+    assert row.memory == 7
+    assert row.tflops == pytest.approx(2.0)
+
+    def uncapturable() -> None:
+        raise RuntimeError("cannot be captured")
+
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        measuring.replay_time(uncapturable, True)
+    models.step_captured(stage)
+    kernels.note_kernels(stage, "case", "ours", lambda: None)
+    assert stage.rows[-1].note.startswith("long_kernel 0.500 ms x 1; short_kernel 0.250 ms x 3")
+    assert not any(row.failed for row in stage.rows)
+
+
+def test_a_trace_that_is_too_large_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace.json"
+    for limit, kept in ((1000, True), (10, False)):
+        trace.write_text("{}" * 100)
+        monkeypatch.setattr(models, "TRACE_BYTES", limit)
+        models.compress(trace)
+        assert not trace.exists()
+        assert (tmp_path / "trace.json.gz").exists() is kept

@@ -59,7 +59,7 @@ def _attention(stage: Stage, name: str) -> None:
         for contender in stage.contenders(case):
             ours = contender.startswith("ours")
             function = functions.get(contender, bench_attention_gpu.ours)
-            with stage.attempt(case.name, contender, peer=not ours), own_stream(stage.gpu):
+            with stage.attempt(case.name, contender, optional=not ours), own_stream(stage.gpu):
                 inputs = bench_attention_gpu.make_inputs(
                     shape["batch"],
                     shape["length"],
@@ -109,7 +109,7 @@ def contrastive(stage: Stage) -> None:
     for case in cases.contrastive(stage.tiny):
         for contender in stage.contenders(case):
             ours = contender == cases.OURS
-            with stage.attempt(case.name, contender, peer=not ours), own_stream(stage.gpu):
+            with stage.attempt(case.name, contender, optional=not ours), own_stream(stage.gpu):
                 step = _loss(case.shape, stage.device, None if ours else contender)
                 stage.time(case, contender, step, memory=True, budget=0.3)
                 if ours:
@@ -137,7 +137,7 @@ def spectrogram(stage: Stage) -> None:
     for case in cases.spectrogram(stage.tiny):
         for contender in stage.contenders(case):
             peer = contender in ("torchaudio", "torch")
-            with stage.attempt(case.name, contender, peer=peer), own_stream(stage.gpu):
+            with stage.attempt(case.name, contender, optional=peer), own_stream(stage.gpu):
                 run = _spectrogram(case.shape, stage.device, backend, contender)
                 stage.time(case, contender, run, budget=0.15)
 
@@ -193,7 +193,7 @@ def counters(stage: Stage) -> None:
     for name, text in found:
         stage.note(name, text, "ours")
     if not found:
-        stage.fail("ncu", f"no counters: {(done.stdout + done.stderr)[-300:]}")
+        stage.note("ncu", f"no counters: {(done.stdout + done.stderr)[-300:]}")
 
 
 def counted(text: str) -> list[tuple[str, str]]:

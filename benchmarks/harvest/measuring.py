@@ -97,19 +97,21 @@ class Stage:
         write(self.output / f"stage-{self.name}.json", json.dumps([vars(r) for r in self.rows]))
 
     @contextlib.contextmanager
-    def attempt(self, case: str, contender: str, peer: bool = False) -> Iterator[None]:
-        """A contender that raises is a row with the reason; of a peer that is a finding alone."""
+    def attempt(self, case: str, contender: str, optional: bool = False) -> Iterator[None]:
+        """A contender that raises is a row with the reason: a failure, or where it is ``optional``
+        (a peer, what is known not to run everywhere) a finding."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.add(Row(case, contender, note=text) if peer else Row(case, contender, failed=text))
+            (self.note if optional else self.fail)(case, text, contender)
             if self.gpu:
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # CUDA itself may be what failed
+                    torch.cuda.empty_cache()
 
     def time(
-        self, case: Case, contender: str, run: Run, *, budget: float = 0.4, memory: bool = False,
+        self, case: Case, contender: str, run: Run, *, budget: float = 0.2, memory: bool = False,
         graph: bool = True, note: str = "",
     ) -> Row:  # fmt: skip
         """Measure ``run`` and add its row.
@@ -238,5 +240,10 @@ def peak_memory(run: Run) -> int:
 def own_stream(gpu: bool) -> Iterator[None]:
     """A stream of its own: what autograd runs backward on the stream of the forward can then be
     captured, which it cannot on the default stream."""
-    with torch.cuda.stream(torch.cuda.Stream()) if gpu else contextlib.nullcontext():
+    if not gpu:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         yield

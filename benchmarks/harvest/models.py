@@ -71,7 +71,7 @@ def _steps(stage: Stage, name: str) -> None:
         (contender,) = case.contenders
         ours = who == bench_training_step.OURS
         with (
-            stage.attempt(case.name, contender, peer=not ours),
+            stage.attempt(case.name, contender, optional=not ours),
             _kernels(stage.gpu and ours),
             own_stream(stage.gpu),
         ):
@@ -126,7 +126,11 @@ def step_captured(stage: Stage) -> None:
     """Forward, backward and optimizer of ours as one CUDA graph; or what forbids it."""
     for case in cases.steps(stage.tiny, "step_captured"):
         (contender,) = case.contenders
-        with stage.attempt(case.name, contender), _kernels(stage.gpu), own_stream(stage.gpu):
+        with (
+            stage.attempt(case.name, contender, optional=True),
+            _kernels(stage.gpu),
+            own_stream(stage.gpu),
+        ):
             run = _capturable(case, stage.device)
             for _ in range(3):  # lazy state: the optimizer's, compiled kernels, self-checks
                 run()
@@ -182,7 +186,7 @@ def generation(stage: Stage) -> None:
             runs["audiolm-pytorch"] = (bench_generation.theirs_generate, theirs)
         for contender, (generate, model) in runs.items():
             with (
-                stage.attempt(case.name, contender, peer=model is theirs),
+                stage.attempt(case.name, contender, optional=model is theirs),
                 torch.device(stage.device),
             ):
                 model.to(stage.device)

@@ -70,7 +70,7 @@ def text(found: Found, device: str) -> str:
     rows = [Row(**r) for stage in found.values() for r in stage["rows"]]
     by_key = {(r.case, r.contender): r for r in rows if r.ms is not None}
     table = Table(by_key, predict.load(device), _ceilings(by_key), _parity(found))
-    lines.append(f"{'':26}" + "".join(f"{head:>13}" for head in HEADS) + "   times ours")
+    lines.append(f"{'':26}" + "".join(f" {head:>12}" for head in HEADS) + "   times ours")
     by_name = {case.name: case for tiny in (True, False) for case in cases.all_cases(tiny)}
     for name in dict.fromkeys(r.case for r in rows if r.ms is not None):
         if name in by_name:
@@ -133,7 +133,7 @@ class Table:
                      self.checked.get(case.name.split()[0], "") if ours else ""]  # fmt: skip
             others = {who: other for who, other in rows.items() if not who.startswith("ours")}
             peers = [f"{who} {_own(other) / _own(row):.2f}" for who, other in others.items()]
-            line = f"  {name[:24]:24}" + "".join(f"{cell:>13}" for cell in cells)
+            line = f"  {name[:24]:24}" + "".join(f" {cell:>12}" for cell in cells)
             said = peers if ours else []
             if "tokens/s" in row.note:
                 said = [*said, row.note]
