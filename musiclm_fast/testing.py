@@ -70,7 +70,8 @@ def assert_close_to_oracle(
 def poisoned_memory() -> Iterator[None]:
     """Fill every new uninitialised tensor with NaN (integers with their maximum).
 
-    An output that a kernel does not write then shows.
+    An output that a kernel does not write then shows. Only as a warning does torch then say what
+    it cannot do deterministically: on CUDA that would be every product of matrices.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -19,8 +19,6 @@ from musiclm_fast._dispatch import BackendError
 from musiclm_fast.ops import contrastive_loss
 from musiclm_fast.ops.contrastive import reference
 
-pytestmark = pytest.mark.usefixtures("interpreted_products")
-
 KINDS = ("softmax", "decoupled", "sigmoid")
 cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
