@@ -35,8 +35,11 @@ def gpu() -> str:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where Triton kernels run: on a GPU, or on the CPU in Triton's interpreter."""
-    return "cpu" if _triton_target.INTERPRET else str(request.getfixturevalue("gpu"))
+    """Where a test's kernels run: C++ on the CPU; Triton on a GPU, or on the CPU interpreted."""
+    of_test = getattr(request.node, "callspec", None)
+    if _triton_target.INTERPRET or (of_test and of_test.params.get("backend") == "cpp"):
+        return "cpu"
+    return str(request.getfixturevalue("gpu"))
 
 
 def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
