@@ -15,6 +15,7 @@ device or shape.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,7 +71,8 @@ def assert_close_to_oracle(
 def poisoned_memory() -> Iterator[None]:
     """Fill every new uninitialised tensor with NaN (integers with their maximum).
 
-    An output that a kernel does not write then shows.
+    An output that a kernel does not write then shows. Only as a warning does torch then say what
+    it cannot do deterministically: on CUDA that would be every product of matrices.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -229,10 +231,11 @@ def contrastive_rounding(
     """Effect of rounding similarities and their gradient on each result of a contrastive loss.
 
     With ``s = temperature <audio_i, text_j> + bias`` and ``ds = dloss / ds_ij``, both exact. Every
-    algorithm rounds s in float32, by ``eps32 max|s|``, before it takes differences ``s - lse``,
-    so that each ds is known to that relative error; and ds is rounded to the latents' dtype
-    before it enters a product. A result is a sum over pairs, so to first order it is known to
-    ``(eps32 max|s| + eps(dtype))`` times its sum of absolute values::
+    algorithm rounds s and lse in float32, by ``eps32 S`` where ``S = max|s|`` or, with an lse,
+    ``max|s| + ln B``, before it takes differences ``s - lse``, so that each ds is known to that
+    relative error; and ds is rounded to the latents' dtype before it enters a product. A result
+    is a sum over pairs, so to first order it is known to ``(eps32 S + eps(dtype))`` times its sum
+    of absolute values::
 
         loss         sum |ds|                      (its derivative by s is ds)
         audio        max_ik temperature sum_j |ds_ij| |text_jk|,  text likewise
@@ -260,6 +263,8 @@ def contrastive_rounding(
         leaf = sims.requires_grad_()
         ds = torch.autograd.grad(loss_of_similarities(leaf, kind), leaf)[0].abs()
     largest = sims.detach().abs().max().item()
+    if kind != "sigmoid":
+        largest += math.log(audio.shape[1])
     relative = torch.finfo(torch.float32).eps * largest
     relative += torch.finfo(dtype or arguments["audio"].dtype).eps
     terms = {

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +17,12 @@ from musiclm_fast._dispatch import BackendError
 from musiclm_fast.ops import attention, grid_codes, grid_offsets
 from musiclm_fast.ops.attention import _autograd, attention_reference
 from musiclm_fast.ops.attention.reference import dropout_keep, offset_index
+
+# A machine on which the tests for a GPU run may not have it.
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0])

@@ -1,8 +1,8 @@
-"""The attention op's Triton kernels: in Triton's interpreter and on a GPU.
+"""The attention op's Triton kernels: the same tests in Triton's interpreter and on a GPU.
 
-The interpreter must be asked for before Triton is imported, so the ``interpreted`` tests
-run in a second pytest process over this file, started by
-``test_parity_in_the_interpreter``. To see them one by one: ``TRITON_INTERPRET=1 pytest FILE``.
+Tests marked ``gpu`` run on a GPU, by ``make test-gpu``, or else in the interpreter. That must be
+asked for before Triton is imported, so they run in a second pytest process over this file, started
+by ``test_parity_in_the_interpreter``; one by one: ``TRITON_INTERPRET=1 pytest -m gpu FILE``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -90,6 +90,20 @@ SLOW_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+QUICK_IN_16_BITS = {"n1", "n17-per_sample-mask-lengths", "d48-plain", "extreme_logits"}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# On a GPU none is slow.
+DTYPES = [
+    pytest.param(dtype, id=name_of(dtype), marks=[pytest.mark.slow] if dtype.itemsize < 4 else [])
+    for dtype in _triton_target.DTYPES
+]
+
+
 def terms(wide: dict[str, Any], grad: torch.Tensor, scale: float | None = None) -> dict[str, float]:
     """What the rounding of a saturated softmax's gradients is relative to, without QK norm.
 
@@ -154,36 +168,39 @@ def compare(
     return results[0]
 
 
-@interpreted
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients(case: str) -> None:
-    shapes, options = CASES[case]
-    inputs = testing.attention_inputs(**shapes)
-    out = compare(inputs, options, case=case)["out"]
+def parity_cases() -> Iterator[Any]:
+    """Every case in every dtype; those are slow that take the interpreter seconds."""
+    for case in [*CASES, *SLOW_CASES]:
+        for dtype in _triton_target.DTYPES:
+            slow = case in SLOW_CASES or (dtype != torch.float32 and case not in QUICK_IN_16_BITS)
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(case, dtype, id=f"{case}-{name_of(dtype)}", marks=marks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "dtype"), list(parity_cases()))
+def test_outputs_and_gradients(case: str, dtype: torch.dtype, device: str) -> None:
+    shapes, options = (CASES | SLOW_CASES)[case]
+    if case == "extreme_logits" and dtype != torch.float32:
+        options = options | dict(scale=30.0)
+    inputs = testing.attention_inputs(**shapes, dtype=dtype, device=device)
+    out = compare(inputs, options, dtype, case)["out"]
     assert out.transpose(1, 2).is_contiguous()  # stored as (B, M, H, D)
 
 
-@interpreted
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW_CASES)
-def test_outputs_and_gradients_of_long_inputs(case: str) -> None:
-    shapes, options = SLOW_CASES[case]
-    compare(testing.attention_inputs(**shapes), options)
-
-
 def with_codes(
-    q_codes: torch.Tensor, k_codes: torch.Tensor, radius: int, **shapes: Any
+    q_codes: torch.Tensor, k_codes: torch.Tensor, radius: int, device: str, **shapes: Any
 ) -> dict[str, Any]:
     inputs = testing.attention_inputs(
-        queries=q_codes.shape[-1], keys=k_codes.shape[-1], radius=radius, **shapes
+        queries=q_codes.shape[-1], keys=k_codes.shape[-1], radius=radius, device=device, **shapes
     )
-    return inputs | dict(q_codes=q_codes.int(), k_codes=k_codes.int())
+    return inputs | dict(q_codes=q_codes.int().to(device), k_codes=k_codes.int().to(device))
 
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
-@interpreted
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("codes", "radius"),
     [
@@ -195,20 +212,20 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
     ],
     ids=["int32", "int32-far", "repeated", "clamped", "unsorted"],
 )
-def test_any_codes_are_safe(codes: list[int], radius: int) -> None:
+def test_any_codes_are_safe(codes: list[int], radius: int, device: str) -> None:
     own = torch.tensor(codes)
-    compare(with_codes(own, own, radius, batch=1, heads=2), {})
+    compare(with_codes(own, own, radius, device, batch=1, heads=2), {})
 
 
-@interpreted
-def test_codes_equal_modulo_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_codes_equal_modulo_the_slots(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(_triton, "INDEX_BYTES", 0)  # the fewest slots, 128
     codes = torch.tensor([0, 128, 256, 1, 129, -128])
-    compare(with_codes(codes, codes, 400, batch=1, heads=1), {})
+    compare(with_codes(codes, codes, 400, device, batch=1, heads=1), {})
 
 
-@interpreted
-def test_fuzzed_codes() -> None:
+@pytest.mark.gpu
+def test_fuzzed_codes(device: str) -> None:
     generator = random.Random(0)
     for _ in range(4):
         radius = generator.choice([1, 2, 9, 33])
@@ -221,21 +238,23 @@ def test_fuzzed_codes() -> None:
             for length in (11, 19)
         ]
         q_codes, k_codes = (torch.tensor(c).view(2, -1) for c in draw)
-        compare(with_codes(q_codes, k_codes, radius, heads=1), {})
+        compare(with_codes(q_codes, k_codes, radius, device, heads=1), {})
 
 
-@interpreted
-def test_grid_codes_with_patch_dropout() -> None:
+@pytest.mark.gpu
+def test_grid_codes_with_patch_dropout(device: str) -> None:
     height, width = 3, 13
     codes = grid_codes(height, width)
     kept = torch.stack([torch.randperm(height * width)[:28].sort().values for _ in range(3)])
     radius = (height - 1) * (2 * width - 1) + width
-    compare(with_codes(codes[kept], codes[kept], radius, batch=3, heads=2), {})
+    compare(with_codes(codes[kept], codes[kept], radius, device, batch=3, heads=2), {})
 
 
-@interpreted
-def test_queries_that_see_no_key_are_zero() -> None:
-    inputs = testing.attention_inputs(queries=19, batch=3, heads=1, key_mask=True, lengths=True)
+@pytest.mark.gpu
+def test_queries_that_see_no_key_are_zero(device: str) -> None:
+    inputs = testing.attention_inputs(
+        queries=19, batch=3, heads=1, key_mask=True, lengths=True, device=device
+    )
     inputs["key_padding_mask"][0] = False
     inputs["key_lengths"][:] = torch.tensor([19, 0, 19])
     found = compare(inputs, {})
@@ -244,16 +263,18 @@ def test_queries_that_see_no_key_are_zero() -> None:
         assert found[name][2].ne(0).any()
 
 
-@interpreted
-def test_key_lengths_out_of_range_are_clamped() -> None:
-    inputs = testing.attention_inputs(queries=9, batch=2, heads=1)
-    inputs["key_lengths"] = torch.tensor([-4, 1000])
+@pytest.mark.gpu
+def test_key_lengths_out_of_range_are_clamped(device: str) -> None:
+    inputs = testing.attention_inputs(queries=9, batch=2, heads=1, device=device)
+    inputs["key_lengths"] = torch.tensor([-4, 1000], device=device)
     compare(inputs, {})
 
 
-@interpreted
-def test_strided_inputs() -> None:
-    inputs = testing.attention_inputs(queries=18, keys=24, batch=2, heads=2, key_mask=True)
+@pytest.mark.gpu
+def test_strided_inputs(device: str) -> None:
+    inputs = testing.attention_inputs(
+        queries=18, keys=24, batch=2, heads=2, key_mask=True, device=device
+    )
     for name in ("q", "k", "v"):
         wide = inputs[name].detach().repeat_interleave(2, dim=-1).requires_grad_()
         inputs[name] = wide[..., ::2].detach().requires_grad_()
@@ -264,9 +285,9 @@ def test_strided_inputs() -> None:
     compare(inputs, {})
 
 
-@interpreted
-def test_zero_vectors_have_the_gradient_of_normalize() -> None:
-    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
+@pytest.mark.gpu
+def test_zero_vectors_have_the_gradient_of_normalize(device: str) -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1, device=device)
     with torch.no_grad():
         inputs["v"][0, 0, 2] = 0.0
         inputs["q"][0, 0, 3] = 1e-15
@@ -274,56 +295,77 @@ def test_zero_vectors_have_the_gradient_of_normalize() -> None:
     assert all(g.isfinite().all() for g in found.values())
 
 
-@interpreted
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "shapes",
     [dict(batch=0), dict(queries=0, keys=5), dict(queries=5, keys=0), dict(queries=0, keys=0)],
     ids=["batch", "queries", "keys", "both"],
 )
-def test_empty_inputs(shapes: dict[str, int]) -> None:
-    found = compare(testing.attention_inputs(**({"queries": 5} | shapes)), {})
+def test_empty_inputs(shapes: dict[str, int], device: str) -> None:
+    found = compare(testing.attention_inputs(**({"queries": 5} | shapes), device=device), {})
     assert all(value.eq(0).all() for value in found.values())
 
 
-@interpreted
-def test_bands_of_rows_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_bands_of_rows_give_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     shapes = dict(queries=150, keys=40, batch=1, heads=2, kv_heads=1, codes_per_sample=True)
     monkeypatch.setattr(_triton, "DS_BYTES", 2 * 64 * 128 * 4)
     monkeypatch.setattr(_triton, "BAND_PROGRAMS", 8)
     bands = _triton.plan_bands(1, 1, 2, 150, 40, 32, 4)
     assert [(b.row_begin, b.row_end) for b in bands] == [(0, 128), (128, 150)]
-    compare(testing.attention_inputs(**shapes), dict(causal=True))
+    compare(testing.attention_inputs(**shapes, device=device), dict(causal=True))
 
 
-@interpreted
-def test_backward_is_deterministic() -> None:
-    inputs = testing.attention_inputs(queries=33, codes_per_sample=True, batch=1, heads=1)
-    runs = []
-    for _ in range(2):
-        out = attention(**inputs, backend="triton")
-        runs.append(testing.gradients(out, inputs, torch.ones_like(out)))
-    for name, value in runs[0].items():
-        assert torch.equal(value, runs[1][name]), name
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+def test_bits_of_200_runs(causal: bool, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """Nothing is added atomically, and no load overtakes the product that reads it."""
+    batch, heads, queries, runs = (1, 2, 17, 2) if INTERPRETED else (2, 4, 700, 200)
+    inputs = testing.attention_inputs(
+        batch, heads, queries, None, head_dim, kv_heads=heads // 2, radius=400,
+        codes_per_sample=True, key_mask=True, dtype=dtype, device=device,
+    )  # fmt: skip
+    first: dict[str, torch.Tensor] = {}
+    for run in range(runs):
+        out = attention(**inputs, causal=causal, backend="triton")
+        found = {"out": out, **testing.gradients(out, inputs, torch.ones_like(out))}
+        first = first or found
+        for name, value in found.items():
+            assert torch.equal(value, first[name]), (run, name)
 
 
-@interpreted
-def test_expanded_gradient_of_the_output() -> None:
-    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
+@pytest.mark.gpu
+def test_expanded_gradient_of_the_output(device: str) -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1, device=device)
     ours = testing.gradients(
-        attention(**inputs, backend="triton"), inputs, torch.ones(()).expand(inputs["q"].shape)
+        attention(**inputs, backend="triton"),
+        inputs,
+        torch.ones((), device=device).expand(inputs["q"].shape),
     )
     want = testing.gradients(attention_reference(**inputs), inputs, torch.ones_like(inputs["q"]))
     for name, value in want.items():
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
 
 
-@interpreted
-def test_opcheck() -> None:
+@pytest.mark.gpu
+def test_opcheck(device: str) -> None:
     inputs = testing.attention_inputs(
-        queries=5, keys=9, batch=1, heads=2, kv_heads=1, head_dim=16, key_mask=True, lengths=True
+        queries=5,
+        keys=9,
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        key_mask=True,
+        lengths=True,
+        device=device,
     )
     arguments = _triton._complete(inputs) | dict(
-        dropout_p=0.2, dropout_seed=torch.tensor([SEED]), causal=True
+        dropout_p=0.2, dropout_seed=torch.tensor([SEED], device=device), causal=True
     )
     torch.library.opcheck(
         torch.ops.musiclm_fast.attention_forward_triton.default,
@@ -331,15 +373,17 @@ def test_opcheck() -> None:
     )
 
 
-@interpreted
-def test_compiles_in_one_graph() -> None:
+@pytest.mark.gpu
+def test_compiles_in_one_graph(device: str) -> None:
     torch._dynamo.reset()
     function = torch.compile(
-        functools.partial(attention, backend="triton"), fullgraph=True, backend="aot_eager",
-        dynamic=True,
+        functools.partial(attention, backend="triton"), fullgraph=True, dynamic=True,
+        backend="aot_eager" if INTERPRETED else "inductor",
     )  # fmt: skip
     for queries in (5, 9):
-        inputs = testing.attention_inputs(queries=queries, batch=2, heads=1, head_dim=16)
+        inputs = testing.attention_inputs(
+            queries=queries, batch=2, heads=1, head_dim=16, device=device
+        )
         out = function(**inputs)
         eager = attention(**inputs, backend="triton")
         torch.testing.assert_close(out, eager, atol=0, rtol=0)
@@ -349,10 +393,10 @@ def test_compiles_in_one_graph() -> None:
             torch.testing.assert_close(ours[name], value, atol=0, rtol=0)
 
 
-@interpreted
-def test_inference_mode_and_checkpointing() -> None:
-    inputs = testing.attention_inputs(queries=9, batch=1, heads=1)
-    options = dict(dropout_p=0.4, dropout_seed=torch.tensor([3]), backend="triton")
+@pytest.mark.gpu
+def test_inference_mode_and_checkpointing(device: str) -> None:
+    inputs = testing.attention_inputs(queries=9, batch=1, heads=1, device=device)
+    options = dict(dropout_p=0.4, dropout_seed=torch.tensor([3], device=device), backend="triton")
     plain = attention(**inputs, **options)
     with torch.inference_mode():
         assert torch.equal(attention(**inputs, **options), plain)
@@ -434,7 +478,7 @@ def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
     result = subprocess.run(
         [
             sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider",
-            "-m", "not gpu" if slow else "not gpu and not slow",
+            "-m", "" if slow else "not slow",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=request.config.rootpath, capture_output=True, text=True,
@@ -489,45 +533,11 @@ def test_import_does_not_load_the_kernels() -> None:
 
 @compiled
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 class TestOnGpu:
-    """The same calls on a device; run by ``make test-gpu``."""
+    """What only a device has."""
 
-    @pytest.fixture(autouse=True)
-    def _device(self) -> None:
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("case", [*CASES, *SLOW_CASES])
-    def test_outputs_and_gradients(self, case: str, dtype: torch.dtype) -> None:
-        shapes, options = (CASES | SLOW_CASES)[case]
-        if case == "extreme_logits" and dtype != torch.float32:
-            options = options | dict(scale=30.0)
-        inputs = testing.attention_inputs(**shapes, dtype=dtype, device="cuda")
-        compare(inputs, options, dtype, case)
-
-    def test_opcheck(self) -> None:
-        inputs = testing.attention_inputs(
-            queries=33, keys=65, heads=2, kv_heads=1, head_dim=16, lengths=True, device="cuda"
-        )
-        arguments = _triton._complete(inputs)
-        torch.library.opcheck(
-            torch.ops.musiclm_fast.attention_forward_triton.default,
-            tuple(arguments[name] for name in _triton._autograd.ARGUMENTS),
-        )
-
-    def test_compiles_in_one_graph(self) -> None:
-        function = torch.compile(functools.partial(attention, backend="triton"), fullgraph=True)
-        for queries in (65, 130):
-            inputs = testing.attention_inputs(queries=queries, device="cuda")
-            out, eager = function(**inputs), attention(**inputs, backend="triton")
-            torch.testing.assert_close(out, eager, atol=0, rtol=0)
-            grad = torch.ones_like(out)
-            ours, want = (testing.gradients(o, inputs, grad) for o in (out, eager))
-            for name, value in want.items():
-                torch.testing.assert_close(ours[name], value, atol=0, rtol=0)
-
-    def test_cuda_graph(self) -> None:
+    def test_a_captured_step_replays_on_new_inputs(self) -> None:
         inputs = testing.attention_inputs(
             queries=130, codes_per_sample=True, key_mask=True, lengths=True, device="cuda",
             dtype=torch.bfloat16,
@@ -556,18 +566,18 @@ class TestOnGpu:
     def test_self_check_passes(self, dtype: torch.dtype) -> None:
         assert _triton.self_check(torch.device("cuda"), dtype) is None
 
-    def test_workspace_is_at_most_64_megabytes(self) -> None:
+    def test_workspace_of_a_backward_is_at_most_64_megabytes(self) -> None:
         inputs = testing.attention_inputs(
             batch=16, heads=8, queries=2048, head_dim=64, radius=2048, codes_per_sample=True,
             dtype=torch.bfloat16, device="cuda",
         )  # fmt: skip
         out = attention(**inputs, backend="triton")
         grad = torch.randn_like(out)
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         testing.gradients(out, inputs, grad)
-        used = torch.cuda.max_memory_allocated() - before
+        # Without what the allocator adds to each, which depends on what it has in store.
+        used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
         one = out.numel() * out.element_size()
         # Gradients of q, k and v, normalised q and k, delta; the rest is workspace.
         assert used <= 5 * one + out.numel() // 64 * 4 + (64 << 20) + (8 << 20)

@@ -696,12 +696,19 @@ BLOCK_CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BLOCK_CASES.values(), ids=BLOCK_CASES)
-def test_cuda_blocks_on_the_cpu(blocks: ctypes.CDLL, case: dict[str, Any]) -> None:
+def block_options(name: str) -> dict[str, Any]:
+    """A case's arguments of the op."""
+    case = BLOCK_CASES[name]
     options = {k: v for k, v in case.items() if k not in ("bands", "win_length")}
     options["window"] = random_window(case["win_length"])
     if "bands" in case:
         options["mel"] = mel_filters(16_000, case["n_fft"], case["bands"])
+    return options
+
+
+@pytest.mark.parametrize("name", BLOCK_CASES)
+def test_cuda_blocks_on_the_cpu(blocks: ctypes.CDLL, name: str) -> None:
+    options = block_options(name)
     wav = noise(3, LENGTHS[0])
     signals = [wav.requires_grad_(), wav.detach().double().requires_grad_()]
     same_dtype = spectrogram_reference(signals[0], **options)
@@ -754,19 +761,23 @@ def test_cuda_file_keeps_spectra_in_registers(tmp_path: Path, target: str) -> No
 # a CUDA device
 
 
+@pytest.fixture
+def cuda_kernels(gpu: str) -> None:
+    ok, reason = _cuda.available()
+    if not ok:
+        pytest.skip(reason)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_self_check(dtype: torch.dtype) -> None:
+def test_cuda_self_check(dtype: torch.dtype, cuda_kernels: None) -> None:
     assert _cuda.self_check(torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", BLOCK_CASES.values(), ids=BLOCK_CASES)
-def test_cuda_kernels(case: dict[str, Any]) -> None:
-    options = {k: v for k, v in case.items() if k not in ("bands", "win_length")}
-    options["window"] = random_window(case["win_length"])
-    if "bands" in case:
-        options["mel"] = mel_filters(16_000, case["n_fft"], case["bands"])
+@pytest.mark.parametrize("name", BLOCK_CASES)
+def test_cuda_values_and_gradients(name: str, cuda_kernels: None) -> None:
+    options = block_options(name)
     wav = noise(3, LENGTHS[0])
     weights: Tensor | None = None
     results = []
@@ -779,7 +790,28 @@ def test_cuda_kernels(case: dict[str, Any]) -> None:
             out = spectrogram(signal, backend=backend, **moved)
         if weights is None:
             weights = cotangent(wav, options, out.shape)
-        (grad,) = torch.autograd.grad(out, signal, weights.to(out))
+        with poisoned_memory():
+            (grad,) = torch.autograd.grad(out, signal, weights.to(out))
         results.append((out.detach().cpu(), grad.cpu()))
     for name, *three in zip(("values", "gradient"), *results, strict=True):
         assert_close_to_oracle(name, *three)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reference 24 of 128", "mulan 400 of 512", "mulan 400 of 512, log-mel", "odd 75",
+        "reference 24 of 128, stretched", "mulan 400 of 512, stretched per clip",
+    ],
+)  # fmt: skip
+def test_bits_of_200_cuda_runs(name: str, cuda_kernels: None) -> None:
+    """Folded and fast transforms, with and without a stretch: nothing is added atomically."""
+    options = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in block_options(name).items()}
+    wav = noise(3, LENGTHS[0]).cuda().requires_grad_()
+    first: list[Tensor] = []
+    for run in range(200):
+        out = spectrogram(wav, backend="cuda", **options)
+        found = [out, *torch.autograd.grad(out, wav, torch.ones_like(out))]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), run
