@@ -22,6 +22,7 @@ from benchmarks.harvest import __main__ as harvest
 from benchmarks.harvest import cases, checks, kernels, measuring, models, summary
 from benchmarks.harvest import survey as surveying
 from benchmarks.harvest.measuring import Row, Stage
+from musiclm_fast._dispatch import BackendError
 
 needs_triton = pytest.mark.skipif(surveying.no_triton() != "", reason="triton is not installed")
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -190,12 +191,14 @@ def test_what_raises_is_a_row_and_the_stage_goes_on(tmp_path: Path) -> None:
     for optional in (False, True):
         with stage.attempt("case", "name", optional=optional):
             raise ValueError("no\n  good")
+    with stage.attempt("case", "ours"):
+        raise BackendError("too wide")
     stage.time(cases.Case("made-up", "case", ("ours",), operations=1e9), "ours", lambda: None)
     saved = json.loads((tmp_path / "stage-made-up.json").read_text())
-    assert [row["failed"] for row in saved] == ["ValueError: no good", "", ""]
-    assert saved[1]["note"] == "ValueError: no good"
-    assert saved[2]["tflops"] == pytest.approx(1e-3 / (saved[2]["ms"] / 1e3))
-    assert torch.cuda.is_available() or "dry run" in saved[2]["note"]
+    assert [row["failed"] for row in saved] == ["ValueError: no good", "", "", ""]
+    assert [row["note"] for row in saved[1:3]] == ["ValueError: no good", "BackendError: too wide"]
+    assert saved[3]["tflops"] == pytest.approx(1e-3 / (saved[3]["ms"] / 1e3))
+    assert torch.cuda.is_available() or "dry run" in saved[3]["note"]
 
 
 # ---- tables

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.harness import timed
 from benchmarks.harvest.cases import Case
+from musiclm_fast._dispatch import BackendError
 
 Run = Callable[[], Any]
 STAND_IN = "dry run: host clock, plain call for a replay, no kernel seen"
@@ -98,14 +99,15 @@ class Stage:
 
     @contextlib.contextmanager
     def attempt(self, case: str, contender: str, optional: bool = False) -> Iterator[None]:
-        """A contender that raises is a row with the reason: a failure, or where it is ``optional``
-        (a peer, what is known not to run everywhere) a finding."""
+        """A contender that raises is a row with the reason: a failure; a finding where it is
+        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            (self.note if optional else self.fail)(case, text, contender)
+            known = optional or isinstance(error, BackendError)
+            (self.note if known else self.fail)(case, text, contender)
             if self.gpu:
                 with contextlib.suppress(RuntimeError):  # CUDA itself may be what failed
                     torch.cuda.empty_cache()
