@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -152,27 +155,31 @@ class Pointer:
         return self.address
 
 
-def compile_noted(launches: Sequence[bytes], target: str) -> tuple[int, int]:
-    """Compile what was noted into TRITON_CACHE_DIR: how many kernels, how many launches failed."""
-    import importlib
+def compile_noted(launches: Sequence[bytes], target: str) -> tuple[set[str], int]:
+    """Compile what was noted into TRITON_CACHE_DIR, machine code alone.
 
+    Returns:
+        The kernels by Triton's hash, those that were there too; how many launches failed.
+    """
     from triton import knobs
     from triton.runtime import driver
 
     made: set[str] = set()
+    failed = 0
 
     def listen(*, metadata: Any, **_: Any) -> None:
         made.add(metadata["hash"] if isinstance(metadata, dict) else metadata.hash)
 
     knobs.compilation.listener = listen
+    knobs.compilation.store_binary_only = True
     driver.set_active(_driver(target))
-    failed = 0
     with _unloaded_launchers() as launcher:
         for noted_launch in launches:
             module, name, arguments, options = pickle.loads(noted_launch)
             kernel = getattr(importlib.import_module(module), name)
             arguments = {
-                k: Pointer(*v) if isinstance(v, tuple) else v for k, v in arguments.items()
+                key: Pointer(*value) if isinstance(value, tuple) else value
+                for key, value in arguments.items()
             }
             try:
                 compiled = kernel.warmup(grid=(1,), **arguments, **options, enable_fp_fusion=True)
@@ -180,7 +187,17 @@ def compile_noted(launches: Sequence[bytes], target: str) -> tuple[int, int]:
             except Exception as error:
                 failed += 1
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-    return len(made), failed
+    return made, failed
+
+
+def compile_in_parallel(launches: Sequence[bytes], target: str) -> tuple[set[str], int]:
+    """:func:`compile_noted` on every processor."""
+    count = os.cpu_count() or 1
+    parts = [launches[start::count] for start in range(count)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context) as pool:
+        results = list(pool.map(compile_noted, parts, [target] * count))
+    return set().union(*(made for made, _ in results)), sum(failed for _, failed in results)
 
 
 def _driver(target: str) -> Any:
@@ -243,11 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         launches = dict.fromkeys(x for path in notes for x in pickle.loads(path.read_bytes()))
     noting = time.perf_counter() - start
     os.environ["TRITON_CACHE_DIR"] = str(args.output.absolute())
-    count, failed = compile_noted(list(launches), args.target)
+    made, failed = compile_in_parallel(list(launches), args.target)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"{len(launches)} launches noted in {noting:.0f} s; {count} kernels for {args.target} in "
-          f"{args.output}, {size / 2**20:.0f} MiB, in {time.perf_counter() - start:.0f} s; "
-          f"{failed} failed")  # fmt: skip
+    print(
+        f"{len(launches)} launches noted in {noting:.0f} s; {len(made)} kernels for {args.target}, "
+        f"{size / 2**20:.0f} MiB with what was there, in {time.perf_counter() - start:.0f} s, in "
+        f"{args.output}; {failed} failed"
+    )
     return int(failed > 0)
 
 
