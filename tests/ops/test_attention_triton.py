@@ -456,13 +456,11 @@ def test_benchmark_refuses_speed_without_parity(monkeypatch: pytest.MonkeyPatch)
 
 
 @compiled
-def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
-    slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_parity_in_the_interpreter(marks: str, request: pytest.FixtureRequest) -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider",
-            "-m", "" if slow else "not slow",
-        ],
+        [*command, "-m", marks],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=request.config.rootpath, capture_output=True, text=True,
     )  # fmt: skip
