@@ -354,16 +354,9 @@ def test_expanded_gradient_of_the_output(device: str) -> None:
 @pytest.mark.gpu
 def test_opcheck(device: str) -> None:
     inputs = testing.attention_inputs(
-        queries=5,
-        keys=9,
-        batch=1,
-        heads=2,
-        kv_heads=1,
-        head_dim=16,
-        key_mask=True,
-        lengths=True,
+        queries=5, keys=9, batch=1, heads=2, kv_heads=1, head_dim=16, key_mask=True, lengths=True,
         device=device,
-    )
+    )  # fmt: skip
     arguments = _triton._complete(inputs) | dict(
         dropout_p=0.2, dropout_seed=torch.tensor([SEED], device=device), causal=True
     )
