@@ -354,16 +354,9 @@ def test_expanded_gradient_of_the_output(device: str) -> None:
 @pytest.mark.gpu
 def test_opcheck(device: str) -> None:
     inputs = testing.attention_inputs(
-        queries=5,
-        keys=9,
-        batch=1,
-        heads=2,
-        kv_heads=1,
-        head_dim=16,
-        key_mask=True,
-        lengths=True,
+        queries=5, keys=9, batch=1, heads=2, kv_heads=1, head_dim=16, key_mask=True, lengths=True,
         device=device,
-    )
+    )  # fmt: skip
     arguments = _triton._complete(inputs) | dict(
         dropout_p=0.2, dropout_seed=torch.tensor([SEED], device=device), causal=True
     )
@@ -473,13 +466,11 @@ def test_benchmark_refuses_speed_without_parity(monkeypatch: pytest.MonkeyPatch)
 
 
 @compiled
-def test_parity_in_the_interpreter(request: pytest.FixtureRequest) -> None:
-    slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_parity_in_the_interpreter(marks: str, request: pytest.FixtureRequest) -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider",
-            "-m", "" if slow else "not slow",
-        ],
+        [*command, "-m", marks],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=request.config.rootpath, capture_output=True, text=True,
     )  # fmt: skip

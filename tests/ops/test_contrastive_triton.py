@@ -25,11 +25,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this run is inside the interpreter already")
-def test_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "marks", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)]
+)
+def test_in_the_interpreter(marks: str) -> None:
     """test_contrastive.py again, with TRITON_INTERPRET=1: the tests that a GPU runs too."""
     root = Path(__file__).parents[2]
-    slow = "slow" in (request.config.getoption("-m") or "").replace("not slow", "")
-    marks = "gpu" if slow else "gpu and not slow"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("test_contrastive.py"))],
