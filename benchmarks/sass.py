@@ -197,7 +197,23 @@ def compile_launch(launch: Launch, target: str) -> Any:
     from triton.compiler import ASTSource
 
     amd = _triton_target.family(target) == "amd"
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, attributes = specialised(launch, amd)
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    if amd:
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {**launch.options, "enable_fp_fusion": True}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def specialised(
+    launch: Launch, amd: bool = False
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Types, constants and attributes of a launch's arguments: what its code depends on."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         free = not parameter.do_not_specialize
@@ -211,13 +227,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         if tensor and amd and value.untyped_storage().nbytes() < 2**31:
             attributes[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    if amd:
-        gpu = GPUTarget("hip", target, 64)
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {**launch.options, "enable_fp_fusion": True}
-    return triton.compile(source, target=gpu, options=options)
+    return signature, constants, attributes
 
 
 def _type_name(value: Any) -> str:
