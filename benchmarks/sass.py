@@ -12,6 +12,7 @@ tile that a turn works on. Blocks an SM are what registers, shared memory and wa
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -85,8 +86,7 @@ class Instruction:
     @property
     def kind(self) -> str:
         """A key of ``KINDS``."""
-        stem = self.opcode.split(".")[0]
-        return next(kind for kind, pattern in KINDS.items() if re.match(pattern, stem))
+        return _kind(self.opcode.split(".")[0])
 
     @property
     def target(self) -> int | None:
@@ -95,7 +95,12 @@ class Instruction:
         return int(found[1], 16) if found and self.opcode.split(".")[0] == "BRA" else None
 
 
-@dataclass(frozen=True)
+@functools.cache
+def _kind(stem: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.match(pattern, stem))
+
+
+@dataclass(frozen=True, eq=False)
 class Loop:
     """Instructions ``[begin, end]`` that a branch backwards encloses.
 
@@ -116,7 +121,7 @@ class Loop:
         return any(i.kind == "tensor" for i in self.own)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Code:
     """A compiled kernel: its loops by address, the rest, and what a program takes.
 

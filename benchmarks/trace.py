@@ -1,7 +1,7 @@
 """Which kernels a call would launch on a CUDA GPU, found without one.
 
-The call runs on fake tensors: torch's dispatcher sees every operator with its shapes, and the Triton
-backends note their launches instead of running them.
+The call runs on fake tensors: torch's dispatcher sees every operator with its shapes, and the
+Triton backends note their launches instead of running them.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def trace(run: Callable[[], Any]) -> list[Kernel]:
 
 @contextlib.contextmanager
 def gpu(truth: bool = True) -> Iterator[None]:
-    """Fake tensors that go the way of a GPU's: through the Triton kernels, and cast as autocast casts
-    on CUDA. They say that they lie on the CPU, since a torch without CUDA has no other autograd.
+    """Fake tensors that go the way of a GPU's: through the Triton kernels, cast as on CUDA.
+
+    They say that they lie on the CPU, since a torch without CUDA has no other autograd.
 
     Args:
         truth: what a program gets that reads a truth value back from the device: whether a check
@@ -78,8 +79,8 @@ def gpu(truth: bool = True) -> Iterator[None]:
     nothing = contextlib.nullcontext()
     with (
         mock.patch("torch.nn.Module.to", lambda module, *_, **__: module),
-        mock.patch.object(_triton_target, "refusal", lambda x: ""),
-        mock.patch.object(_triton_target, "device_guard", lambda device: nothing),
+        mock.patch.object(_triton_target, "refusal", return_value=""),
+        mock.patch.object(_triton_target, "device_guard", return_value=nothing),
         FakeTensorMode(allow_non_fake_inputs=True),
         _Scalars(truth),
         _Casts(),
@@ -109,12 +110,12 @@ class _Scalars(TorchDispatchMode):
 class _Casts(TorchFunctionMode):
     # Autocast on CUDA runs these in float32; on a CPU it leaves them in the dtype that they get.
     # docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
-    NAMES = frozenset("exp log norm normalize pow softmax log_softmax sum layer_norm "
-                      "cumsum prod rsqrt softplus".split())  # fmt: skip
+    NAMES = frozenset([
+        "exp", "log", "norm", "normalize", "pow", "softmax", "log_softmax", "sum", "layer_norm",
+        "cumsum", "prod", "rsqrt", "softplus",
+    ])  # fmt: skip
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_autocast_enabled("cpu") and getattr(func, "__name__", "") in self.NAMES:
             args = tuple(
                 a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a
@@ -136,7 +137,9 @@ class _Counter(TorchDispatchMode):
         if inside is not None:
             with self, _triton_target.recorded_launches(self._record, TARGET):
                 return inside(*args, **kwargs)
-        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # operators arrive whole there
+        if (
+            torch.is_inference_mode_enabled() and func.namespace == "aten"
+        ):  # operators arrive whole there
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -156,7 +159,12 @@ class _Counter(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         inputs = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name in NONE or name.startswith("prim::") or getattr(func, "is_view", False) or not any(t.numel() for t in outputs or inputs):
+        if (
+            name in NONE
+            or name.startswith("prim::")
+            or getattr(func, "is_view", False)
+            or not any(t.numel() for t in outputs or inputs)
+        ):
             return
         launches = SEVERAL.get(name, 1)
         lists = [a for a in given[0] if isinstance(a, (list, tuple)) and a
