@@ -280,6 +280,8 @@ def worked(name: str, loop: Loop) -> list[Any]:
 
 def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
     """Time of one launch: of its busiest SM, or of its bytes."""
+    from benchmarks import sass
+
     total = dict(outside_cycles(code))
     steps = []
     for loop, count in turns(launch, code):
@@ -287,7 +289,10 @@ def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
         for pipe, number in held.items():
             total[pipe] = total.get(pipe, 0.0) + count * number
         if count:
-            steps.append(f"{count:,.4g} x {instructions}")
+            each = 32 * code.warps * instructions / sass.tile(launch) if sass.tile(launch) else 0
+            steps.append(
+                f"{count:,.4g} x {instructions}" + (f" ({each:.1f} an element)" if each else "")
+            )
     programs = math.ceil(launch.programs / card.sms)  # of the busiest SM
     warps = code.warps / MODEL.schedulers
     resident = warps * min(code.blocks, programs)
@@ -667,8 +672,6 @@ CALLS = 4 + 3  # to warm up, and under the profiler
 BUDGETS = {"card": 0.4, "attention": 0.4, "flex": 0.4, "contrastive": 0.3, "spectrogram": 0.15,
            "step": 1.0, "step_reference": 1.0, "step_captured": 1.0, "step_compiled": 1.0,
            "generation": 0.0}  # fmt: skip
-# Specialisations that no stage before has compiled, and other seconds with what they are for.
-SPECIALISATIONS = {"attention": 30, "contrastive": 13, "step": 40, "generation": 8}
 EXTRA: dict[str, tuple[float, str]] = {
     "card": (0.0, ""),
     "library": (35.0, "nvcc for one architecture on 16 cores, 30 s at most, and a first import"),
@@ -686,8 +689,15 @@ STAGES = ("card", "library", "parity", "bits", "attention", "contrastive", "spec
           "sanitizer")  # fmt: skip
 
 
-def stage_seconds(stages: dict[str, list[Prediction]]) -> dict[str, tuple[float, str]]:
-    """Seconds of each stage and what they are made of; ``stages`` has the predictions of each."""
+def stage_seconds(
+    stages: dict[str, list[Prediction]], specialisations: dict[str, int]
+) -> dict[str, tuple[float, str]]:
+    """Seconds of each stage and what they are made of.
+
+    Args:
+        stages: the predictions of each.
+        specialisations: of Triton kernels that no case of a stage before has.
+    """
     found = {}
     for stage in STAGES:
         parts = [f"start {START_S:.0f}"]
@@ -701,7 +711,7 @@ def stage_seconds(stages: dict[str, list[Prediction]]) -> dict[str, tuple[float,
                 each += MODEL_S * len(measured)
             total_s += each
             parts.append(f"{len(measured)} contenders {each:.1f}")
-        if compiled := SPECIALISATIONS.get(stage):
+        if compiled := specialisations.get(stage):
             total_s += compiled * COMPILE_S
             parts.append(f"{compiled} specialisations {compiled * COMPILE_S:.1f}")
         extra, reason = EXTRA.get(stage, (0.0, ""))
@@ -723,16 +733,21 @@ def by_stage(found: Sequence[Prediction]) -> dict[str, list[Prediction]]:
     return stages
 
 
-def predictions(card: Card) -> list[Prediction]:
-    """Of every case and contender, in the harvest's order."""
+def predictions(card: Card) -> tuple[list[Prediction], dict[str, int]]:
+    """Of every case and contender, in the harvest's order; and how many specialisations of Triton
+    kernels each stage has that none before has."""
     from benchmarks.harvest import cases
 
+    _codes.clear()
     found = []
+    compiled: dict[str, int] = {}
     for case in cases.all_cases():
         for contender in case.contenders:
             print(f"{case.name}: {contender}", file=sys.stderr, flush=True)
+            before = len(_codes)
             found.append(RULES[case.stage](case, contender, card))
-    return found
+            compiled[case.stage] = compiled.get(case.stage, 0) + len(_codes) - before
+    return found, compiled
 
 
 # ---- the files
@@ -753,11 +768,13 @@ def make(name: str) -> dict[str, Any]:
     import torch
     import triton
 
-    found = [rounded(p) for p in predictions(CARDS[name])]
+    found, compiled = predictions(CARDS[name])
+    found = [rounded(p) for p in found]
     return {
         "card": asdict(CARDS[name]), "model": asdict(MODEL), "triton": triton.__version__,
         "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-        "stages": stage_seconds(by_stage(found)),
+        "specialisations": compiled,
+        "stages": stage_seconds(by_stage(found), compiled),
         "predictions": [asdict(p) for p in found],
         "other": None,
     }  # fmt: skip
@@ -768,7 +785,7 @@ def add_other(stored: dict[str, Any], name: str) -> None:
     import triton
 
     changed = []
-    for p, before in zip(predictions(CARDS[name]), read(stored), strict=True):
+    for p, before in zip(predictions(CARDS[name])[0], read(stored), strict=True):
         if p.kernels_ms and abs(p.kernels_ms / before.kernels_ms - 1) > 0.01:
             changed.append([p.case, p.contender, float(f"{p.kernels_ms:.4g}")])
     stored["other"] = {"triton": triton.__version__, "kernels_ms": changed}
@@ -835,7 +852,8 @@ def page(stored: dict[str, Any]) -> str:
         "generation; what the L2 saves, which is counted as memory traffic; bank conflicts and "
         "uncoalesced gathers, which are not counted; the spectrogram's kernels, of which nothing "
         "is counted: estimates of a review of their code; peers' rates, read off others' curves or "
-        "assumed (`PUBLISHED` in the code says which); what torch.compile fuses, assumed.",
+        "assumed (`PUBLISHED` in the code says which); what torch.compile fuses, assumed. Ours in "
+        "the steps has the spectrogram's definition in torch, some 24 kernels for one.",
         "",
         "## Seconds of the stages, on 16 cores",
         "",

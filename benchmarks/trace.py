@@ -35,7 +35,8 @@ SEVERAL = {
 # (ATen/native/cuda/MultiTensorApply.cuh).
 BLOCKS_A_LAUNCH, TENSORS_A_LAUNCH, CHUNK = 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 65_536
 NONE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach",
-        "lift_fresh", "_unsafe_view", "resize_", "set_", "_local_scalar_dense"}  # fmt: skip
+        "lift_fresh", "_unsafe_view", "resize_", "set_", "_local_scalar_dense",
+        "transpose_", "t_", "squeeze_", "unsqueeze_", "as_strided_", "detach_"}  # fmt: skip
 
 
 @dataclass(frozen=True)
