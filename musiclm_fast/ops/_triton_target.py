@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
-Record = Callable[[Any, dict[str, Any], dict[str, int]], None]
+Record = Callable[[Any, int, dict[str, Any], dict[str, int]], None]
 _recorder: ContextVar[tuple[Record, str] | None] = ContextVar("recorder", default=None)
 
 
@@ -115,7 +115,7 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
     """Run that many programs of a kernel."""
     recorder = _recorder.get()
     if recorder is not None:
-        recorder[0](kernel, arguments, options)
+        recorder[0](kernel, programs, arguments, options)
     elif programs:
         # Fused multiply-adds by order: newer Triton versions no longer default to them.
         kernel[(programs,)](**arguments, **options, enable_fp_fusion=True)
@@ -126,7 +126,7 @@ def recorded_launches(record: Record, target: str) -> Iterator[None]:
     """For the ahead-of-time checks: note every launch of a block instead of running it.
 
     Args:
-        record: gets ``(kernel, arguments, options)`` of each launch.
+        record: gets ``(kernel, programs, arguments, options)`` of each launch.
         target: the architecture for which tiles are chosen; the tensors may be on the meta
             device.
     """

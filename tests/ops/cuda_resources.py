@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.ops.triton_resources import cuda_usage
+from benchmarks.sass import cuda_usage
 
 ROOT = Path(__file__).parents[2]
 

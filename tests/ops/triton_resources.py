@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.sass import Launch, compile_launch, cuda_usage
 from musiclm_fast.ops import _triton_target
 
 # Shared memory that one program may use, in bytes: CUDA C++ Programming Guide, table of technical
@@ -35,27 +35,6 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
     "gfx90a": 64 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with the arguments and options of one launch."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-    @property
-    def name(self) -> str:
-        """The kernel's, with what it is asked for where one kernel serves several ends."""
-        ends = {"logsumexp_kernel": ["positive"], "sigmoid_kernel": ["LOSS", "GRADIENT"]}
-        name = self.kernel.__name__
-        asked = [
-            end
-            for end in ends.get(name, [])
-            if self.arguments[end] is not None and self.arguments[end] is not False
-        ]
-        return "+".join([name, *asked]).lower()
 
 
 @dataclass(frozen=True)
@@ -174,43 +153,13 @@ def launches(variant: Variant, target: str) -> list[Launch]:
     """The distinct kernel launches of a call."""
     found: dict[str, Launch] = {}
 
-    def record(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> None:
-        launch = Launch(kernel, arguments, options)
+    def record(*recorded: Any) -> None:
+        launch = Launch(*recorded)
         found.setdefault(launch.name, launch)
 
     with _triton_target.recorded_launches(record, target):
         variant.call()
     return list(found.values())
-
-
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel for an architecture, specialised as its launcher would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    amd = _triton_target.family(target) == "amd"
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        free = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        signature[parameter.name] = _type_name(value)
-        tensor = isinstance(value, torch.Tensor)
-        if tensor or (free and type(value) is int and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        if tensor and amd and value.untyped_storage().nbytes() < 2**31:
-            attributes[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    if amd:
-        gpu = GPUTarget("hip", target, 64)
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {**launch.options, "enable_fp_fusion": True}
-    return triton.compile(source, target=gpu, options=options)
 
 
 def resources(launch: Launch, target: str) -> Resources:
@@ -229,36 +178,6 @@ def resources(launch: Launch, target: str) -> Resources:
     warps, stages = launch.options["num_warps"], launch.options["num_stages"]
     shared = compiled.metadata.shared
     return Resources(launch.name, target, registers, spilled, shared, warps, stages)
-
-
-def _type_name(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        names = {
-            torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-            torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
-        }  # fmt: skip
-        return "*" + names[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def cuda_usage(binary: bytes) -> dict[str, dict[str, int]]:
-    """By kernel of a cubin or an object file: registers, stack, local memory, where spills go."""
-    from triton.backends.nvidia import compiler as nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    functions = re.findall(r"Function (\S+):\n(.+)", report)
-    return {
-        name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-        for name, line in functions
-    }
 
 
 def table(
