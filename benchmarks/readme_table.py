@@ -67,7 +67,9 @@ def table(store: Path) -> str:
 
 def text(results: Path = RESULTS) -> str:
     """What stands between the markers: a table per device."""
-    stores = [s for s in sorted(results.glob("*.json")) if not s.stem.endswith("-full")]
+    stores = [
+        s for s in sorted(results.glob("*.json")) if not s.stem.endswith(("-full", "-predicted"))
+    ]
     return "\n\n".join(filter(None, map(table, stores)))
 
 

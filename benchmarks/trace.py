@@ -80,6 +80,10 @@ def gpu(truth: bool = True) -> Iterator[None]:
     nothing = contextlib.nullcontext()
     with (
         mock.patch("torch.nn.Module.to", lambda module, *_, **__: module),
+        # What is done on a CPU alone: products of few rows turned, values checked.
+        mock.patch("musiclm_fast.ops.decode.reference._transposed", return_value=False),
+        mock.patch("musiclm_fast._checks.check_finite_clips"),
+        mock.patch("musiclm_fast.ops.contrastive.op.check_finite"),
         mock.patch.object(_triton_target, "refusal", return_value=""),
         mock.patch.object(_triton_target, "device_guard", return_value=nothing),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -168,6 +172,8 @@ class _Counter(TorchDispatchMode):
         ):
             return
         launches = SEVERAL.get(name, 1)
+        if name.startswith(("index_put", "_index_put")) and True not in given[0][3:4]:
+            launches = 1
         lists = [a for a in given[0] if isinstance(a, (list, tuple)) and a
                  and isinstance(a[0], Tensor)]  # fmt: skip
         if name.startswith(("_foreach", "_fused", "_amp_foreach")) and lists:
