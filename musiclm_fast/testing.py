@@ -178,9 +178,10 @@ def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) 
     """Effect of rounding ``ds = dloss / dsimilarity`` on gradients that add up all pairs' ds.
 
     A bias table's entry has the sum of ds over the pairs that read it, a scale of the QK norm the
-    sum of ``ds q k``, with signs. Each ds is known to eps of the inputs' dtype, so the gradient is
-    known to eps times the sum of absolute values, however small the sum itself is: where all keys
-    of a query share an entry, its part is exactly zero.
+    sum of ``ds q k``, with signs: where all keys of a query share an entry, its part is exactly
+    zero. ``ds = P (dP - delta)``, with ``dP = <dO, v>`` and ``delta = sum P dP``, is known to eps
+    of the inputs' dtype, in which it enters a product, and to float32's eps of what its sums add
+    up, ``P (<|dO|, |v|> + sum P <|dO|, |v|>)``; the gradient to the sum of these over its pairs.
 
     Args:
         arguments: of :func:`musiclm_fast.ops.attention`, tensors alone.
@@ -192,37 +193,37 @@ def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) 
     """
     from musiclm_fast.ops.attention.reference import attention_reference, offset_index
 
-    wide = to_float64(arguments)
-    q, k = wide["q"].detach(), wide["k"].detach()
-    (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-    device, zero = q.device, torch.zeros(1, 1, dtype=torch.int32, device=q.device)
-    table = wide["bias_table"].detach() if "bias_table" in wide else q.new_zeros(heads, 1)
-    q_codes = wide.get("q_codes", zero.expand(1, queries))
-    k_codes = wide.get("k_codes", zero.expand(1, keys))
-    index = offset_index(q_codes, k_codes, table.shape[1] // 2)  # (1 or B, M, N)
-    index = index.expand(batch, -1, -1).flatten()
-    pairs = index.numel()
-    # Codes whose offsets are 1, 2, .. over all pairs of all samples: each pair has its own entry.
-    own = q.new_zeros(heads, 2 * pairs + 1)
-    own[:, pairs + 1 :] = table[:, index]
-    rows = torch.arange(1, batch * queries + 1, dtype=torch.int32, device=device) * keys
-    reverse = torch.arange(keys - 1, -1, -1, dtype=torch.int32, device=device)
-    wide["bias_table"], wide["q_codes"] = own.requires_grad_(), rows.view(batch, queries)
-    wide["k_codes"] = reverse.expand(batch, keys)
-    out = attention_reference(**wide, **options)
-    ds = torch.autograd.grad(out, own, grad.double())[0][:, pairs + 1 :].abs()
-    sizes = {"bias_table": torch.zeros_like(table).index_add_(1, index, ds)}
+    wide = {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in to_float64(arguments).items()
+    }
+    q, k, v = wide["q"], wide["k"], wide["v"]
+    (batch, heads), (kv_heads, keys) = q.shape[:2], k.shape[1:3]
+    identity = torch.eye(keys, dtype=q.dtype, device=q.device).expand(batch, kv_heads, -1, -1)
+    kept = attention_reference(**{**wide, "v": identity}, **options)  # P, without what is dropped
+    weights = attention_reference(**{**wide, "v": identity}, **{**options, "dropout_p": 0.0})
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    d_out = grad.double()
+    dp = d_out @ v.mT  # (B, H, M, N)
+    ds = (kept * dp - weights * (kept * dp).sum(-1, keepdim=True)).abs()
+    dp = d_out.abs() @ v.abs().mT
+    added = kept * dp + weights * (kept * dp).sum(-1, keepdim=True)
+    eps, eps32 = (torch.finfo(t).eps for t in (arguments["q"].dtype, torch.float32))
+    error = eps * ds + min(eps, eps32) * added
+    sizes = {}
+    if "bias_table" in wide:
+        table = torch.zeros_like(wide["bias_table"])
+        index = offset_index(wide["q_codes"], wide["k_codes"], table.shape[1] // 2)
+        index = index.expand(batch, -1, -1).flatten()  # (B M N)
+        sizes["bias_table"] = table.index_add_(1, index, error.transpose(0, 1).flatten(1))
     if "q_scale" in wide:
-        ds = ds.view(heads, batch, queries, keys).transpose(0, 1)  # (B, H, M, N)
         scale = options.get("scale")
-        ds = ds * (head_dim**-0.5 if scale is None else scale)
+        error = error * abs(q.shape[-1] ** -0.5 if scale is None else scale)
         q, k = (nn.functional.normalize(x, dim=-1).abs() for x in (q, k))
-        k = k.repeat_interleave(heads // kv_heads, dim=1)
-        terms = (q * (ds @ k)).sum((0, 1, 2))  # (D,), without either scale
-        sizes["q_scale"] = terms * wide["k_scale"].detach().abs()
-        sizes["k_scale"] = terms * wide["q_scale"].detach().abs()
-    eps = torch.finfo(arguments["q"].dtype).eps
-    return {name: eps * x.max().item() if x.numel() else 0.0 for name, x in sizes.items()}
+        terms = (q * (error @ k)).sum((0, 1, 2))  # (D,), without either scale
+        sizes["q_scale"] = terms * wide["k_scale"].abs()
+        sizes["k_scale"] = terms * wide["q_scale"].abs()
+    return {name: x.max().item() if x.numel() else 0.0 for name, x in sizes.items()}
 
 
 def contrastive_rounding(

@@ -327,7 +327,9 @@ def test_info_check_in_the_interpreter():
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert [re.sub(r" +[\d.]+ s +", " ", line) for line in lines] == [
-        f"{op:<14}triton  cpu     float32 passed" for op in ("attention", "contrastive")
+        f"{op:<14}triton  cpu     {dtype} passed"
+        for op in ("attention", "contrastive")
+        for dtype in ("float32", "float16")
     ]
 
 

@@ -285,6 +285,13 @@ def test_cpp_on_any_codes(data: st.DataObject, radius: int, keys: int) -> None:
 
 
 @cpp
+@pytest.mark.parametrize("keys", range(1, 12))
+def test_cpp_table_gradient_that_is_exactly_zero(keys: int) -> None:
+    for queries in (1, 3):  # all pairs read one entry: only rounding is left
+        check_against_oracle(testing.attention_inputs(2, 1, queries, keys, 16, radius=0))
+
+
+@cpp
 def test_cpp_all_clamped_and_repeated_codes() -> None:
     for shift in (-(2**31), 2**30, 10_000):
         arguments = testing.attention_inputs(queries=200, radius=8)
