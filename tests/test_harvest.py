@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -338,6 +339,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         current_stream=Stream, synchronize=lambda: None, empty_cache=lambda: None,
         reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 5,
         max_memory_allocated=lambda: 12, set_sync_debug_mode=lambda mode: None,
+        current_device=lambda: 0, graph_pool_handle=lambda: (0, 7),
+        default_generators=[mock.Mock(**{"clone_state.return_value": "before"})],
     )  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -358,15 +361,37 @@ def test_the_lines_for_a_gpu(pretended_gpu: None, tmp_path: Path) -> None:
     assert row.memory == 7
     assert row.tflops == pytest.approx(2.0)
 
-    def uncapturable() -> None:
-        raise RuntimeError("cannot be captured")
-
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        measuring.replay_time(uncapturable, True)
     models.step_captured(stage)
     kernels.note_kernels(stage, "case", "ours", lambda: None)
     assert stage.rows[-1].note.startswith("long_kernel 0.500 ms x 1; short_kernel 0.250 ms x 3")
     assert not any(row.failed for row in stage.rows)
+
+
+def test_a_failed_capture_is_mended_and_the_row_kept(
+    pretended_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def spoiled(*_: Any, **__: Any) -> Any:
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("the capture was spoiled")  # noqa: B904
+
+    released = mock.Mock()
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, getattr(released, name), raising=False)
+    monkeypatch.setattr(torch.cuda, "graph", spoiled)
+    capturing = mock.Mock(side_effect=[None] * 9 + [ValueError("this waits")])
+    stage = Stage(tmp_path, "made-up", tiny=True)
+    stage.gpu = True
+    case = cases.Case("made-up", "case", ("ours",))
+    row = stage.time(case, "ours", capturing, budget=0.0)
+    assert (row.ms, row.kernels_ms, row.note) == (3.0, 0.75, "no graph: this waits")
+    torch.cuda.default_generators[0].graphsafe_set_state.assert_called_once_with("before")
+    assert [call[0] for call in released.mock_calls] == [
+        "_cuda_endAllocateToPool", "_cuda_releasePool"
+    ]  # fmt: skip
+    assert all(call.args == (0, (0, 7)) for call in released.mock_calls)
 
 
 def test_a_trace_that_is_too_large_is_left_out(

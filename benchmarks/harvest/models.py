@@ -16,7 +16,16 @@ import torch
 from benchmarks import bench_training_step
 from benchmarks.harness import timed
 from benchmarks.harvest import cases
-from benchmarks.harvest.measuring import STAND_IN, Row, Run, Stage, kernel_table, own_stream, write
+from benchmarks.harvest.measuring import (
+    STAND_IN,
+    Row,
+    Run,
+    Stage,
+    captured,
+    kernel_table,
+    own_stream,
+    write,
+)
 from musiclm_fast.ops import use_backend
 from musiclm_fast.ops.spectrogram import _cuda
 
@@ -107,10 +116,13 @@ def profile(stage: Stage, case: str, run: Run) -> None:
     compress(trace)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
+        torch.cuda.set_sync_debug_mode("warn")  # itself warns that it is a prototype
         run()
         torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w.message)]
+    places = [
+        f"{Path(w.filename).name}:{w.lineno}" for w in caught
+        if "called a synchronizing" in str(w.message)
+    ]  # fmt: skip
     counted = {place: places.count(place) for place in dict.fromkeys(places)}
     stage.note(f"synchronisations of {case}", f"{len(places)}: {counted}", cases.OURS)
 
@@ -141,12 +153,12 @@ def step_captured(stage: Stage) -> None:
             graph, replay = None, run
             if stage.gpu:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                with captured(graph):
                     run()
                 replay = graph.replay
-            captured = time.perf_counter() - start
+            seconds = time.perf_counter() - start
             row = stage.time(case, contender, replay, budget=1.0, graph=False,
-                             note=f"captured in {captured:.1f} s")  # fmt: skip
+                             note=f"captured in {seconds:.1f} s")  # fmt: skip
             _note_rate(stage, case, row, case.shape["sizes"].batch)
 
 
