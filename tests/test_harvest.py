@@ -160,6 +160,30 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE
+    )
+    left = int(process.communicate()[0])
+    harvest.end(process)
+    state = Path(f"/proc/{left}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
+
+
+def test_a_worker_with_a_failed_row_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(harvest.WORKERS, "small_calls", lambda stage: stage.fail("case", "wrong"))
+    assert harvest.work("small_calls", tmp_path, tiny=True) == 1
+    monkeypatch.setitem(harvest.WORKERS, "small_calls", lambda stage: stage.note("case", "fine"))
+    assert harvest.work("small_calls", tmp_path, tiny=True) == 0
+
+
 def test_an_interrupted_run_keeps_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +242,27 @@ def test_counters_are_read_from_ncu_s_csv() -> None:
         ("forward_kernel", "ns 1,234, registers 128"),
         ("backward_kernel", "issue % 61"),
     ]
+
+
+def test_a_counter_that_ncu_does_not_know_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *stalled_gmma*) echo '
+        "'==ERROR== no metric smsp__average_warps_issue_stalled_gmma_per_issue_active';; *)\n"
+        """echo '"ID","Kernel Name","Metric Name","Metric Value"'\n"""
+        """echo '"0","kernel","launch__registers_per_thread","128"';; esac\n"""
+    )
+    ncu.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(ncu))
+    stage = Stage(tmp_path, "counters", tiny=True)
+    stage.gpu = True
+    kernels.counters(stage)
+    assert [row.case for row in stage.rows] == ["ncu", "kernel"]
+    assert "stalled_gmma" in stage.rows[0].note
+    assert stage.rows[1].note == "registers 128"
 
 
 def test_the_short_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,13 @@ def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, An
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a stage and what it has started; it has five seconds to write what it knows."""
-    for sent, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, None)):
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, sent)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+                process.wait(5)
+    with contextlib.suppress(ProcessLookupError):  # what the stage started and left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def rows_of(name: str, output: Path) -> dict[str, Any]:
@@ -111,14 +113,15 @@ def survey(output: Path) -> surveying.Survey:
 
 
 def work(name: str, output: Path, tiny: bool) -> int:
-    """The body of a stage's process; 1 if a row says what is wrong."""
+    """The body of a stage's process, or of one that a stage starts: that has no reader of its rows
+    and ends with 1 if one says what is wrong."""
     if name == "survey":
         write(output / "survey.json", json.dumps(vars(surveying.survey())))
         return 0
     stage = Stage(output, name, tiny)
     with report_compilations(stage):
         (WORKERS.get(name) or STAGES[name][0])(stage)
-    return 0
+    return int(name in WORKERS and any(row.failed for row in stage.rows))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
