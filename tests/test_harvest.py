@@ -160,6 +160,42 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def test_a_stage_that_lost_cuda_goes_on_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases.Case("made-up", "case", ("ours", "flash", "cuDNN"))
+
+    def body(resume: bool) -> list[str]:
+        stage = Stage(tmp_path, "made-up", True, resume)
+        ran = []
+        for contender in stage.contenders(case):
+            with stage.attempt(case.name, contender, optional=True):
+                stage.gpu = contender == "flash"
+                ran.append(contender)
+                assert contender != "flash", "an illegal memory access"
+                stage.note(case.name, "fine", contender)
+        return ran
+
+    monkeypatch.setattr(measuring, "_lost", lambda: True)
+    monkeypatch.setattr(measuring.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        body(resume=False)
+    assert ended.value.code == measuring.LOST
+    assert body(resume=True) == ["cuDNN"]
+    rows = harvest.rows_of("made-up", tmp_path)["rows"]
+    notes = [(row["contender"], row["note"].splitlines()[0][:40]) for row in rows]
+    assert [who for who, _ in notes] == ["ours", "flash", "cuDNN"]
+    assert "an illegal memory access" in notes[1][1]
+    # and the parent starts it again
+    said = [f"exit {measuring.LOST}: ", f"exit {measuring.LOST}: ", ""]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        harvest, "run_worker", lambda command, *_: commands.append(command) or said.pop(0)
+    )
+    assert harvest.run_stage("card", tmp_path, True, 60)["problem"] == ""
+    assert ["--resume" in command for command in commands] == [False, True, True]
+
+
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid)"
     process = subprocess.Popen(

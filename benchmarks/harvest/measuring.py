@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import time
 import traceback
@@ -24,6 +25,7 @@ from benchmarks.harvest.cases import Case
 from musiclm_fast._dispatch import BackendError
 
 Run = Callable[[], Any]
+LOST = 77  # exit status of a process whose every call to CUDA fails, after an illegal access
 STAND_IN = "dry run: host clock, plain call for a replay, no kernel seen"
 
 
@@ -65,19 +67,34 @@ class Stage:
         output: folder of the results.
         name: the stage's.
         tiny: smallest sizes, and few repetitions.
+        resume: go on behind the rows that are there.
     """
 
-    def __init__(self, output: Path, name: str, tiny: bool) -> None:
+    def __init__(self, output: Path, name: str, tiny: bool, resume: bool = False) -> None:
         self.output, self.name, self.tiny = output, name, tiny
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
         self.only_ours = self.profiled = False
         self.rows: list[Row] = []
+        if resume:
+            self.rows = [Row(**row) for row in json.loads(self._path.read_text())]
+        self._before = {(row.case, row.contender) for row in self.rows}
         self._flush()
 
     def contenders(self, case: Case) -> list[str]:
         """Who is to run a case."""
-        return [name for name in case.contenders if name.startswith("ours") or not self.only_ours]
+        return [
+            name for name in case.contenders
+            if (name.startswith("ours") or not self.only_ours) and not self.done(case.name, name)
+        ]  # fmt: skip
+
+    def done(self, case: str, contender: str) -> bool:
+        """Whether the process before this one has a row of it."""
+        return (case, contender) in self._before
+
+    @property
+    def _path(self) -> Path:
+        return self.output / f"stage-{self.name}.json"
 
     def add(self, row: Row) -> Row:
         self.rows.append(row)
@@ -96,12 +113,13 @@ class Stage:
         self.add(Row(case, contender, failed=text))
 
     def _flush(self) -> None:
-        write(self.output / f"stage-{self.name}.json", json.dumps([vars(r) for r in self.rows]))
+        write(self._path, json.dumps([vars(r) for r in self.rows]))
 
     @contextlib.contextmanager
     def attempt(self, case: str, contender: str, optional: bool = False) -> Iterator[None]:
         """A contender that raises is a row with the reason: a failure; a finding where it is
-        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses."""
+        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses. Where
+        CUDA is lost with it, the process ends, and a fresh one goes on."""
         try:
             yield
         except Exception as error:
@@ -109,6 +127,8 @@ class Stage:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             known = optional or isinstance(error, BackendError)
             (self.note if known else self.fail)(case, text, contender)
+            if self.gpu and _lost():
+                os._exit(LOST)  # a clean end would call CUDA again
 
     def time(
         self, case: Case, contender: str, run: Run, *, budget: float = 0.2, memory: bool = False,
@@ -150,6 +170,15 @@ class Stage:
         if not self.gpu:
             row.note = f"{row.note} {STAND_IN}".strip()
         return self.add(row)
+
+
+def _lost() -> bool:
+    """Whether every call to CUDA fails from now on."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
