@@ -24,6 +24,7 @@ from benchmarks.harvest import cases, checks, kernels, measuring, models, summar
 from benchmarks.harvest import survey as surveying
 from benchmarks.harvest.measuring import Row, Stage
 from musiclm_fast._dispatch import BackendError
+from musiclm_fast.models import front_end
 
 needs_triton = pytest.mark.skipif(surveying.no_triton() != "", reason="triton is not installed")
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -446,6 +447,14 @@ def test_the_lines_for_a_gpu(pretended_gpu: None, tmp_path: Path) -> None:
     kernels.note_kernels(stage, "case", "ours", lambda: None)
     assert stage.rows[-1].note.startswith("long_kernel 0.500 ms x 1; short_kernel 0.250 ms x 3")
     assert not any(row.failed for row in stage.rows)
+
+
+def test_the_captured_step_copies_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = mock.Mock(side_effect=front_end.draw_span)
+    monkeypatch.setattr(front_end, "draw_span", drawn)
+    models._capturable(cases.steps(True, "step_captured")[0], "cpu")()
+    assert drawn.call_count == 2
+    assert all(call.args[2] is not None for call in drawn.call_args_list)  # one a sample
 
 
 def test_a_failed_capture_is_mended_and_the_row_kept(
