@@ -127,8 +127,7 @@ class Stage:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             known = optional or isinstance(error, BackendError)
             (self.note if known else self.fail)(case, text, contender)
-            if self.gpu and _lost():
-                os._exit(LOST)  # a clean end would call CUDA again
+            self._end_if_lost()
 
     def time(
         self, case: Case, contender: str, run: Run, *, budget: float = 0.2, memory: bool = False,
@@ -169,7 +168,13 @@ class Stage:
         row.gbs = case.traffic / seconds / 1e9 if case.traffic else None
         if not self.gpu:
             row.note = f"{row.note} {STAND_IN}".strip()
-        return self.add(row)
+        self.add(row)
+        self._end_if_lost()
+        return row
+
+    def _end_if_lost(self) -> None:
+        if self.gpu and _lost():
+            os._exit(LOST)  # a clean end would call CUDA again
 
 
 def _lost() -> bool:
