@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,17 @@ def test_counters_are_read_from_ncu_s_csv() -> None:
         ("forward_kernel", "ns 1,234, registers 128"),
         ("backward_kernel", "issue % 61"),
     ]
+
+
+def test_ncu_is_told_our_kernels_and_none_of_torch() -> None:
+    texts = [path.read_text() for path in ROOT.glob("musiclm_fast/ops/*/_triton_kernels.py")]
+    texts += [path.read_text() for path in ROOT.glob("csrc/*/*.cu")]
+    found = re.findall(r"^def (\w+_kernel)\(|(\w+_kernel)\(Call", "\n".join(texts), re.MULTILINE)
+    ours = {first or second for first, second in found}
+    assert {"backward_kv_kernel", "sigmoid_kernel", "forward_fixed_kernel"} <= ours
+    assert [name for name in ours if not re.search(kernels.OUR_KERNELS, name)] == []
+    for name in ("vectorized_elementwise_kernel", "index_elementwise_kernel", "reduce_kernel"):
+        assert not re.search(kernels.OUR_KERNELS, name)
 
 
 def test_a_counter_that_ncu_does_not_know_is_left_out(

@@ -208,6 +208,8 @@ def generation(stage: Stage) -> None:
         if theirs is not None:
             runs["audiolm-pytorch"] = (bench_generation.theirs_generate, theirs)
         for contender, (generate, model) in runs.items():
+            if stage.done(case.name, contender):
+                continue
             with (
                 stage.attempt(case.name, contender, optional=model is theirs),
                 torch.device(stage.device),
