@@ -107,7 +107,7 @@ def test_an_old_gpu_leaves_out_the_stages_of_triton(monkeypatch: pytest.MonkeyPa
     assert surveying.survey().left_out == {}
 
 
-def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(
@@ -122,7 +122,11 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in remarks
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if surveying.importlib.util.find_spec("triton"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         assert "no C compiler" in surveying.no_triton()
+        (tmp_path / "KEY").mkdir()
+        (tmp_path / "KEY" / "__triton_launcher.so").touch()
+        assert surveying.no_triton() == ""
 
 
 @pytest.mark.parametrize(

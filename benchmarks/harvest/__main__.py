@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         return work(args.worker, args.output, args.tiny, args.resume)
     start = time.perf_counter()
+    os.environ["TRITON_CACHE_DIR"] = str(args.triton_cache.absolute())
     here = survey(args.output)
     if here.problem and not args.tiny:
         print(
@@ -181,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(here.device or f"dry run on the CPU: {here.problem}")
     for line in (*here.remarks, *(f"{s}: left out: {why}" for s, why in here.left_out.items())):
         print(f"  {line}")
-    os.environ["TRITON_CACHE_DIR"] = str(args.triton_cache.absolute())
     found = collect(args, here, start)
     text = summary.text(found, here.device)
     write(args.output / "summary.txt", text)
