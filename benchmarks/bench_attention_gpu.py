@@ -80,7 +80,7 @@ def sdpa_with_bias(inputs: Inputs) -> torch.Tensor:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)  # each length its own code
 
 
 def flex(inputs: Inputs) -> torch.Tensor:

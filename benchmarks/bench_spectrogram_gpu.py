@@ -117,7 +117,7 @@ def contenders(
     gpu, gradient = wav.device.type == "cuda", "gradient" in variant
     given = options(n_fft, wav.shape[1], str(wav.device), variant == "log-mel")
     with torch.no_grad():
-        weights = torch.randn_like(spectrogram(wav, backend=backend, **given))
+        weights = torch.randn_like(spectrogram(wav, backend="torch", **given))
     moved = traffic(*wav.shape, n_fft, variant)
 
     def contender(make: Callable[[], Run], role: str = "peer") -> Contender:

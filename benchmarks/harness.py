@@ -440,7 +440,10 @@ def _settle(threads: int) -> None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # a machine that was only lent
+        return ""
     return done.stdout.strip()
 
 

@@ -20,6 +20,7 @@ import datetime
 import functools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -169,7 +170,7 @@ class Prediction:
 
 def load(device: str) -> dict[tuple[str, str], Prediction]:
     """The predictions on file for a device by torch's name of it; none for other devices."""
-    card = next((c for c in CARDS if c.upper() in device.upper().split()), None)
+    card = next((c for c in CARDS if c.upper() in re.findall(r"\w+", device.upper())), None)
     if card is None:
         return {}
     found = json.loads((RESULTS / f"{card}-predicted.json").read_text())

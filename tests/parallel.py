@@ -212,6 +212,7 @@ class Run:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes.values():  # a process on a GPU takes a while to go
             process.wait()
 
     @property

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from benchmarks.harvest import cases, checks, kernels, measuring, models, summar
 from benchmarks.harvest import survey as surveying
 from benchmarks.harvest.measuring import Row, Stage
 from musiclm_fast._dispatch import BackendError
+from musiclm_fast.models import front_end
 
 needs_triton = pytest.mark.skipif(surveying.no_triton() != "", reason="triton is not installed")
 no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -104,7 +107,7 @@ def test_an_old_gpu_leaves_out_the_stages_of_triton(monkeypatch: pytest.MonkeyPa
     assert surveying.survey().left_out == {}
 
 
-def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_gpu(monkeypatch, 9, 0)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(
@@ -119,7 +122,11 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in remarks
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if surveying.importlib.util.find_spec("triton"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         assert "no C compiler" in surveying.no_triton()
+        (tmp_path / "KEY").mkdir()
+        (tmp_path / "KEY" / "__triton_launcher.so").touch()
+        assert surveying.no_triton() == ""
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,66 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
     time.sleep(0.5)
     harvest.end(process)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_stage_that_lost_cuda_goes_on_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases.Case("made-up", "case", ("ours", "flash", "cuDNN"))
+
+    def body(resume: bool) -> list[str]:
+        stage = Stage(tmp_path, "made-up", True, resume)
+        ran = []
+        for contender in stage.contenders(case):
+            with stage.attempt(case.name, contender, optional=True):
+                stage.gpu = contender == "flash"
+                ran.append(contender)
+                assert contender != "flash", "an illegal memory access"
+                stage.note(case.name, "fine", contender)
+        return ran
+
+    monkeypatch.setattr(measuring, "_lost", lambda: True)
+    monkeypatch.setattr(measuring.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        body(resume=False)
+    assert ended.value.code == measuring.LOST
+    assert body(resume=True) == ["cuDNN"]
+    rows = harvest.rows_of("made-up", tmp_path)["rows"]
+    notes = [(row["contender"], row["note"].splitlines()[0][:40]) for row in rows]
+    assert [who for who, _ in notes] == ["ours", "flash", "cuDNN"]
+    assert "an illegal memory access" in notes[1][1]
+    # and the parent starts it again
+    said = [f"exit {measuring.LOST}: ", f"exit {measuring.LOST}: ", ""]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        harvest, "run_worker", lambda command, *_: commands.append(command) or said.pop(0)
+    )
+    assert harvest.run_stage("card", tmp_path, True, 60)["problem"] == ""
+    assert ["--resume" in command for command in commands] == [False, True, True]
+
+
+def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE
+    )
+    left = int(process.communicate()[0])
+    harvest.end(process)
+    state = Path(f"/proc/{left}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
+
+
+def test_a_worker_with_a_failed_row_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(harvest.WORKERS, "small_calls", lambda stage: stage.fail("case", "wrong"))
+    assert harvest.work("small_calls", tmp_path, tiny=True) == 1
+    monkeypatch.setitem(harvest.WORKERS, "small_calls", lambda stage: stage.note("case", "fine"))
+    assert harvest.work("small_calls", tmp_path, tiny=True) == 0
 
 
 def test_an_interrupted_run_keeps_what_there_is(
@@ -217,6 +284,38 @@ def test_counters_are_read_from_ncu_s_csv() -> None:
         ("forward_kernel", "ns 1,234, registers 128"),
         ("backward_kernel", "issue % 61"),
     ]
+
+
+def test_ncu_is_told_our_kernels_and_none_of_torch() -> None:
+    texts = [path.read_text() for path in ROOT.glob("musiclm_fast/ops/*/_triton_kernels.py")]
+    texts += [path.read_text() for path in ROOT.glob("csrc/*/*.cu")]
+    found = re.findall(r"^def (\w+_kernel)\(|(\w+_kernel)\(Call", "\n".join(texts), re.MULTILINE)
+    ours = {first or second for first, second in found}
+    assert {"backward_kv_kernel", "sigmoid_kernel", "forward_fixed_kernel"} <= ours
+    assert [name for name in ours if not re.search(kernels.OUR_KERNELS, name)] == []
+    for name in ("vectorized_elementwise_kernel", "index_elementwise_kernel", "reduce_kernel"):
+        assert not re.search(kernels.OUR_KERNELS, name)
+
+
+def test_a_counter_that_ncu_does_not_know_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *stalled_gmma*) echo '
+        "'==ERROR== no metric smsp__average_warps_issue_stalled_gmma_per_issue_active';; *)\n"
+        """echo '"ID","Kernel Name","Metric Name","Metric Value"'\n"""
+        """echo '"0","kernel","launch__registers_per_thread","128"';; esac\n"""
+    )
+    ncu.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(ncu))
+    stage = Stage(tmp_path, "counters", tiny=True)
+    stage.gpu = True
+    kernels.counters(stage)
+    assert [row.case for row in stage.rows] == ["ncu", "kernel"]
+    assert "stalled_gmma" in stage.rows[0].note
+    assert stage.rows[1].note == "registers 128"
 
 
 def test_the_short_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +437,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         current_stream=Stream, synchronize=lambda: None, empty_cache=lambda: None,
         reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 5,
         max_memory_allocated=lambda: 12, set_sync_debug_mode=lambda mode: None,
+        current_device=lambda: 0, graph_pool_handle=lambda: (0, 7),
+        default_generators=[mock.Mock(**{"clone_state.return_value": "before"})],
     )  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -358,15 +459,45 @@ def test_the_lines_for_a_gpu(pretended_gpu: None, tmp_path: Path) -> None:
     assert row.memory == 7
     assert row.tflops == pytest.approx(2.0)
 
-    def uncapturable() -> None:
-        raise RuntimeError("cannot be captured")
-
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        measuring.replay_time(uncapturable, True)
     models.step_captured(stage)
     kernels.note_kernels(stage, "case", "ours", lambda: None)
     assert stage.rows[-1].note.startswith("long_kernel 0.500 ms x 1; short_kernel 0.250 ms x 3")
     assert not any(row.failed for row in stage.rows)
+
+
+def test_the_captured_step_copies_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = mock.Mock(side_effect=front_end.draw_span)
+    monkeypatch.setattr(front_end, "draw_span", drawn)
+    models._capturable(cases.steps(True, "step_captured")[0], "cpu")()
+    assert drawn.call_count == 2
+    assert all(call.args[2] is not None for call in drawn.call_args_list)  # one a sample
+
+
+def test_a_failed_capture_is_mended_and_the_row_kept(
+    pretended_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def spoiled(*_: Any, **__: Any) -> Any:
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("the capture was spoiled")  # noqa: B904
+
+    released = mock.Mock()
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, getattr(released, name), raising=False)
+    monkeypatch.setattr(torch.cuda, "graph", spoiled)
+    capturing = mock.Mock(side_effect=[None] * 9 + [ValueError("this waits")])
+    stage = Stage(tmp_path, "made-up", tiny=True)
+    stage.gpu = True
+    case = cases.Case("made-up", "case", ("ours",))
+    row = stage.time(case, "ours", capturing, budget=0.0)
+    assert (row.ms, row.kernels_ms, row.note) == (3.0, 0.75, "no graph: this waits")
+    torch.cuda.default_generators[0].graphsafe_set_state.assert_called_once_with("before")
+    assert [call[0] for call in released.mock_calls] == [
+        "_cuda_endAllocateToPool", "_cuda_releasePool"
+    ]  # fmt: skip
+    assert all(call.args == (0, (0, 7)) for call in released.mock_calls)
 
 
 def test_a_trace_that_is_too_large_is_left_out(

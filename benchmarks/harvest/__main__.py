@@ -27,12 +27,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.harness import ROOT
 from benchmarks.harvest import checks, kernels, models, summary
 from benchmarks.harvest import survey as surveying
-from benchmarks.harvest.measuring import Stage, write
+from benchmarks.harvest.measuring import LOST, Stage, write
 from benchmarks.harvest.triton_cache import report_compilations
 
 STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function, its deadline in s
@@ -65,29 +65,40 @@ def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, An
         *(["--tiny"] if tiny else []),
     ]  # fmt: skip
     start = time.perf_counter()
-    problem = ""
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            if process.wait(limit):
-                said = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-                problem = f"exit {process.returncode}: {said[0] if said else ''}"[:400]
-        except subprocess.TimeoutExpired:
-            problem = f"cut off after {limit:.0f} s"
-        finally:
-            end(process)
+        problem = run_worker(command, stream, log, limit)
+        for _ in range(3):  # the rest of the rows, in fresh processes
+            left = limit - (time.perf_counter() - start)
+            if problem.startswith(f"exit {LOST}:") and left > 0:
+                problem = run_worker([*command, "--resume"], stream, log, left)
     return {**rows_of(name, output), "problem": problem, "seconds": time.perf_counter() - start}
 
 
+def run_worker(command: list[str], stream: IO[str], log: Path, limit: float) -> str:
+    """A process until it ends, or is ended; what went wrong."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        if process.wait(limit):
+            said = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+            return f"exit {process.returncode}: {said[0] if said else ''}"[:400]
+    except subprocess.TimeoutExpired:
+        return f"cut off after {limit:.0f} s"
+    finally:
+        end(process)
+    return ""
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage and what it has started; it has five seconds to write what it knows."""
-    for sent, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, None)):
+    """End a stage and what it has started; it has ten seconds to write what it knows."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, sent)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+                process.wait(10)
+    with contextlib.suppress(ProcessLookupError):  # what the stage started and left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def rows_of(name: str, output: Path) -> dict[str, Any]:
@@ -110,15 +121,16 @@ def survey(output: Path) -> surveying.Survey:
     return surveying.Survey(**json.loads((output / "survey.json").read_text()))
 
 
-def work(name: str, output: Path, tiny: bool) -> int:
-    """The body of a stage's process; 1 if a row says what is wrong."""
+def work(name: str, output: Path, tiny: bool, resume: bool = False) -> int:
+    """The body of a stage's process, or of one that a stage starts: that has no reader of its rows
+    and ends with 1 if one says what is wrong."""
     if name == "survey":
         write(output / "survey.json", json.dumps(vars(surveying.survey())))
         return 0
-    stage = Stage(output, name, tiny)
+    stage = Stage(output, name, tiny, resume)
     with report_compilations(stage):
         (WORKERS.get(name) or STAGES[name][0])(stage)
-    return 0
+    return int(name in WORKERS and any(row.failed for row in stage.rows))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -138,6 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="smallest sizes; also without a GPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.output = args.output.absolute()
     args.stages = [name for name in args.stages.split(",") if name]
@@ -156,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 1 if one failed, 2 if none can run."""
     args = parse(argv)
     if args.worker:
-        return work(args.worker, args.output, args.tiny)
+        return work(args.worker, args.output, args.tiny, args.resume)
     start = time.perf_counter()
+    os.environ["TRITON_CACHE_DIR"] = str(args.triton_cache.absolute())
     here = survey(args.output)
     if here.problem and not args.tiny:
         print(
@@ -168,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(here.device or f"dry run on the CPU: {here.problem}")
     for line in (*here.remarks, *(f"{s}: left out: {why}" for s, why in here.left_out.items())):
         print(f"  {line}")
-    os.environ["TRITON_CACHE_DIR"] = str(args.triton_cache.absolute())
     found = collect(args, here, start)
     text = summary.text(found, here.device)
     write(args.output / "summary.txt", text)

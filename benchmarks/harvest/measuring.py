@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
+import os
 import statistics
 import time
 import traceback
@@ -23,6 +25,7 @@ from benchmarks.harvest.cases import Case
 from musiclm_fast._dispatch import BackendError
 
 Run = Callable[[], Any]
+LOST = 77  # exit status of a process whose every call to CUDA fails, after an illegal access
 STAND_IN = "dry run: host clock, plain call for a replay, no kernel seen"
 
 
@@ -64,19 +67,34 @@ class Stage:
         output: folder of the results.
         name: the stage's.
         tiny: smallest sizes, and few repetitions.
+        resume: go on behind the rows that are there.
     """
 
-    def __init__(self, output: Path, name: str, tiny: bool) -> None:
+    def __init__(self, output: Path, name: str, tiny: bool, resume: bool = False) -> None:
         self.output, self.name, self.tiny = output, name, tiny
         self.gpu = torch.cuda.is_available()
         self.device = "cuda" if self.gpu else "cpu"
-        self.only_ours = False
+        self.only_ours = self.profiled = False
         self.rows: list[Row] = []
+        if resume:
+            self.rows = [Row(**row) for row in json.loads(self._path.read_text())]
+        self._before = {(row.case, row.contender) for row in self.rows}
         self._flush()
 
     def contenders(self, case: Case) -> list[str]:
         """Who is to run a case."""
-        return [name for name in case.contenders if name.startswith("ours") or not self.only_ours]
+        return [
+            name for name in case.contenders
+            if (name.startswith("ours") or not self.only_ours) and not self.done(case.name, name)
+        ]  # fmt: skip
+
+    def done(self, case: str, contender: str) -> bool:
+        """Whether the process before this one has a row of it."""
+        return (case, contender) in self._before
+
+    @property
+    def _path(self) -> Path:
+        return self.output / f"stage-{self.name}.json"
 
     def add(self, row: Row) -> Row:
         self.rows.append(row)
@@ -95,12 +113,13 @@ class Stage:
         self.add(Row(case, contender, failed=text))
 
     def _flush(self) -> None:
-        write(self.output / f"stage-{self.name}.json", json.dumps([vars(r) for r in self.rows]))
+        write(self._path, json.dumps([vars(r) for r in self.rows]))
 
     @contextlib.contextmanager
     def attempt(self, case: str, contender: str, optional: bool = False) -> Iterator[None]:
         """A contender that raises is a row with the reason: a failure; a finding where it is
-        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses."""
+        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses. Where
+        CUDA is lost with it, the process ends, and a fresh one goes on."""
         try:
             yield
         except Exception as error:
@@ -108,9 +127,7 @@ class Stage:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             known = optional or isinstance(error, BackendError)
             (self.note if known else self.fail)(case, text, contender)
-            if self.gpu:
-                with contextlib.suppress(RuntimeError):  # CUDA itself may be what failed
-                    torch.cuda.empty_cache()
+            self._end_if_lost()
 
     def time(
         self, case: Case, contender: str, run: Run, *, budget: float = 0.2, memory: bool = False,
@@ -127,27 +144,56 @@ class Stage:
             graph: replay it from a CUDA graph too.
             note: goes into the row.
         """
+        if self.gpu and not self.profiled:
+            # CUPTI stays once it is there, and may slow launches: it is there for all alike.
+            self.profiled = True
+            with _optional(Row(case.name), "CUPTI"):
+                kernel_table(lambda: None, calls=1)
         milliseconds = call_times(run, budget, self.gpu)
         row = Row(case.name, contender, statistics.median(milliseconds), min(milliseconds),
                   max(milliseconds), note=note)  # fmt: skip
-        if self.gpu:
-            table = kernel_table(run)
+        with _optional(row, "kernels"):
+            table = kernel_table(run) if self.gpu else []
             if table:
                 row.kernels_ms = sum(ms for _, ms, _ in table)
                 row.launches = round(sum(n for _, _, n in table))
-        if graph:
-            try:
-                row.graph_ms = replay_time(run, self.gpu)
-            except RuntimeError as error:
-                row.note = f"{row.note} no graph: {' '.join(str(error).split())[:100]}".strip()
         if memory and self.gpu:
-            row.memory = peak_memory(run)
+            with _optional(row, "memory"):
+                row.memory = peak_memory(run)
+        if graph:
+            with _optional(row, "graph"):
+                row.graph_ms = replay_time(run, self.gpu)
         seconds = (row.kernels_ms or row.ms or 0.0) / 1e3
         row.tflops = case.operations / seconds / 1e12 if case.operations else None
         row.gbs = case.traffic / seconds / 1e9 if case.traffic else None
         if not self.gpu:
             row.note = f"{row.note} {STAND_IN}".strip()
-        return self.add(row)
+        self.add(row)
+        self._end_if_lost()
+        return row
+
+    def _end_if_lost(self) -> None:
+        if self.gpu and _lost():
+            os._exit(LOST)  # a clean end would call CUDA again
+
+
+def _lost() -> bool:
+    """Whether every call to CUDA fails from now on."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _optional(row: Row, what: str) -> Iterator[None]:
+    """A clock that fails is a note in the row: what the others say is kept."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        row.note = f"{row.note} no {what}: {' '.join(str(error).split())[:100]}".strip()
 
 
 def write(path: Path, text: str) -> None:
@@ -200,7 +246,8 @@ def kernel_table(run: Run, calls: int = 3, trace: Path | None = None) -> list[
         profiler.export_chrome_trace(str(trace))
     found: dict[str, list[float]] = {}
     for event in profiler.events() or []:
-        if "cuda" in str(event.device_type).lower():
+        # The span of a named block, such as the optimizer's step, is on the device's side too.
+        if "cuda" in str(event.device_type).lower() and not event.is_user_annotation:
             entry = found.setdefault(event.name, [0.0, 0.0])
             entry[0] += event.device_time / 1e3 / calls
             entry[1] += 1 / calls
@@ -216,7 +263,7 @@ def replay_time(run: Run, gpu: bool, replays: int = 20) -> float:
     if not gpu:
         return 1e3 * timed(run)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with captured(graph):
         run()
     graph.replay()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -226,6 +273,29 @@ def replay_time(run: Run, gpu: bool, replays: int = 20) -> float:
     after.record()
     torch.cuda.synchronize()
     return float(before.elapsed_time(after)) / replays
+
+
+@contextlib.contextmanager
+def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """What the current stream is given goes into ``graph``.
+
+    After a capture that fails, torch refuses random numbers ("offset increment outside graph
+    capture") and the allocator does not free its cache when memory is short; both are mended here.
+    """
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    before = generator.clone_state()
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            yield
+    except Exception as error:
+        generator.graphsafe_set_state(before)
+        with contextlib.suppress(RuntimeError):  # the capture itself ended well
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        # Of two, what was refused, and the end of the capture that it spoiled, the first is wanted.
+        raise RuntimeError(str(error.__context__ or error)) from error
 
 
 def peak_memory(run: Run) -> int:
@@ -241,11 +311,18 @@ def peak_memory(run: Run) -> int:
 @contextlib.contextmanager
 def own_stream(gpu: bool) -> Iterator[None]:
     """A stream of its own: what autograd runs backward on the stream of the forward can then be
-    captured, which it cannot on the default stream."""
+    captured, which it cannot on the default stream. Memory that it kept is given back: another
+    stream could not take it."""
     if not gpu:
         yield
         return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # CUDA itself may be what failed
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -94,9 +94,15 @@ def no_triton() -> str:
     version = importlib.metadata.version("triton")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
         return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-    if os.environ.get("TRITON_INTERPRET", "0") != "1" and compiler() is None:
+    if os.environ.get("TRITON_INTERPRET", "0") != "1" and compiler() is None and not launchers():
         return "no C compiler (cc, gcc or clang), with which Triton builds its launchers"
     return ""
+
+
+def launchers() -> bool:
+    """Whether there are some in Triton's cache, made ahead of time: no compiler may be needed."""
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    return cache is not None and any(Path(cache).glob("*/*.so"))
 
 
 def compiler() -> str | None:
