@@ -442,7 +442,7 @@ def _settle(threads: int) -> None:
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:  # a machine that was only lent
+    except FileNotFoundError:  # not installed
         return ""
     return done.stdout.strip()
 
