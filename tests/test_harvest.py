@@ -366,7 +366,9 @@ def test_dry_run(tmp_path: Path) -> None:
     rows = [Row(**row) for stage in saved.values() for row in stage["rows"]]
     timed = {(row.case, row.contender) for row in rows if row.ms}
     wanted = {(c.name, who) for c in cases.all_cases(tiny=True) for who in c.contenders}
-    assert timed == wanted
+    # FlexAttention has no backward on a CPU.
+    assert wanted - timed == {(cases.attention(True, "flex")[1].name, cases.FLEX)}
+    assert timed <= wanted
     text = (tmp_path / "summary.txt").read_text()
     assert all(case.name in text for case in cases.all_cases(tiny=True))
     assert any("tests/ops" in row.case and "passed" in row.note for row in rows)

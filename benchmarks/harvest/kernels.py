@@ -60,18 +60,19 @@ def _attention(stage: Stage, name: str) -> None:
             ours = contender.startswith("ours")
             function = functions.get(contender, bench_attention_gpu.ours)
             with stage.attempt(case.name, contender, optional=not ours), own_stream(stage.gpu):
+                backward = shape["direction"] == "backward"
                 inputs = {
-                    key: x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
+                    key: x.detach().requires_grad_(x.requires_grad and backward)
+                    if torch.is_tensor(x)
+                    else x
                     for key, x in _inputs(
                         *(shape[key] for key in ("batch", "length", "heads")), stage.device,
                         shape["dtype"], *options.get(contender, (False, False)),
                     ).items()
                 }  # fmt: skip
-                if shape["direction"] == "forward":
-                    run: Run = functools.partial(torch.no_grad()(function), inputs)
-                else:
+                run: Run = functools.partial(function, inputs)
+                if backward:
                     run = _backward(function(inputs), inputs, contender)
-                backward = shape["direction"] == "backward"
                 stage.time(case, contender, run, memory=backward, graph=contender != cases.FLEX)
                 if ours and backward:
                     note_kernels(stage, case.name, contender, run)
