@@ -89,6 +89,7 @@ GPU ?=
 
 .PHONY: gpu
 gpu:  ## parity, speed and profile on a CUDA GPU, with the environment's own torch, offline
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; no = [n for n in ("numpy", "pytest", "torch") if not find_spec(n)]; no and sys.exit(f"make: {sys.executable} has no {chr(44).join(no)}: PYTHON=... make gpu")'
 	$(PYTHON) -m benchmarks.harvest $(GPU)
 
 .PHONY: gpu-dry
