@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def parity(stage: Stage) -> None:
     ]  # fmt: skip
     # At the deadline SIGTERM comes to both: the tests' process then writes its report and ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = cached_kernels()
     with (stage.output / "parity.log").open("w") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     said = (stage.output / "parity.log").read_text().strip().splitlines()[-1:]
@@ -93,6 +95,13 @@ def parity(stage: Stage) -> None:
     for file, counts in outcomes.items():
         stage.note(file, ", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     (stage.fail if code else stage.note)("all tests", said[0] if said else f"exit {code}")
+    compiled = cached_kernels() - before
+    stage.note("Triton kernels", f"{before} were in the cache, {compiled} more were compiled")
+
+
+def cached_kernels() -> int:
+    """Kernels in Triton's cache."""
+    return sum(1 for _ in Path(os.environ.get("TRITON_CACHE_DIR", "")).glob("*/*.cubin"))
 
 
 DRY_TESTS = "n1 or two-narrow"
