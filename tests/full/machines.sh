@@ -63,10 +63,11 @@ for row in "${rows[@]}"; do
   start=$SECONDS result=passed
   pytest -k "$core" tests/ops tests/models
   pytest tests/reference/test_parity_{audio,mulan,audiolm,text}.py
-  interpreted="triton and ($rounding)"
-  [ "${#report[@]}" -gt 0 ] || interpreted=triton
+  interpreted=$rounding
+  [ "${#report[@]}" -gt 0 ] || interpreted="not interpreter"
   settings+=(TRITON_INTERPRET=1)
-  pytest -k "$interpreted" tests/ops/test_attention_triton.py tests/ops/test_contrastive.py
+  pytest -m "gpu and not slow" -k "$interpreted" \
+    tests/ops/test_attention_triton.py tests/ops/test_contrastive.py
   [ $result = passed ] || failed=1
   report+=("$(printf '%-12s %-8s %-9s %7s %6d s  %s' "$blas" "$torch" "$simd" "$threads" \
     $((SECONDS - start)) "$result${missing:+, without$missing}")")
