@@ -410,6 +410,11 @@ def gpu_memory(
     run()
     between()
     gc.collect()
+    return peak_memory(run)
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Peak memory of a call on the GPU over what is held before, in bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

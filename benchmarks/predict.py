@@ -452,20 +452,22 @@ def of_card(case: Case, contender: str, card: Card) -> Prediction:
 def of_attention(case: Case, contender: str, card: Card) -> Prediction:
     from benchmarks import bench_attention_gpu as bench
     from benchmarks import trace
+    from benchmarks.harvest import cases
 
     shape = case.shape
     forward = shape["direction"] == "forward"
     if contender in PUBLISHED:
         return _published_attention(case, contender, card)
-    options = {
-        "ours, shared": (False, False), "ours, per sample": (True, False),
-        "ours, QK norm": (True, True),
-    }[contender]  # fmt: skip
     with trace.gpu():
         import torch
 
         inputs = bench.make_inputs(
-            shape["batch"], shape["length"], shape["heads"], "cpu", shape["dtype"], *options
+            shape["batch"],
+            shape["length"],
+            shape["heads"],
+            "cpu",
+            shape["dtype"],
+            *cases.OPTIONS[contender],
         )
         if forward:
             with torch.no_grad():
@@ -518,12 +520,11 @@ def _published_attention(case: Case, contender: str, card: Card) -> Prediction:
 
 def of_contrastive(case: Case, contender: str, card: Card) -> Prediction:
     from benchmarks import contrastive_peers, trace
-    from musiclm_fast import testing
-    from musiclm_fast.ops import contrastive_loss
+    from benchmarks.harvest import kernels
     from musiclm_fast.ops.contrastive import _triton
 
     shape = case.shape
-    kind, depth = shape["kind"], shape["depth"]
+    depth = shape["depth"]
     if contender in contrastive_peers.PEERS:
         if contender == "siglip-kernel" and depth == 768:
             how = "its authors' figure for Hopper"
@@ -533,36 +534,22 @@ def of_contrastive(case: Case, contender: str, card: Card) -> Prediction:
     if depth > _triton.MAX_DEPTH:
         return none(case, contender,
                     f"refused: latents of width {depth}, not 1 to {_triton.MAX_DEPTH}")  # fmt: skip
-    import torch
-
     with trace.gpu():
-        inputs = testing.contrastive_inputs(shape["batch"], depth, dtype=shape["dtype"])
-        if kind != "sigmoid":
-            del inputs["bias"]
-        leaves = list(inputs.values())
-
-        def step() -> None:
-            loss = contrastive_loss(**inputs, kind=kind, backend="triton")
-            torch.autograd.grad(loss, leaves)
-
-        kernels = trace.trace(step)
-    return call(case.name, contender, kernels, card)
+        found = trace.trace(kernels.loss(shape, "cpu"))
+    return call(case.name, contender, found, card)
 
 
 def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
-    import torch
-
-    from benchmarks import bench_spectrogram_gpu as bench
     from benchmarks import trace
+    from benchmarks.harvest import kernels
 
     shape = case.shape
-    n_fft, variant = shape["n_fft"], shape["variant"]
-    gradient = "gradient" in variant
+    gradient = "gradient" in shape["variant"]
     if contender == "copy":
         how = f"{case.traffic / 1e6:.0f} MB at {card.bandwidth / 1e12:.3g} TB/s"
         return simple(case, contender, case.traffic / card.bandwidth, 1, "bandwidth", how)
     if contender == "ours":
-        values = SPECTROGRAM_MS[n_fft]
+        values = SPECTROGRAM_MS[shape["n_fft"]]
         # The backward transforms the frames again and adds their gradients: twice the forward.
         ms = values * (3 if gradient else 1)
         how = f"the review's estimate of the forward, {values:.3g} ms" + (
@@ -570,10 +557,8 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
         )
         return simple(case, contender, ms / 1e3, 2 if gradient else 1, "issue", how, 4)
     with trace.gpu():
-        wav = torch.randn(shape["clips"], shape["samples"], requires_grad=gradient)
-        run = bench.contenders(wav, n_fft, variant, "torch", 1)[contender].build()
-        kernels = trace.trace(run)
-    return call(case.name, contender, kernels, card)
+        found = trace.trace(kernels.transform(shape, "cpu", "torch", contender))
+    return call(case.name, contender, found, card)
 
 
 @functools.cache
@@ -669,10 +654,6 @@ COMPILE_S = 0.5  # of one specialisation of a Triton kernel, once: the stages sh
 SETUP_S = 0.3  # of a contender: its inputs, a profiler's start and end
 MODEL_S = 2.0  # to build a model and its optimizer
 CALLS = 4 + 3  # to warm up, and under the profiler
-# s for which the calls of a contender are repeated, five at least
-BUDGETS = {"card": 0.2, "attention": 0.2, "flex": 0.2, "contrastive": 0.3, "spectrogram": 0.15,
-           "step": 1.0, "step_reference": 1.0, "step_captured": 1.0, "step_compiled": 1.0,
-           "generation": 0.0}  # fmt: skip
 EXTRA: dict[str, tuple[float, str]] = {
     "card": (0.0, ""),
     "library": (35.0, "nvcc for one architecture on 16 cores, 30 s at most, and a first import"),
@@ -685,9 +666,6 @@ EXTRA: dict[str, tuple[float, str]] = {
     "counters": (25.0, "40 launches of about ten passes, saved and restored: 0.6 s each"),
     "sanitizer": (40.0, "twice: the small calls at a fiftieth of their speed, and its own start"),
 }  # fmt: skip
-STAGES = ("card", "library", "parity", "bits", "attention", "contrastive", "spectrogram", "step",
-          "step_reference", "generation", "counters", "flex", "step_captured", "step_compiled",
-          "sanitizer")  # fmt: skip
 
 
 def stage_seconds(
@@ -699,13 +677,17 @@ def stage_seconds(
         stages: the predictions of each.
         specialisations: of Triton kernels that no case of a stage before has.
     """
+    from benchmarks.harvest import cases
+    from benchmarks.harvest.__main__ import STAGES
+
+    budgets = {case.stage: case.budget for case in cases.all_cases()}
     found = {}
     for stage in STAGES:
         parts = [f"start {START_S:.0f}"]
         total_s = START_S
         measured = [p.ms / 1e3 for p in stages.get(stage, ()) if p.ms is not None]
         if measured:
-            each = sum(max(BUDGETS[stage], 5 * s) + CALLS * s + SETUP_S for s in measured)
+            each = sum(max(budgets[stage], 5 * s) + CALLS * s + SETUP_S for s in measured)
             if stage == "generation":  # twice: warm, then timed
                 each = sum(2 * s for s in measured)
             if stage.startswith(("step", "generation")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -493,7 +494,7 @@ def test_a_failed_capture_is_mended_and_the_row_kept(
     stage = Stage(tmp_path, "made-up", tiny=True)
     stage.gpu = True
     case = cases.Case("made-up", "case", ("ours",))
-    row = stage.time(case, "ours", capturing, budget=0.0)
+    row = stage.time(dataclasses.replace(case, budget=0.0), "ours", capturing)
     assert (row.ms, row.kernels_ms, row.note) == (3.0, 0.75, "no graph: this waits")
     torch.cuda.default_generators[0].graphsafe_set_state.assert_called_once_with("before")
     assert [call[0] for call in released.mock_calls] == [

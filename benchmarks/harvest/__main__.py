@@ -32,8 +32,8 @@ from typing import IO, Any
 from benchmarks.harness import ROOT
 from benchmarks.harvest import checks, kernels, models, summary
 from benchmarks.harvest import survey as surveying
-from benchmarks.harvest.measuring import LOST, Stage, write
-from benchmarks.harvest.triton_cache import report_compilations
+from benchmarks.harvest.measuring import LOST, Stage, worker, write
+from benchmarks.harvest.triton_cache import CACHE, report_compilations
 
 STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function, its deadline in s
     "card": (kernels.card, 40),
@@ -53,17 +53,13 @@ STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function
     "sanitizer": (checks.sanitizer, 90),
 }
 WORKERS = {"one_launch": kernels.one_launch, "small_calls": checks.small_calls}
-CACHE = ROOT / "build" / "triton-cache"  # where `python -m benchmarks.harvest.triton_cache` writes
 
 
 def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, Any]:
     """A stage in its own process, ended at its deadline with what it has found."""
     log = output / f"stage-{name}.log"
     (output / f"stage-{name}.json").unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "benchmarks.harvest", "--worker", name, "--output", str(output),
-        *(["--tiny"] if tiny else []),
-    ]  # fmt: skip
+    command = worker(name, output, tiny)
     start = time.perf_counter()
     with log.open("w") as stream:
         problem = run_worker(command, stream, log, limit)
@@ -109,8 +105,7 @@ def rows_of(name: str, output: Path) -> dict[str, Any]:
 
 def survey(output: Path) -> surveying.Survey:
     """What is here; in a process of its own, which a broken driver may hang or kill."""
-    command = [sys.executable, "-m", "benchmarks.harvest", "--worker", "survey", "--output",
-               str(output)]  # fmt: skip
+    command = worker("survey", output, tiny=False)
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
     except subprocess.TimeoutExpired:

@@ -23,6 +23,7 @@ from musiclm_fast.training import cost
 
 OURS = "ours"
 SHARED, PER_SAMPLE, QK_NORM = "ours, shared", "ours, per sample", "ours, QK norm"
+OPTIONS = {SHARED: (False, False), PER_SAMPLE: (True, False), QK_NORM: (True, True)}
 FLASH, CUDNN, SDPA_BIAS, FLEX = "flash", "cuDNN", "SDPA + bias", "FlexAttention"
 
 
@@ -37,6 +38,7 @@ class Case:
         operations: floating-point operations that it needs; 0 where they are no measure of it.
         traffic: bytes that it must move; 0 where they are no measure of it.
         shape: what it is built from, by name.
+        budget: seconds for which a contender's calls are repeated.
     """
 
     stage: str
@@ -45,6 +47,7 @@ class Case:
     operations: float = 0.0
     traffic: float = 0.0
     shape: dict[str, Any] = field(default_factory=dict)
+    budget: float = 0.2
 
 
 def card(tiny: bool) -> list[Case]:
@@ -62,7 +65,11 @@ def card(tiny: bool) -> list[Case]:
 
 def attention(tiny: bool, stage: str = "attention") -> list[Case]:
     """Both directions of each length; ``stage="flex"`` has FlexAttention alone, compiled."""
-    lengths, heads, tokens = bench_attention_gpu.LENGTHS, bench_attention_gpu.HEADS, 32_768
+    lengths, heads, tokens = (
+        bench_attention_gpu.LENGTHS,
+        bench_attention_gpu.HEADS,
+        bench_attention_gpu.TOKENS,
+    )
     contenders: tuple[str, ...] = (SHARED, PER_SAMPLE, QK_NORM, FLASH, CUDNN, SDPA_BIAS)
     dtype = torch.float32 if tiny else torch.bfloat16
     if stage == "flex":
@@ -87,7 +94,7 @@ def contrastive(tiny: bool) -> list[Case]:
     cases = [(kind, 128, half) for kind in bench_contrastive.KINDS]
     cases += [(kind, 768, half) for kind in ("sigmoid", "softmax")]
     cases += [(kind, 128, full) for kind in ("sigmoid", "softmax")]
-    batch = 65_536
+    batch = bench_contrastive.SIZES["cuda"]
     if tiny:
         cases, batch = [("softmax", 16, full), ("sigmoid", 16, full)], 40
     found = []
@@ -97,7 +104,7 @@ def contrastive(tiny: bool) -> list[Case]:
         found.append(Case(
             "contrastive", name, (OURS, *(peers if dtype == half else ())),
             operations=8.0 * batch**2 * depth,
-            shape=dict(kind=kind, batch=batch, depth=depth, dtype=dtype),
+            shape=dict(kind=kind, batch=batch, depth=depth, dtype=dtype), budget=0.3,
         ))  # fmt: skip
     return found
 
@@ -113,6 +120,7 @@ def spectrogram(tiny: bool) -> list[Case]:
             ("ours", "copy", "torchaudio", "torch"),
             traffic=bench_spectrogram_gpu.traffic(clips, samples, n_fft, variant),
             shape=dict(n_fft=n_fft, variant=variant, clips=clips, samples=samples),
+            budget=0.15,
         )
         for n_fft, sizes in bench_spectrogram.FRONT_ENDS.items()
         for variant in bench_spectrogram_gpu.VARIANTS
@@ -148,7 +156,7 @@ def steps(tiny: bool, stage: str) -> list[Case]:
         operations = sum(op.operations for op in cost.step_ops(sizes.counted()))
         contender = f"{who}, captured" if stage == "step_captured" else who
         shape = dict(sizes=sizes, mode=mode, who=who)
-        found.append(Case(stage, name, (contender,), operations, shape=shape))
+        found.append(Case(stage, name, (contender,), operations, shape=shape, budget=1.0))
     return found
 
 

@@ -6,7 +6,6 @@ import collections
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +15,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench_spectrogram import FRONT_ENDS
 from benchmarks.harness import ROOT
-from benchmarks.harvest.measuring import Stage, write
+from benchmarks.harvest.measuring import Stage, tool_for, worker, write
 from musiclm_fast import _extension, testing
 from musiclm_fast.ops import attention, contrastive_loss, spectrogram
 
-FRONT_ENDS = (
-    dict(n_fft=128, win_length=24, hop_length=12),
-    dict(n_fft=512, win_length=400, hop_length=160),
-)
+DRY_TESTS = "n1 or two-narrow"
 
 
 def library(stage: Stage) -> None:
@@ -104,9 +101,6 @@ def cached_kernels() -> int:
     return sum(1 for _ in Path(os.environ.get("TRITON_CACHE_DIR", "")).glob("*/*.cubin"))
 
 
-DRY_TESTS = "n1 or two-narrow"
-
-
 def bits(stage: Stage) -> None:
     """One case of each kernel 200 times: equal bits, or a race."""
     times = 200 if stage.gpu and not stage.tiny else 2
@@ -150,7 +144,7 @@ def small_cases(stage: Stage) -> dict[str, Callable[[], list[torch.Tensor]]]:
 
         found[f"contrastive {kind}"] = lose
     backend = "cuda" if stage.gpu else "cpp"
-    for sizes in FRONT_ENDS:
+    for sizes in FRONT_ENDS.values():
         wav = torch.randn(4, 16_000, device=stage.device, requires_grad=True)
         window = torch.hann_window(sizes["win_length"], device=stage.device)
 
@@ -164,20 +158,14 @@ def small_cases(stage: Stage) -> dict[str, Callable[[], list[torch.Tensor]]]:
 
 def sanitizer(stage: Stage) -> None:
     """A small call of every kernel under compute-sanitizer."""
-    tool = shutil.which("compute-sanitizer")
-    if not stage.gpu:
-        stage.note("compute-sanitizer", "dry run: the calls run without it")
-        small_calls(stage)
-        return
+    tool = tool_for(stage, "compute-sanitizer", small_calls)
     if tool is None:
-        stage.note("compute-sanitizer", "left out: it is not on PATH")
         return
     for check in ("memcheck", "racecheck"):
         command = [
             tool, "--tool", check, "--error-exitcode", "9", "--launch-timeout", "60",
             "--report-api-errors", "no",  # torch's look-ups of newer symbols are some
-            sys.executable, "-m", "benchmarks.harvest", "--worker", "small_calls", "--tiny",
-            "--output", str(stage.output),
+            *worker("small_calls", stage.output, tiny=True),
         ]  # fmt: skip
         # Every tensor an allocation of its own: else what overruns one is inside torch's cache.
         environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

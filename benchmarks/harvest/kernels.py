@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +13,18 @@ import torch
 from benchmarks import bench_attention_gpu, bench_spectrogram_gpu, contrastive_peers
 from benchmarks.harness import ROOT, environment
 from benchmarks.harvest import cases
-from benchmarks.harvest.measuring import Run, Stage, kernel_table, own_stream, write
+from benchmarks.harvest.measuring import (
+    Run,
+    Stage,
+    kernel_table,
+    own_stream,
+    tool_for,
+    worker,
+    write,
+)
 from musiclm_fast import testing
 from musiclm_fast.ops import contrastive_loss
+from musiclm_fast.ops.contrastive._triton import MAX_DEPTH
 
 
 def card(stage: Stage) -> None:
@@ -53,7 +60,6 @@ def _attention(stage: Stage, name: str) -> None:
         cases.SDPA_BIAS: bench_attention_gpu.sdpa_with_bias,
         cases.FLEX: bench_attention_gpu.flex,
     }
-    options = {cases.PER_SAMPLE: (True, False), cases.QK_NORM: (True, True)}
     for case in cases.attention(stage.tiny, name):
         shape = case.shape
         for contender in stage.contenders(case):
@@ -67,7 +73,7 @@ def _attention(stage: Stage, name: str) -> None:
                     else x
                     for key, x in _inputs(
                         *(shape[key] for key in ("batch", "length", "heads")), stage.device,
-                        shape["dtype"], *options.get(contender, (False, False)),
+                        shape["dtype"], *cases.OPTIONS.get(contender, cases.OPTIONS[cases.SHARED]),
                     ).items()
                 }  # fmt: skip
                 run: Run = functools.partial(function, inputs)
@@ -116,13 +122,14 @@ def contrastive(stage: Stage) -> None:
         for contender in stage.contenders(case):
             ours = contender == cases.OURS
             with stage.attempt(case.name, contender, optional=not ours), own_stream(stage.gpu):
-                step = _loss(case.shape, stage.device, None if ours else contender)
-                stage.time(case, contender, step, memory=True, budget=0.3)
+                step = loss(case.shape, stage.device, None if ours else contender)
+                stage.time(case, contender, step, memory=True)
                 if ours:
                     note_kernels(stage, case.name, contender, step)
 
 
-def _loss(shape: dict[str, Any], device: str, peer: str | None) -> Run:
+def loss(shape: dict[str, Any], device: str, peer: str | None = None) -> Run:
+    """Loss and gradients of a case of the contrastive losses; ours unless a peer is named."""
     kind = shape["kind"]
     inputs = testing.contrastive_inputs(
         shape["batch"], shape["depth"], dtype=shape["dtype"], device=device
@@ -144,11 +151,12 @@ def spectrogram(stage: Stage) -> None:
         for contender in stage.contenders(case):
             peer = contender in ("torchaudio", "torch")
             with stage.attempt(case.name, contender, optional=peer), own_stream(stage.gpu):
-                run = _spectrogram(case.shape, stage.device, backend, contender)
-                stage.time(case, contender, run, budget=0.15)
+                run = transform(case.shape, stage.device, backend, contender)
+                stage.time(case, contender, run)
 
 
-def _spectrogram(shape: dict[str, Any], device: str, backend: str, contender: str) -> Run:
+def transform(shape: dict[str, Any], device: str, backend: str, contender: str) -> Run:
+    """A case of the spectrogram, with its gradient where that is asked for."""
     variant = shape["variant"]
     wav = torch.randn(
         shape["clips"], shape["samples"], device=device, requires_grad="gradient" in variant
@@ -188,13 +196,8 @@ OUR_KERNELS = (
 
 def counters(stage: Stage) -> None:
     """Hardware counters of one launch of each kernel, by Nsight Compute."""
-    tool = shutil.which("ncu")
-    if not stage.gpu:
-        stage.note("ncu", "dry run: the kernels run without it")
-        one_launch(stage)
-        return
+    tool = tool_for(stage, "ncu", one_launch)
     if tool is None:
-        stage.note("ncu", "left out: ncu is not on PATH")
         return
     metrics = list(COUNTERS)
     for _ in range(2):
@@ -202,8 +205,7 @@ def counters(stage: Stage) -> None:
             tool, "--csv", "--print-units", "base", "--clock-control", "none",
             "--profile-from-start", "off", "--metrics", ",".join(metrics),
             "--kernel-name", f"regex:{OUR_KERNELS}", "--launch-count", "40",
-            sys.executable, "-m", "benchmarks.harvest", "--worker", "one_launch",
-            "--output", str(stage.output), *(["--tiny"] if stage.tiny else []),
+            *worker("one_launch", stage.output, stage.tiny),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         write(stage.output / "ncu.csv", done.stdout + done.stderr[-3000:])
@@ -243,12 +245,12 @@ def one_launch(stage: Stage) -> None:
     for case in cases.spectrogram(stage.tiny):
         if "gradient" in case.shape["variant"]:
             builds[case.name] = functools.partial(
-                _spectrogram, case.shape, stage.device, backend, cases.OURS
+                transform, case.shape, stage.device, backend, cases.OURS
             )
     for case in cases.contrastive(stage.tiny):
-        if case.shape["depth"] <= 256 and case.shape["kind"] != "decoupled":
+        if case.shape["depth"] <= MAX_DEPTH and case.shape["kind"] != "decoupled":
             small = {**case.shape, "batch": min(case.shape["batch"], 16_384)}
-            builds[case.name] = functools.partial(_loss, small, stage.device, None)
+            builds[case.name] = functools.partial(loss, small, stage.device)
     backward = [c for c in cases.attention(stage.tiny) if c.shape["direction"] == "backward"]
     case = backward[len(backward) // 2]
     builds[case.name] = functools.partial(_attend, case.shape, stage)

@@ -11,7 +11,9 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,9 +22,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import timed
+from benchmarks.harness import peak_memory, timed
 from benchmarks.harvest.cases import Case
 from musiclm_fast._dispatch import BackendError
+from musiclm_fast._files import atomic_file
 
 Run = Callable[[], Any]
 LOST = 77  # exit status of a process whose every call to CUDA fails, after an illegal access
@@ -130,16 +133,15 @@ class Stage:
             self._end_if_lost()
 
     def time(
-        self, case: Case, contender: str, run: Run, *, budget: float = 0.2, memory: bool = False,
-        graph: bool = True, note: str = "",
+        self, case: Case, contender: str, run: Run, *, memory: bool = False, graph: bool = True,
+        note: str = "",
     ) -> Row:  # fmt: skip
         """Measure ``run`` and add its row.
 
         Args:
-            case: whose operations and bytes count.
+            case: whose operations and bytes count, and how long its calls are repeated.
             contender: who runs it.
             run: one call, on the current stream.
-            budget: seconds of calls between events.
             memory: measure the peak too.
             graph: replay it from a CUDA graph too.
             note: goes into the row.
@@ -149,7 +151,7 @@ class Stage:
             self.profiled = True
             with _optional(Row(case.name), "CUPTI"):
                 kernel_table(lambda: None, calls=1)
-        milliseconds = call_times(run, budget, self.gpu)
+        milliseconds = call_times(run, case.budget, self.gpu)
         row = Row(case.name, contender, statistics.median(milliseconds), min(milliseconds),
                   max(milliseconds), note=note)  # fmt: skip
         with _optional(row, "kernels"):
@@ -196,11 +198,31 @@ def _optional(row: Row, what: str) -> Iterator[None]:
         row.note = f"{row.note} no {what}: {' '.join(str(error).split())[:100]}".strip()
 
 
+def worker(name: str, output: Path, tiny: bool) -> list[str]:
+    """The command of a process that does a stage's work, or a part of it."""
+    return [
+        sys.executable, "-m", "benchmarks.harvest", "--worker", name, "--output", str(output),
+        *(["--tiny"] if tiny else []),
+    ]  # fmt: skip
+
+
+def tool_for(stage: Stage, name: str, watched: Callable[[Stage], None]) -> str | None:
+    """Path of a tool that watches a worker. Without a GPU the worker's body runs here, without the
+    tool; a row says so, or that the tool is missing."""
+    if not stage.gpu:
+        stage.note(name, "dry run: what it would watch runs without it")
+        watched(stage)
+        return None
+    tool = shutil.which(name)
+    if tool is None:
+        stage.note(name, "left out: it is not on PATH")
+    return tool
+
+
 def write(path: Path, text: str) -> None:
     """A file that is whole at any time."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def call_times(run: Run, budget: float, gpu: bool) -> list[float]:
@@ -296,16 +318,6 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
             torch._C._cuda_releasePool(device, pool)
         # Of two, what was refused, and the end of the capture that it spoiled, the first is wanted.
         raise RuntimeError(str(error.__context__ or error)) from error
-
-
-def peak_memory(run: Run) -> int:
-    """Peak bytes of a call beyond what is held before; on a GPU."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated() - before)
 
 
 @contextlib.contextmanager

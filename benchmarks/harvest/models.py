@@ -94,7 +94,7 @@ def _steps(stage: Stage, name: str) -> None:
         ):
             run = bench_training_step.step(who, sizes, stage.device, mode)
             first = timed(run)
-            row = stage.time(case, contender, run, budget=1.0, memory=True, graph=False,
+            row = stage.time(case, contender, run, memory=True, graph=False,
                              note=f"first call {first:.1f} s")  # fmt: skip
             _note_rate(stage, case, row, sizes.batch)
             if name == "step" and number == 0:
@@ -163,7 +163,7 @@ def step_captured(stage: Stage) -> None:
                     run()
                 replay = graph.replay
             seconds = time.perf_counter() - start
-            row = stage.time(case, contender, replay, budget=1.0, graph=False,
+            row = stage.time(case, contender, replay, graph=False,
                              note=f"captured in {seconds:.1f} s")  # fmt: skip
             _note_rate(stage, case, row, case.shape["sizes"].batch)
 

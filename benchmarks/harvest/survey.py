@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _triton_target
 
-OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 6)
 SPACE = 512 << 20  # bytes: traces, profiles, the Triton cache
 TRITON = ("attention", "contrastive", "flex", "step", "step_captured", "step_compiled")
@@ -41,20 +41,14 @@ def survey() -> Survey:
     """Look at the GPU, the packages and the tools; starts CUDA in this process."""
     found = Survey()
     found.problem = no_gpu()
-    capability = (0, 0)
+    reason = no_triton()
     if not found.problem:
         properties = torch.cuda.get_device_properties(0)
-        capability = (properties.major, properties.minor)
+        reason = reason or _triton_target.target_refusal(f"sm_{properties.major}{properties.minor}")
         found.device = (
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} multiprocessors, "
             f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-        )
-    reason = no_triton()
-    if found.device and capability < OLDEST_CAPABILITY:
-        reason = (
-            f"compute capability {capability[0]}.{capability[1]} is below 8.0, which the Triton "
-            "kernels need"
         )
     if reason:
         found.left_out = dict.fromkeys(TRITON, reason)

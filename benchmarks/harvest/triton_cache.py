@@ -31,6 +31,7 @@ from benchmarks.harness import ROOT
 from benchmarks.harvest.measuring import Run, Stage
 from musiclm_fast.ops import _triton_target
 
+CACHE = ROOT / "build" / "triton-cache"
 NOTED = "MUSICLM_FAST_NOTED_LAUNCHES"  # the folder that a noting process writes into
 
 
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--target", default="sm_90", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "triton-cache")
+    parser.add_argument("--output", type=Path, default=CACHE)
     parser.add_argument("--note-stages", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.note_stages:

@@ -65,7 +65,7 @@ def refusal(x: Tensor) -> str:
             return f"the interpreter runs float32 and float16, not {x.dtype}"
     elif x.device.type != "cuda":
         return f"no kernel for {x.device.type} tensors"
-    elif (reason := _target_refusal(_target_of(x.device))) != "":
+    elif (reason := target_refusal(_target_of(x.device))) != "":
         return reason
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype} is none of float32, bfloat16 and float16"
@@ -77,7 +77,8 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return tuple(d for d in DTYPES if not refusal(torch.empty(0, dtype=d, device=device)))
 
 
-def _target_refusal(target: str) -> str:
+def target_refusal(target: str) -> str:
+    """Why no kernel runs on an architecture; empty if they do."""
     if family(target) == "amd":
         known = " and ".join(AMD_TARGETS)
         return "" if target in AMD_TARGETS else f"its tiles are chosen for {known}, not {target}"

@@ -99,7 +99,7 @@ def test_triton_in_every_dtype(
     batch: int, depth: int, dtype: torch.dtype, temperature: float, kind: str, device: str
 ) -> None:
     if INTERPRETED and batch == 4096:
-        pytest.skip("too slow for the interpreter")
+        pytest.skip("needs a CUDA device: too slow for the interpreter")
     inputs = testing.contrastive_inputs(
         batch, depth, temperature=temperature, dtype=dtype, device=device
     )

@@ -141,7 +141,7 @@ def test_self_check_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="counts what a device holds")
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device: counts its memory")
 @pytest.mark.parametrize("kind", ["softmax", "decoupled", "sigmoid"])
 def test_a_step_of_65536_pairs_takes_less_than_200_mb(kind: str, gpu: str) -> None:
     inputs = testing.contrastive_inputs(65_536, 128, dtype=torch.bfloat16, device=gpu)
