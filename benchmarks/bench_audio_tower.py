@@ -26,7 +26,7 @@ def build(kind: str) -> torch.nn.Module:
     if kind == "ours":
         from musiclm_fast import AudioSpectrogramTransformer
     else:
-        from tests.reference import live
+        from tests.upstream import live
 
         AudioSpectrogramTransformer = live.load().musiclm.AudioSpectrogramTransformer
     return AudioSpectrogramTransformer(**TOWER, **FRONT).train()

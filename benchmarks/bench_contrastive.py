@@ -59,7 +59,7 @@ def ours(
 
 def theirs(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
     """The live reference's module on the same latents."""
-    from tests.reference import live
+    from tests.upstream import live
 
     package = live.load().musiclm
     inputs = make(kind, batch, dtype, device)

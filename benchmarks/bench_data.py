@@ -77,14 +77,14 @@ def small_files(count: int, seconds: float) -> Path:
 
 def opened(source: Path, cache: Path, clip_seconds: float | None = None) -> Any:
     """The collection at 16 kHz."""
-    from musiclm_fast.training.data import open_dataset
+    from musiclm_fast.datasets.opening import open_dataset
 
     return open_dataset(source, sample_hz=HZ, clip_seconds=clip_seconds, cache_folder=cache)
 
 
 def indexing(count: int, settings: Settings) -> list[Result]:
     """Opening a collection of small files; and reading all of it, as ``data check`` does."""
-    from musiclm_fast.training.data_check import check_data
+    from musiclm_fast.datasets.check import check_data
 
     name = f"{count:,} files of 0.25 s"
     if settings.case not in name:
@@ -114,7 +114,7 @@ def long_files(suffix: str, count: int, seconds: int) -> Path:
     """Stereo files at 44.1 kHz; ``converted`` is what ``data convert`` makes of them."""
     import soundfile
 
-    from musiclm_fast.training.data_convert import convert_data
+    from musiclm_fast.datasets.convert import convert_data
 
     folder = new_folder()
     if suffix == "converted":
@@ -135,7 +135,7 @@ def long_files(suffix: str, count: int, seconds: int) -> Path:
 
 def decode_whole(table: Path, clip: int) -> None:
     """What a loader without seeking does: read each file, resample it, take a part."""
-    from musiclm_fast.models.sound import read_sound
+    from musiclm_fast.audio.reading import read_sound
 
     for path in sorted(table.parent.rglob("*.*")):
         if path != table:
@@ -189,7 +189,7 @@ def step(
 ) -> Callable[[], Any]:
     """Five training steps of the demo's model; each run adds the share of its time that the
     training process waited for data."""
-    from musiclm_fast.training.demo import DemoConfig
+    from musiclm_fast.demo.mulan_run import DemoConfig
     from musiclm_fast.training.trainer import MuLaNTrainer
 
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def loading(settings: Settings) -> list[Result]:
     source = small_files(count, 2 * seconds) / "manifest.csv"
 
     def check() -> None:
-        from musiclm_fast.training.data import collate
+        from musiclm_fast.datasets.collation import collate
 
         sounds = opened(source, new_folder(), seconds)
         rows = collate([sounds.draw(index, 0) for index in range(batch)])

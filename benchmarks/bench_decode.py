@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
-from musiclm_fast.audiolm.layers import Transformer
-from musiclm_fast.audiolm.step import decode_weights
+from musiclm_fast.audiolm.decoder import decode_weights
+from musiclm_fast.audiolm.transformer import Transformer
 from musiclm_fast.ops import decode
 from musiclm_fast.ops.decode import DecodeWeights
 

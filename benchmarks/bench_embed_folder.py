@@ -64,7 +64,7 @@ def build(kind: str, size: Size, device: str) -> torch.nn.Module:
         audio = musiclm_fast.AudioSpectrogramTransformer(**tower, front_end=sizes)
         model = musiclm_fast.MuLaN(audio, musiclm_fast.TextTransformer(**text))
     else:
-        from tests.reference import live
+        from tests.upstream import live
 
         package = live.load().musiclm
         audio = package.AudioSpectrogramTransformer(

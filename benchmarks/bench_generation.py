@@ -26,7 +26,7 @@ EMBEDS = torch.randn(1, 8, 512, generator=torch.Generator().manual_seed(0))
 def pair() -> tuple[Any, Any]:
     """audiolm-pytorch's stage and ours with equal weights, both hiding the condition's embeds."""
     from musiclm_fast.audiolm import SemanticTransformer
-    from tests.reference import live
+    from tests.upstream import live
 
     torch.manual_seed(0)
     theirs = live.load().audiolm.SemanticTransformer(**SIZES).eval()

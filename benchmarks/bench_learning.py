@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from musiclm_fast.training.demo import DemoConfig, DemoRun, Notes
-from musiclm_fast.training.demo_figures import pyplot
-from musiclm_fast.training.general_midi import PROMPT_TEMPLATES, zero_shot_prompts
-from musiclm_fast.training.metrics import embed_clips, label_latents, zero_shot_accuracy
+from musiclm_fast._plotting import pyplot
+from musiclm_fast.demo.instruments import PROMPT_TEMPLATES, zero_shot_prompts
+from musiclm_fast.demo.mulan_run import DemoConfig, DemoRun, Notes
+from musiclm_fast.evaluation.metrics import embed_clips, label_latents, zero_shot_accuracy
 
 RECIPE = DemoConfig(instruments=128, steps=8000)
 FRONT_ENDS = ("mulan", "reference")

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import AudioSpectrogramTransformer
-from musiclm_fast.models import audio
+from musiclm_fast.models import audio_tower as audio
 
 RATE = 16_000
 QUICK = False  # not part of `make bench`; ask for it by name

@@ -36,7 +36,7 @@ def build(kind: str, size: Size, device: str) -> torch.nn.Module:
     if kind == "ours":
         from musiclm_fast.audiolm import SemanticTransformer
     else:
-        from tests.reference import live
+        from tests.upstream import live
 
         SemanticTransformer = live.load().audiolm.SemanticTransformer
     model = SemanticTransformer(

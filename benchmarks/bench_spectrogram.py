@@ -97,7 +97,7 @@ def output_bytes(n_fft: int) -> int:
 
 def load_torchaudio() -> None:
     """Make torchaudio importable beside any build of torch."""
-    from tests.reference import live
+    from tests.upstream import live
 
     live.load()
 

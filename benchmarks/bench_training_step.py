@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
-from musiclm_fast.training import cost
+from musiclm_fast import cost
 
 JOB = "MuLaN training step"
 SAMPLE_HZ = 16_000
@@ -86,7 +86,7 @@ def build(kind: str, case: Case, device: str = "cpu") -> torch.nn.Module:
     if kind == OURS:
         import musiclm_fast as package
     else:
-        from tests.reference import live
+        from tests.upstream import live
 
         package = live.load().musiclm
     model = package.MuLaN(

@@ -594,7 +594,7 @@ def of_step(case: Case, contender: str, card: Card) -> Prediction:
 
 def _compiled_step(case: Case, contender: str, kernels: Sequence[Kernel], card: Card) -> Prediction:
     # Products and Triton kernels of the eager step; of the rest, what the roofline's ops move.
-    from musiclm_fast.training import cost
+    from musiclm_fast import cost
 
     kept = [k for k in kernels if k.launch is not None or k.operations]
     found = costs(kept, card)

@@ -9,6 +9,6 @@ from musiclm_fast import MuLaN, audiolm
 IMPORTED = (MuLaN, audiolm.SemanticTransformer)
 
 with contextlib.suppress(ImportError):  # not installed: who asks for it is told
-    from tests.reference import live
+    from tests.upstream import live
 
     live.load()

@@ -4,7 +4,7 @@
     python -m benchmarks.roofline --ops "10 s x 2"      # every op of one step
 
 A step takes at least the sum over its ops of the longer of operations / rate and bytes / bandwidth
-(``musiclm_fast.training.cost``). NVIDIA's rates are those of its data sheets; this processor's are
+(``musiclm_fast.cost``). NVIDIA's rates are those of its data sheets; this processor's are
 measured: one product of 2,048 x 2,048, and a copy of 256 MB. What was measured on a device comes
 from ``results/<device>.json``.
 """
@@ -21,7 +21,7 @@ import torch
 from benchmarks import bench_training_step as bench
 from benchmarks import harness, report
 from benchmarks.run import RESULTS, THREADS
-from musiclm_fast.training import cost
+from musiclm_fast import cost
 
 
 def this_processor(rounds: int = 5) -> cost.Device:

@@ -12,8 +12,8 @@ import matplotlib as mpl
 import torch
 from torch import Tensor
 
+from musiclm_fast.demo.rendering import PCM_SCALE, render_notes
 from musiclm_fast.models.front_end import PRESETS, Spectrogram, draw_masks
-from musiclm_fast.training.general_midi import PCM_SCALE, render_notes
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

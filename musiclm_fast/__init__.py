@@ -9,19 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from musiclm_fast.compat import install_as_reference
-    from musiclm_fast.models.audio import AudioSpectrogramTransformer
-    from musiclm_fast.models.contrastive import (
-        SigmoidContrastiveLearning,
-        SoftmaxContrastiveLearning,
-    )
-    from musiclm_fast.models.convert import from_reference
+    from musiclm_fast.interop.alias import install_as_reference
+    from musiclm_fast.interop.convert import from_reference
+    from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
     from musiclm_fast.models.front_end import FrontEnd
-    from musiclm_fast.models.hugging_face import HuggingFaceAudio, HuggingFaceText
+    from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
+    from musiclm_fast.models.hugging_face_text import HuggingFaceText
+    from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
     from musiclm_fast.models.mulan import MuLaN
-    from musiclm_fast.models.musiclm import MusicLM
     from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
-    from musiclm_fast.models.text import TextTransformer
+    from musiclm_fast.models.text_tower import TextTransformer
+    from musiclm_fast.musiclm.musiclm import MusicLM
     from musiclm_fast.training.trainer import MuLaNTrainer
 
 __version__ = "0.1.0"

@@ -130,3 +130,9 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def default_cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/musiclm_fast``, or ``~/.cache/musiclm_fast``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "musiclm_fast"

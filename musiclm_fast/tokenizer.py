@@ -84,7 +84,7 @@ def _tables() -> tuple[dict[int, int], list[bytes]]:
     The pair (a, b) has the key ``a << 16 | b``: unlike tuples, integers cost the garbage collector
     nothing. A merge's id grows with its rank, so the id is also the order in which merges apply.
     """
-    path = importlib.resources.files("musiclm_fast") / "data" / "clip_merges.txt"
+    path = importlib.resources.files("musiclm_fast") / "assets" / "clip_merges.txt"
     lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is a header
     if len(lines) != NUM_MERGES:
         fail(str(path), f"{len(lines):,} merges", f"{NUM_MERGES:,}: the file is damaged")

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import harness, readme_table, report, roofline, run
 from benchmarks.harness import Contender, Result, Settings
-from musiclm_fast.training import cost
+from musiclm_fast import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("matplotlib", reason="needs the bench extra")

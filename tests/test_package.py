@@ -148,8 +148,8 @@ def test_pure_wheel(tmp_path: Path) -> None:
         text = archive.read(metadata).decode()
         entry_points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
     assert python_files() <= names
-    data = (ROOT / "musiclm_fast" / "data").iterdir()
-    assert {f"musiclm_fast/data/{file.name}" for file in data} <= names
+    data = (ROOT / "musiclm_fast" / "assets").iterdir()
+    assert {f"musiclm_fast/assets/{file.name}" for file in data} <= names
     assert "musiclm_fast/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -125,7 +125,7 @@ def test_a_merge_comes_after_its_parts() -> None:
 
 
 def test_merges_file_is_the_used_part_of_x_clips(x_clip: Any) -> None:
-    ours = Path(module.__file__).with_name("data") / "clip_merges.txt"
+    ours = Path(module.__file__).with_name("assets") / "clip_merges.txt"
     theirs = Path(x_clip.default_bpe()).read_bytes().split(b"\n")
     assert ours.read_bytes() == b"\n".join(theirs[: 1 + module.NUM_MERGES]) + b"\n"
     assert "Copyright (c) 2021 OpenAI" in ours.with_name("LICENSE-CLIP").read_text()
@@ -265,8 +265,8 @@ def test_decode_refuses(tokens: Any, error: type[Exception], message: str) -> No
 
 
 def test_corrupt_merges_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "clip_merges.txt").write_text("header\na b\n")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "clip_merges.txt").write_text("header\na b\n")
     monkeypatch.setattr(module.importlib.resources, "files", lambda _: tmp_path)
     with pytest.raises(ValueError, match=r"clip_merges\.txt: got 1 merges, expected 48,894"):
         module._tables.__wrapped__()

@@ -19,7 +19,7 @@ from benchmarks import (
     bench_training_step,
     contrastive_peers,
 )
-from musiclm_fast.training import cost
+from musiclm_fast import cost
 
 OURS = "ours"
 SHARED, PER_SAMPLE, QK_NORM = "ours, shared", "ours, per sample", "ours, QK norm"

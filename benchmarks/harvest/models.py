@@ -45,7 +45,7 @@ def step(stage: Stage) -> None:
 def step_reference(stage: Stage) -> None:
     """The same of the live reference."""
     try:
-        from tests.reference import live
+        from tests.upstream import live
 
         live.load()
     except ImportError as error:

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive, check_positive_int, fail
 from musiclm_fast._optional import require
+from musiclm_fast.audio.reading import read_sound
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.sampling import as_sampling
 from musiclm_fast.audiolm.semantic import SemanticTransformer
-from musiclm_fast.audiolm.wrappers import (
-    CoarseTransformerWrapper,
-    FineTransformerWrapper,
-    SemanticTransformerWrapper,
-    inference,
-)
-from musiclm_fast.models.sound import read_sound
+from musiclm_fast.audiolm.wrappers.base.base import inference
+from musiclm_fast.audiolm.wrappers.base.coarse import CoarseTransformerWrapper
+from musiclm_fast.audiolm.wrappers.base.fine import FineTransformerWrapper
+from musiclm_fast.audiolm.wrappers.base.semantic import SemanticTransformerWrapper
 
 STAGES = ("semantic", "coarse", "fine")
 _FADE_SECONDS = 0.02  # from one window of a long piece to the next

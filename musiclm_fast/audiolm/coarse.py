@@ -9,17 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int
-from musiclm_fast.audiolm.layers import (
-    FAR,
-    Positions,
-    Transformer,
-    causal_table,
-    check_ids,
-    front_length,
-    interleaved_offsets,
-    per_quantizer_logits,
-    quantizer_embedding,
-)
+from musiclm_fast.audiolm.positions import FAR, Positions, causal_table, interleaved_offsets
 from musiclm_fast.audiolm.stage import (
     DEFAULT_T5_NAME,
     Stage,
@@ -28,6 +18,8 @@ from musiclm_fast.audiolm.stage import (
     split_stacked,
     twice,
 )
+from musiclm_fast.audiolm.token_ids import check_ids, per_quantizer_logits, quantizer_embedding
+from musiclm_fast.audiolm.transformer import Transformer, front_length
 
 Logits = tuple[Tensor | None, Tensor]
 
@@ -46,7 +38,7 @@ class CoarseTransformer(Stage):
         num_semantic_tokens: clusters of the semantic tokenizer.
         project_semantic_logits: predict the semantic tokens too.
         heads, attn_dropout, ff_dropout, cond_as_self_attn_prefix, grad_shrink_alpha,
-        rel_pos_bias, flash_attn, **kwargs: see :class:`musiclm_fast.audiolm.layers.Transformer`.
+        rel_pos_bias, flash_attn, **kwargs: see :class:`.transformer.Transformer`.
         t5_name, cond_dim, has_condition, audio_text_condition, cond_drop_prob: see
             :class:`musiclm_fast.audiolm.stage.Stage`; given text_embeds are always dropped too.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_choice, check_ndim, check_positive, fail
-from musiclm_fast.models.resample import resample
-from musiclm_fast.models.transformers_class import transformers_class
+from musiclm_fast._optional import transformers_class
+from musiclm_fast.audio.resampling import resample
 
 _NAMES = {24_000: "facebook/encodec_24khz", 32_000: "facebook/encodec_32khz"}
 

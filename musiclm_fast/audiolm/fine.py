@@ -9,16 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int
-from musiclm_fast.audiolm.layers import (
-    FAR,
-    Positions,
-    Transformer,
-    check_ids,
-    front_length,
-    interleaved_offsets,
-    per_quantizer_logits,
-    quantizer_embedding,
-)
+from musiclm_fast.audiolm.positions import FAR, Positions, interleaved_offsets
 from musiclm_fast.audiolm.stage import (
     DEFAULT_T5_NAME,
     Stage,
@@ -27,6 +18,8 @@ from musiclm_fast.audiolm.stage import (
     split_stacked,
     twice,
 )
+from musiclm_fast.audiolm.token_ids import check_ids, per_quantizer_logits, quantizer_embedding
+from musiclm_fast.audiolm.transformer import Transformer, front_length
 
 Logits = tuple[Tensor | None, Tensor]
 
@@ -48,7 +41,7 @@ class FineTransformer(Stage):
             at any length. False is audiolm-pytorch's: it sees offset + length - 1, and weights
             that were trained so need it so.
         heads, attn_dropout, ff_dropout, cond_as_self_attn_prefix, grad_shrink_alpha, flash_attn,
-        **kwargs: see :class:`musiclm_fast.audiolm.layers.Transformer`.
+        **kwargs: see :class:`musiclm_fast.audiolm.transformer.Transformer`.
         t5_name, cond_dim, has_condition, audio_text_condition, cond_drop_prob, drop_text_embeds:
             see :class:`musiclm_fast.audiolm.stage.Stage`.
     """

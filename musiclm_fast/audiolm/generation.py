@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_fast.audiolm.cache import Cache
-from musiclm_fast.audiolm.layers import Positions
+from musiclm_fast.audiolm.decoder import Stepper
+from musiclm_fast.audiolm.positions import Positions
 from musiclm_fast.audiolm.sampling import Sampling, draw
 from musiclm_fast.audiolm.stage import Stage, guide, twice
-from musiclm_fast.audiolm.step import Stepper
 
 
 @dataclass

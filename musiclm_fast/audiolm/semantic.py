@@ -10,14 +10,7 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int
 from musiclm_fast.audiolm.cache import Cache
-from musiclm_fast.audiolm.layers import (
-    FAR,
-    Positions,
-    Transformer,
-    causal_table,
-    check_ids,
-    front_length,
-)
+from musiclm_fast.audiolm.positions import FAR, Positions, causal_table
 from musiclm_fast.audiolm.stage import (
     DEFAULT_T5_NAME,
     Stage,
@@ -26,6 +19,8 @@ from musiclm_fast.audiolm.stage import (
     split_stacked,
     twice,
 )
+from musiclm_fast.audiolm.token_ids import check_ids
+from musiclm_fast.audiolm.transformer import Transformer, front_length
 
 
 class SemanticTransformer(Stage):
@@ -38,7 +33,7 @@ class SemanticTransformer(Stage):
         depth: layers.
         num_semantic_tokens: clusters of the semantic tokenizer.
         heads, attn_dropout, ff_dropout, cond_as_self_attn_prefix, grad_shrink_alpha,
-        rel_pos_bias, flash_attn, **kwargs: see :class:`musiclm_fast.audiolm.layers.Transformer`.
+        rel_pos_bias, flash_attn, **kwargs: see :class:`.transformer.Transformer`.
         t5_name, cond_dim, has_condition, audio_text_condition, cond_drop_prob, drop_text_embeds:
             see :class:`musiclm_fast.audiolm.stage.Stage`.
     """

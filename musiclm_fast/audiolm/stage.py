@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
 from musiclm_fast.audiolm.cache import Cache
-from musiclm_fast.audiolm.layers import Transformer, front_length
-from musiclm_fast.audiolm.text import DEFAULT_T5_NAME, encoded_dim, t5_encode_text
+from musiclm_fast.audiolm.text_encoder import DEFAULT_T5_NAME, encoded_dim, t5_encode_text
+from musiclm_fast.audiolm.transformer import Transformer, front_length
 
 # The release of audiolm-pytorch whose checkpoints have our keys; its loader compares it.
 CHECKPOINT_VERSION = "2.4.0"

@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     Sizes are read off the weights. What they do not tell is the reference's default unless it is
     given, and is listed. Only weights are read; the optimizer's state is left behind.
     """
-    from musiclm_fast.models.configuration import CheckpointError, build_mulan
-    from musiclm_fast.models.convert import config_of_weights
-    from musiclm_fast.training.checkpoint import read_checkpoint
-    from musiclm_fast.training.typed_config import read_values
+    from musiclm_fast._checkpoint import CheckpointError, read_checkpoint
+    from musiclm_fast._config import read_values
+    from musiclm_fast.interop.convert import config_of_weights
+    from musiclm_fast.models.configuration import build_mulan
 
     given = read_values(args.config, args.set)
     content = read_checkpoint(args.checkpoint)

@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
     from dataclasses import asdict
 
-    from musiclm_fast.training.data import CaptionedSounds, need_soundfile
-    from musiclm_fast.training.data_check import check_data
-    from musiclm_fast.training.sources import list_source
+    from musiclm_fast.datasets.captioned_sounds import CaptionedSounds
+    from musiclm_fast.datasets.check import check_data
+    from musiclm_fast.datasets.decoding import need_soundfile
+    from musiclm_fast.datasets.sources import list_source
 
     need_soundfile()
     listing = list_source(args.source, args.kind, audio=args.audio, captions=args.captions)

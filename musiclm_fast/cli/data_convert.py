@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     Training then decodes nothing. The same command goes on where it was stopped. Sounds that
     cannot be read are named and left out.
     """
-    from musiclm_fast.training.data import open_dataset, summary
-    from musiclm_fast.training.data_convert import MANIFEST, convert_data
+    from musiclm_fast.datasets.convert import MANIFEST, convert_data
+    from musiclm_fast.datasets.opening import open_dataset, summary
 
     sounds = open_dataset(
         args.source, sample_hz=args.sample_hz, clip_seconds=None, kind=args.kind,

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from musiclm_fast._files import atomic_file
-    from musiclm_fast.training.sources import write_manifest
+    from musiclm_fast.datasets.titles import write_manifest
 
     if not os.path.isdir(args.folder):
         raise FileNotFoundError(f"folder: no folder {args.folder!r}")

@@ -35,7 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train a small MuLaN on rendered instruments and report what it learned."""
-    from musiclm_fast.training.demo import DemoConfig, run_demo
+    from musiclm_fast.demo.mulan_demo import run_demo
+    from musiclm_fast.demo.mulan_run import DemoConfig
 
     chosen = {name: getattr(args, name) for name in ("instruments", "steps", "seed")}
     config = DemoConfig(**{name: value for name, value in chosen.items() if value is not None})

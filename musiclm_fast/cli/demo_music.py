@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     Each of 32 instruments is asked for in a text that training never read. A judge that knows
     real melodies, and nothing of MuLaN, says which instrument it hears.
     """
-    from musiclm_fast.training.music_demo import MusicDemoConfig, run_music_demo
+    from musiclm_fast.demo.music_demo import run_music_demo
+    from musiclm_fast.demo.music_run import MusicDemoConfig
 
     chosen = {name: getattr(args, name) for name in ("num_samples", "seed")}
     config = MusicDemoConfig(**{k: value for k, value in chosen.items() if value is not None})

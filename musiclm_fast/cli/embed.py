@@ -13,7 +13,7 @@ from musiclm_fast.cli.eval import add_source
 from musiclm_fast.cli.search import add_model, load_embedder, updated_index
 
 if TYPE_CHECKING:
-    from musiclm_fast.training.embedding import Embedded, Embedder
+    from musiclm_fast.inference.embedder import Embedded, Embedder
 
 HELP = "write the embeddings of sounds (and captions) to a file"
 _SUFFIXES = (".npz", ".safetensors")
@@ -94,7 +94,7 @@ def _captioned(
     # names, windows and captions of the sounds that can be read
     from tqdm import tqdm
 
-    from musiclm_fast.training.data import open_dataset
+    from musiclm_fast.datasets.opening import open_dataset
 
     sounds = open_dataset(
         args.source, sample_hz=embedder.sample_hz, clip_seconds=None, kind=args.kind,

@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from musiclm_fast._optional import missing
-    from musiclm_fast.training.data import open_dataset
-    from musiclm_fast.training.evaluate import Labels, evaluate
+    from musiclm_fast.datasets.opening import open_dataset
+    from musiclm_fast.evaluation.evaluate import evaluate
+    from musiclm_fast.evaluation.labels import Labels
 
     labels = None if args.labels is None else Labels.read(args.labels)
     embedder = load_embedder(args)

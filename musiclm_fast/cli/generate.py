@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from musiclm_fast._optional import require
-    from musiclm_fast.training.music import MusicProject, write_wave
+    from musiclm_fast.audio.writing import write_wave
+    from musiclm_fast.musiclm.project import MusicProject
 
     require("soundfile")  # before the minutes that sampling takes
     project = MusicProject(args.music)

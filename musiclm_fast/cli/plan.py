@@ -58,9 +58,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tell which batch of MuLaN's training step fits in a GPU's memory, what holds that memory, and
     how long a step takes at least. Counted from the shapes; nothing is run."""
+    from musiclm_fast import cost
     from musiclm_fast._checks import check_positive, check_positive_int, fail
     from musiclm_fast.models.front_end import resolve_front_end
-    from musiclm_fast.training import cost
 
     check_positive("seconds", args.seconds)
     for name in ("dim", "depth", "heads", "text_tokens"):

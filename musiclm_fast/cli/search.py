@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from musiclm_fast.cli import DEFAULT_CHECKPOINT, INTERRUPTED
 
 if TYPE_CHECKING:
-    from musiclm_fast.training.embedding import Embedder
-    from musiclm_fast.training.music_index import Changes, MusicIndex
+    from musiclm_fast.inference.embedder import Embedder
+    from musiclm_fast.inference.search_index import Changes, MusicIndex
 
 HELP = "find music in a folder by a text"
 
@@ -93,7 +93,7 @@ def clock(seconds: float) -> str:
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
     """The model that :func:`add_model`'s arguments ask for."""
-    from musiclm_fast.training.embedding import Embedder
+    from musiclm_fast.inference.embedder import Embedder
 
     try:
         return Embedder.load(args.model, args.window, args.stride, args.batch_size)
@@ -110,7 +110,7 @@ def updated_index(
     """The index of a folder, brought up to date with progress on stderr; None if interrupted."""
     from tqdm import tqdm
 
-    from musiclm_fast.training.music_index import MusicIndex
+    from musiclm_fast.inference.search_index import MusicIndex
 
     embedder = load_embedder(args)
     index = MusicIndex(folder, embedder, args.index)

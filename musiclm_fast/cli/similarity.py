@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from torch.nn import functional as F
 
-    from musiclm_fast.training.checkpoint import load_mulan
-    from musiclm_fast.training.metrics import embed_clips, embed_texts
-    from musiclm_fast.training.sound import cut_windows, read_sound
+    from musiclm_fast.audio.reading import read_sound
+    from musiclm_fast.audio.windows import cut_windows
+    from musiclm_fast.evaluation.metrics import embed_clips, embed_texts
+    from musiclm_fast.models.checkpoint import load_mulan
 
     try:
         mulan, extra = load_mulan(args.checkpoint)

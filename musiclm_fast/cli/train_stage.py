@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
 
     from pathlib import Path
 
-    from musiclm_fast.training.checkpoint import load_mulan
-    from musiclm_fast.training.music import PARTS, MusicProject
-    from musiclm_fast.training.stages import SoundFolder
+    from musiclm_fast.datasets.sound_folder import SoundFolder
+    from musiclm_fast.models.checkpoint import load_mulan
+    from musiclm_fast.musiclm.project import PARTS, MusicProject
 
     rate = 16_000
     clips = SoundFolder(args.sounds, rate, max_length=round(args.seconds * rate))

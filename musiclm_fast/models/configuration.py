@@ -16,13 +16,15 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._checks import check_choice, fail
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
+from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.front_end import FrontEnd
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.models.text_tower import TextTransformer
 
 DEFAULT_TOWERS = {"audio": "AudioSpectrogramTransformer", "text": "TextTransformer"}
+
 
 # kind of tower, class name: the class, or the module of this package that registers it
 _TOWERS: dict[str, dict[str, type[nn.Module] | str]] = {
@@ -35,10 +37,6 @@ _TOWERS: dict[str, dict[str, type[nn.Module] | str]] = {
         "HuggingFaceText": "musiclm_fast.models.hugging_face",
     },
 }
-
-
-class CheckpointError(ValueError):
-    """What exists but is not a checkpoint that can be used; the message says why."""
 
 
 class Tower(Protocol):

@@ -20,18 +20,20 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast.audio.reading import read_sound
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.arguments import record_arguments
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
-from musiclm_fast.models.contrastive import (
+from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
+from musiclm_fast.models.losses import (
     MultiLayerContrastiveLoss,
     interspersed_indices,
     make_contrastive_loss,
 )
-from musiclm_fast.models.sound import read_sound, resample
-from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.models.text_tower import TextTransformer
 
 if TYPE_CHECKING:
-    from musiclm_fast.models.hugging_face import HuggingFaceAudio, HuggingFaceText
+    from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
+    from musiclm_fast.models.hugging_face_text import HuggingFaceText
 
 
 class MuLaN(nn.Module):

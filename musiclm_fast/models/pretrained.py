@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._files import atomic_file, seal
 from musiclm_fast._optional import require
-from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
+from musiclm_fast.models.configuration import build_mulan, mulan_config
 from musiclm_fast.models.mulan import MuLaN
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -120,7 +121,7 @@ def from_pretrained(
     if folder.exists():
         raise CheckpointError(
             f"name: {os.fspath(name)!r} is a file, expected a folder of MuLaN.save_pretrained; "
-            "musiclm_fast.training.checkpoint.load_mulan reads single files too"
+            "musiclm_fast.models.checkpoint.load_mulan reads single files too"
         )
     if not _HUB_NAME.fullmatch(os.fspath(name)):
         raise FileNotFoundError(f"name: no folder {os.fspath(name)!r}")

@@ -20,10 +20,10 @@ from musiclm_fast._checks import (
     check_shape,
     fail,
 )
-from musiclm_fast.models.clustering import kmeans
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.conditioner import AudioConditionerBase
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.resample import resample
+from musiclm_fast.nn.kmeans import kmeans
 
 _WINDOWS_AT_ONCE = 64  # through MuLaN, so that a long clip takes no more memory than a batch
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from musiclm_fast._checks import check_positive_int, check_tensor, fail
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
+from musiclm_fast.audio.batching import as_batch
+from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.sound import as_batch
 
 
 def cached_step(

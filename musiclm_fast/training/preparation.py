@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from musiclm_fast._checks import fail
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
-from musiclm_fast.models.layers import Transformer
+from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.models.text_tower import TextTransformer
+from musiclm_fast.nn.transformer import Transformer
 from musiclm_fast.training.accelerated import Accelerator, DistributedDataParallelKwargs
 
 

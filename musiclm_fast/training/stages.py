@@ -10,112 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, random_split
 from tqdm.auto import tqdm
 
-from musiclm_fast._checks import check_positive_int, describe, fail
+from musiclm_fast._checkpoint import save_atomically
+from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.audiolm.stage import CHECKPOINT_VERSION
-from musiclm_fast.audiolm.wrappers import (
-    CoarseTransformerWrapper,
-    FineTransformerWrapper,
-    SemanticTransformerWrapper,
-)
-from musiclm_fast.models.resample import resample
-from musiclm_fast.models.sound import read_sound
+from musiclm_fast.audiolm.wrappers.base.coarse import CoarseTransformerWrapper
+from musiclm_fast.audiolm.wrappers.base.fine import FineTransformerWrapper
+from musiclm_fast.audiolm.wrappers.base.semantic import SemanticTransformerWrapper
+from musiclm_fast.datasets.sampling import EpochBatches, EveryNth
+from musiclm_fast.datasets.sound_folder import SoundFolder
+from musiclm_fast.datasets.wave_collation import collate_fields
 from musiclm_fast.training.accelerated import Accelerator, DistributedDataParallelKwargs
-from musiclm_fast.training.batches import EpochBatches, EveryNth
-from musiclm_fast.training.checkpoint import save_atomically
 
 Log = dict[str, float]
-
-
-class SoundFolder(Dataset[Any]):
-    """The sound files below a folder, as clips at one rate or at several.
-
-    Args:
-        folder: searched with all its subfolders.
-        sample_hz: a rate in Hz, or one per wave that a row shall hold.
-        max_length: samples of a clip at the highest rate; longer files are cut at random, shorter
-            ones padded with zeros. None keeps files whole.
-        multiple_of: clips are cut to a multiple of so many samples, one number or one per rate.
-        extensions: of the files.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no sound file in it.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        sample_hz: int | Sequence[int],
-        max_length: int | None = None,
-        multiple_of: int | Sequence[int | None] | None = None,
-        extensions: Sequence[str] = ("flac", "wav", "mp3", "ogg"),
-    ) -> None:
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"folder: no folder at {folder}")
-        found = {path for e in extensions for path in folder.rglob(f"*.{e}") if path.is_file()}
-        self.files = sorted(found)
-        if not self.files:
-            fail("folder", f"{folder} without any {', '.join(extensions)} file", "some sound")
-        self.rates = (sample_hz,) if isinstance(sample_hz, int) else tuple(sample_hz)
-        whole = [multiple_of] if not isinstance(multiple_of, Sequence) else list(multiple_of)
-        self.multiple_of = whole * len(self.rates) if len(whole) == 1 else whole
-        self.max_length = max_length
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, ...]:
-        highest = max(self.rates)
-        wave = read_sound(self.files[index], highest).wav
-        if self.max_length is not None:
-            spare = wave.shape[0] - self.max_length
-            if spare > 0:
-                start = int(torch.randint(spare + 1, ()))
-                wave = wave[start : start + self.max_length]
-            else:
-                wave = nn.functional.pad(wave, (0, -spare))
-        waves = []
-        for rate, multiple in zip(self.rates, self.multiple_of, strict=True):
-            own = resample(wave, highest, rate)
-            waves.append(own if multiple is None else own[: own.shape[0] // multiple * multiple])
-        return waves[0] if len(waves) == 1 else tuple(waves)
-
-
-def collate_fields(rows: Sequence[Any], waves: Sequence[str]) -> dict[str, Any]:
-    """Turn rows of a data set into a wrapper's keyword arguments.
-
-    A row is a clip or a tuple. Clips ``(samples,)`` go by the names ``waves`` in turn, padded with
-    zeros to the longest; strings are ``text``; floating ``(c, dim)`` tensors ``text_embeds``.
-
-    Raises:
-        TypeError: an element is none of these, or there is one too many.
-    """
-    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
-    names = iter(waves)
-    batch: dict[str, Any] = {}
-    for column in zip(*rows, strict=True):
-        name: str | None = None
-        value: Any = None
-        if all(isinstance(item, str) for item in column):
-            name, value = "text", list(column)
-        elif all(isinstance(t, Tensor) and t.is_floating_point() for t in column):
-            if column[0].ndim == 1:
-                name, value = next(names, None), pad_sequence(list(column), batch_first=True)
-            elif column[0].ndim == 2:
-                name, value = "text_embeds", torch.stack(column)
-        if name is None or name in batch:
-            kinds = " or ".join(sorted({describe(item) for item in column}))
-            fail("dataset", kinds, f"{', '.join(waves)} (samples,), a text, text_embeds", TypeError)
-        batch[name] = value
-    return batch
 
 
 class _StageTrainer(nn.Module):

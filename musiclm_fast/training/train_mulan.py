@@ -9,29 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from musiclm_fast._checkpoint import CheckpointError
+from musiclm_fast._config import ConfigError, differences, plain_differences, read_config, to_yaml
 from musiclm_fast._files import atomic_file
-from musiclm_fast.models.audio import AudioSpectrogramTransformer
-from musiclm_fast.models.configuration import CheckpointError, mulan_config
+from musiclm_fast.datasets.opening import open_dataset
+from musiclm_fast.datasets.splitting import split
+from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
+from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.text import TextTransformer
+from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.training.accelerated import PartialState
-from musiclm_fast.training.config import (
+from musiclm_fast.training.mulan_config import (
     AudioTowerConfig,
     ModelConfig,
     TextTowerConfig,
     TrainMuLaNConfig,
 )
-from musiclm_fast.training.data import open_dataset, split
 from musiclm_fast.training.preparation import processes_on_cpu
 from musiclm_fast.training.run_folder import BEST, LATEST, RunFolder
 from musiclm_fast.training.trainer import MuLaNTrainer
-from musiclm_fast.training.typed_config import (
-    ConfigError,
-    differences,
-    plain_differences,
-    read_config,
-    to_yaml,
-)
 
 CONFIG_FILE = "config.yaml"
 DEFAULT_HZ = 16_000  # where neither the front end nor the configuration names a rate
@@ -68,7 +64,7 @@ def build_model(config: ModelConfig) -> MuLaN:
 
 def _audio_tower(config: AudioTowerConfig, front_end: str) -> Any:
     if config.hugging_face is not None:
-        from musiclm_fast.models.hugging_face import HuggingFaceAudio
+        from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
 
         return HuggingFaceAudio(config.hugging_face, frozen=config.frozen, pooling=config.pooling)
     return AudioSpectrogramTransformer(
@@ -81,7 +77,7 @@ def _audio_tower(config: AudioTowerConfig, front_end: str) -> Any:
 
 def _text_tower(config: TextTowerConfig) -> Any:
     if config.hugging_face is not None:
-        from musiclm_fast.models.hugging_face import HuggingFaceText
+        from musiclm_fast.models.hugging_face_text import HuggingFaceText
 
         return HuggingFaceText(
             config.hugging_face, frozen=config.frozen, pooling=config.pooling,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, random_split
 from tqdm import tqdm
 
+from musiclm_fast._checkpoint import CheckpointError, read_checkpoint, save_atomically
 from musiclm_fast._checks import (
     NonFiniteError,
     check_choice,
@@ -22,8 +23,12 @@ from musiclm_fast._checks import (
     check_probability,
     fail,
 )
+from musiclm_fast._config import plain_differences
 from musiclm_fast._files import atomic_folder
-from musiclm_fast.models.configuration import CheckpointError
+from musiclm_fast._progress import progress_bar
+from musiclm_fast._signals import stop_requests
+from musiclm_fast.datasets.collation import collate
+from musiclm_fast.datasets.sampling import training_loader
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.pretrained import (
     CONFIG_FILE,
@@ -33,14 +38,14 @@ from musiclm_fast.models.pretrained import (
     write_weights,
 )
 from musiclm_fast.training.accelerated import Accelerator, gather_object
-from musiclm_fast.training.batches import (
-    random_state,
-    set_random_state,
-    training_loader,
-)
-from musiclm_fast.training.checkpoint import read_checkpoint, save_atomically
-from musiclm_fast.training.data import collate
 from musiclm_fast.training.grad_cache import cached_step
+from musiclm_fast.training.monitor import (
+    CollapseWatch,
+    Readings,
+    SkippedSteps,
+    Speed,
+    loss_without_learning,
+)
 from musiclm_fast.training.optimizer import (
     SCHEDULES,
     WeightAverage,
@@ -53,18 +58,9 @@ from musiclm_fast.training.preparation import (
     checkpoint_activations,
 )
 from musiclm_fast.training.preparation import compile_towers as _compile_towers
-from musiclm_fast.training.progress import progress_bar
+from musiclm_fast.training.random_state import random_state, set_random_state
 from musiclm_fast.training.run_folder import STATE_FILE, RunFolder
-from musiclm_fast.training.stopping import stop_requests
-from musiclm_fast.training.typed_config import plain_differences
 from musiclm_fast.training.validation import SCORES, validate
-from musiclm_fast.training.watch import (
-    CollapseWatch,
-    Readings,
-    SkippedSteps,
-    Speed,
-    loss_without_learning,
-)
 
 Log = dict[str, float]
 PRECISIONS = ("no", "bf16", "fp16")
@@ -87,8 +83,8 @@ class MuLaNTrainer(nn.Module):
 
     Args:
         mulan: the model.
-        dataset: rows of (clip, text), see :func:`musiclm_fast.training.data.collate`; one with a
-            method ``draw(index, seed)`` is drawn by it.
+        dataset: rows of (clip, text), see :func:`.collation.collate`; one with a method
+            ``draw(index, seed)`` is drawn by it.
         num_train_steps: optimizer steps; None is one per row of the dataset, as the reference.
         batch_size: pairs per step and process, at least 2.
         data_max_length: clips are cut to that many samples.

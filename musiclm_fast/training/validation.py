@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from musiclm_fast.models.contrastive import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
+from musiclm_fast.datasets.collation import collate
+from musiclm_fast.datasets.sampling import SeededRows
+from musiclm_fast.evaluation.metrics import retrieval
+from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.training.accelerated import Accelerator, gather_object
-from musiclm_fast.training.batches import SeededRows
-from musiclm_fast.training.data import collate
-from musiclm_fast.training.metrics import retrieval
 
 RECALL_AT = (1, 5, 10)
 #: What can make a checkpoint the best.

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from musiclm_fast import MuLaNEmbedQuantizer, MusicLM
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm import (
     AudioLM,
     CoarseTransformer,
@@ -18,7 +19,6 @@ from musiclm_fast.audiolm import (
     SemanticTransformerTrainer,
     SoundFolder,
 )
-from musiclm_fast.models.sound import resample
 from tests.audiolm.test_tokenizers import RATE, notes
 
 DIM = 32
@@ -375,7 +375,7 @@ def test_a_long_piece_for_a_text(parts, clips, tmp_path):
 def test_an_unfitted_codec_is_refused_before_any_sampling(parts, clips, monkeypatch):
     quantizer = make_quantizer().fit(clips, progress=False)
     monkeypatch.setattr(
-        "musiclm_fast.audiolm.wrappers.generate_tokens", lambda *a, **k: pytest.fail("sampled")
+        "musiclm_fast.audiolm.wrappers.base.generate_tokens", lambda *a, **k: pytest.fail("sampled")
     )
     musiclm = make_musiclm((parts[0], MelCodec(4, 10)), quantizer)
     with pytest.raises(ValueError, match="codec: got a MelCodec that is not fitted"):

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from musiclm_fast._optional import transformers_class
 from musiclm_fast.audiolm import EncodecWrapper, HubertWithKmeans, MelCodec, MelKmeans
-from musiclm_fast.audiolm.hubert import convert_kmeans, load_centres, load_fairseq_hubert
-from musiclm_fast.models.clustering import kmeans, nearest
-from musiclm_fast.models.transformers_class import transformers_class
+from musiclm_fast.audiolm.hubert_checkpoints import (
+    convert_kmeans,
+    load_centres,
+    load_fairseq_hubert,
+)
+from musiclm_fast.nn.kmeans import kmeans, nearest
 
 EncodecConfig, EncodecModel, HubertConfig, HubertModel = (
     transformers_class(name)

@@ -62,7 +62,7 @@ for row in "${rows[@]}"; do
   echo "== ${settings[*]}${missing:+ (not on this processor:$missing)}"
   start=$SECONDS result=passed
   pytest -k "$core" tests/ops tests/models
-  pytest tests/reference/test_parity_{audio,mulan,audiolm,text}.py
+  pytest tests/upstream/test_parity_{audio,mulan,audiolm,text}.py
   interpreted=$rounding
   [ "${#report[@]}" -gt 0 ] || interpreted="not interpreter"
   settings+=(TRITON_INTERPRET=1)

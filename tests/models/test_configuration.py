@@ -7,14 +7,10 @@ import torch
 from torch import nn
 
 import musiclm_fast
+from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast.models import configuration
 from musiclm_fast.models.arguments import record_arguments
-from musiclm_fast.models.configuration import (
-    CheckpointError,
-    build_mulan,
-    mulan_config,
-    register_tower,
-)
+from musiclm_fast.models.configuration import build_mulan, mulan_config, register_tower
 
 
 class BagOfTokens(nn.Module):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import musiclm_fast
-from musiclm_fast.models.configuration import CheckpointError, build_mulan, mulan_config
-from musiclm_fast.models.hugging_face import HuggingFaceAudio, HuggingFaceText
-from musiclm_fast.models.transformers_class import transformers_class
-from musiclm_fast.training.checkpoint import load_mulan, save_checkpoint
+from musiclm_fast._checkpoint import CheckpointError
+from musiclm_fast._optional import transformers_class
+from musiclm_fast.models.checkpoint import load_mulan, save_checkpoint
+from musiclm_fast.models.configuration import build_mulan, mulan_config
+from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
+from musiclm_fast.models.hugging_face_text import HuggingFaceText
 from musiclm_fast.training.grad_cache import cached_step
 
 pytest.importorskip("transformers")

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_fast import AudioSpectrogramTransformer, FrontEnd, MuLaN, TextTransformer
+from musiclm_fast.audio.batching import as_batch, similar_lengths
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.front_end import PRESETS, draw_masks, draw_stretch
-from musiclm_fast.models.sound import as_batch, resample, similar_lengths
 from musiclm_fast.ops import use_backend
 
 SMALL = dict(dim=32, depth=3, heads=2, dim_head=16)
@@ -46,7 +47,7 @@ def padded(clips: list[Tensor], value: float = float("nan")) -> Tensor:
 def test_a_clips_embedding_is_that_of_the_clip_alone(
     monkeypatch: pytest.MonkeyPatch, clips: list[Tensor], front_end: str | None, spread: float
 ) -> None:
-    monkeypatch.setattr("musiclm_fast.models.audio._SPREAD", spread)
+    monkeypatch.setattr("musiclm_fast.models.audio_tower._SPREAD", spread)
     mulan = make_mulan(front_end).eval()
     alone = [mulan.get_audio_latents(clip[None], True) for clip in clips]
     lengths = torch.tensor(LENGTHS)
@@ -65,7 +66,7 @@ def test_gradients_reach_each_clip_and_no_padding(clips: list[Tensor], texts: Te
     losses = []
     for spread in (0.0, 0.85):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("musiclm_fast.models.audio._SPREAD", spread)
+            patch.setattr("musiclm_fast.models.audio_tower._SPREAD", spread)
             loss = mulan(wavs, texts, lengths=torch.tensor(LENGTHS))
         (grad,) = torch.autograd.grad(loss, wavs)
         losses.append(loss)

@@ -14,7 +14,7 @@ from musiclm_fast import (
     MusicLM,
     TextTransformer,
 )
-from musiclm_fast.models.audio import posemb_sincos_2d
+from musiclm_fast.models.audio_tower import posemb_sincos_2d
 from musiclm_fast.models.front_end import PRESETS, draw_span
 from musiclm_fast.ops import use_backend
 from musiclm_fast.ops.attention import attention_reference, grid_codes, grid_offsets
@@ -111,7 +111,7 @@ def test_order_of_kept_patches_does_not_change_the_embedding(wavs):
     outs = []
     for order in (kept, kept.sort(dim=1).values):
         tokens, codes = tower._embed_patches(spec, height, width, order)
-        from musiclm_fast.models.layers import OffsetBias
+        from musiclm_fast.nn.transformer import OffsetBias
 
         bias = OffsetBias(tower._bias_table(height, width), codes, codes)
         outs.append(tower.norm(tower.transformer(tokens, bias=bias)[0].mean(dim=1)))

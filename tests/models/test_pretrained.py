@@ -12,8 +12,9 @@ import torch
 
 import musiclm_fast
 from musiclm_fast import MuLaN
-from musiclm_fast.models.configuration import CheckpointError, mulan_config
-from musiclm_fast.training.checkpoint import load_mulan
+from musiclm_fast._checkpoint import CheckpointError
+from musiclm_fast.models.checkpoint import load_mulan
+from musiclm_fast.models.configuration import mulan_config
 
 
 def make(dim: int = 16, **options) -> MuLaN:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from musiclm_fast import _extension, testing
 from musiclm_fast._dispatch import BackendError
-from musiclm_fast.audiolm.layers import Transformer
-from musiclm_fast.audiolm.step import decode_weights
+from musiclm_fast.audiolm.decoder import decode_weights
+from musiclm_fast.audiolm.transformer import Transformer
 from musiclm_fast.ops import decode
 from musiclm_fast.ops.decode import DecodeWeights
 

@@ -17,7 +17,7 @@ from musiclm_fast.ops.spectrogram import _cpp, _cuda, stretch_time
 from musiclm_fast.ops.spectrogram.reference import num_frames, spectrogram_reference
 from musiclm_fast.testing import assert_close_to_oracle, poisoned_memory
 from tests.ops import cuda_resources
-from tests.reference import live
+from tests.upstream import live
 
 ROOT = Path(__file__).resolve().parents[2]
 PAD_MODES = ("reflect", "constant", "replicate", "circular")

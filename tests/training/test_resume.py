@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from musiclm_fast import MuLaN
-from musiclm_fast.models.configuration import CheckpointError
-from musiclm_fast.training.checkpoint import load_mulan, read_checkpoint
+from musiclm_fast._checkpoint import CheckpointError, read_checkpoint
+from musiclm_fast.models.checkpoint import load_mulan
 from musiclm_fast.training.run_folder import RunFolder
 from tests.training.runs import Noisy, make_mulan, make_trainer
 

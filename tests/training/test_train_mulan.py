@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from musiclm_fast import MuLaN, cli
-from musiclm_fast.training.checkpoint import load_mulan, read_checkpoint
-from musiclm_fast.training.config import TrainMuLaNConfig
+from musiclm_fast._checkpoint import read_checkpoint
+from musiclm_fast._config import read_config
+from musiclm_fast.models.checkpoint import load_mulan
+from musiclm_fast.training.mulan_config import TrainMuLaNConfig
 from musiclm_fast.training.trainer import MuLaNTrainer
-from musiclm_fast.training.typed_config import read_config
 
 soundfile = pytest.importorskip("soundfile", reason="needs the train extra")
 pytest.importorskip("soxr", reason="needs the train extra")

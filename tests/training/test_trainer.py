@@ -17,26 +17,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from musiclm_fast import MuLaN
-from musiclm_fast.models.layers import Transformer
-from musiclm_fast.training.batches import (
-    EpochBatches,
-    SeededRows,
-    SharedBatches,
-    random_state,
-    set_random_state,
-    training_loader,
-)
-from musiclm_fast.training.metrics import collapsed_loss
-from musiclm_fast.training.optimizer import WeightAverage, make_optimizer, schedule_factor
-from musiclm_fast.training.trainer import MuLaNTrainer
-from musiclm_fast.training.validation import _recall
-from musiclm_fast.training.watch import (
+from musiclm_fast.datasets.sampling import EpochBatches, SeededRows, SharedBatches, training_loader
+from musiclm_fast.evaluation.metrics import collapsed_loss
+from musiclm_fast.nn.transformer import Transformer
+from musiclm_fast.training.monitor import (
     CollapseWatch,
     Readings,
     SkippedSteps,
     Speed,
     loss_without_learning,
 )
+from musiclm_fast.training.optimizer import WeightAverage, make_optimizer, schedule_factor
+from musiclm_fast.training.random_state import random_state, set_random_state
+from musiclm_fast.training.trainer import MuLaNTrainer
+from musiclm_fast.training.validation import _recall
 from tests.training.runs import QUIET, Noisy, make_mulan, make_trainer
 
 PLAIN: dict[str, Any] = dict(
@@ -523,7 +517,7 @@ def test_trackers_and_the_log(tmp_path: Path) -> None:
 
 def test_speed_counts_pairs_and_audio(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("musiclm_fast.training.watch.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("musiclm_fast.training.monitor.time.perf_counter", lambda: clock[0])
     speed = Speed(sample_hz=100, processes=2)
     assert speed.rates() == {}
     for lengths in (None, torch.tensor([50, 150])):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from musiclm_fast.training.checkpoint import load_mulan, read_checkpoint
+from musiclm_fast._checkpoint import read_checkpoint
+from musiclm_fast.models.checkpoint import load_mulan
 from tests.training.distributed_runs import SCENARIOS, trainer_of
 
 ROOT = Path(__file__).resolve().parents[2]

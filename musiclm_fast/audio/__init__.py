@@ -1,0 +1,1 @@
+"""Sound: files read and written, rates changed, clips put into batches."""

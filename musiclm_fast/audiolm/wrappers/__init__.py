@@ -1,0 +1,1 @@
+"""The three stages from sound to loss, and from text to sound."""

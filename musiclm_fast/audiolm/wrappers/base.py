@@ -1,0 +1,145 @@
+"""What the three wrappers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from musiclm_fast._checks import fail
+from musiclm_fast.audio.resampling import resample
+from musiclm_fast.audiolm.stage import Stage
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def inference(method: _Function) -> _Function:
+    """A method that runs in eval mode and without gradients, and leaves the mode as it was."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    run.__doc__ = method.__doc__
+    return run  # type: ignore[return-value]
+
+
+class _Wrapper(nn.Module):
+    # What the three wrappers share: tokenizers, conditioner, rates.
+
+    namespace: str
+    transformer: Any
+
+    def __init__(
+        self,
+        transformer: Stage,
+        wav2vec: nn.Module | None,
+        codec: nn.Module | None,
+        audio_conditioner: nn.Module | None,
+        pad_id: int,
+        mask_prob: float,
+    ) -> None:
+        super().__init__()
+        if audio_conditioner is not None and not transformer.has_condition:
+            fail("transformer", "one without condition", "has_condition=True beside a conditioner")
+        if not 0 <= mask_prob < 1:
+            fail("mask_prob", mask_prob, "a share in [0, 1)")
+        self.wav2vec = wav2vec
+        self.codec = codec
+        self.transformer = transformer
+        self.to(transformer.device)
+        self.audio_conditioner = audio_conditioner
+        self.pad_id = pad_id
+        self.mask_prob = mask_prob
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        device: torch.device = self.transformer.device
+        return device
+
+    def embed_text(self, text: str | list[str]) -> Tensor:
+        """Embed texts with the transformer's T5."""
+        embeds: Tensor = self.transformer.embed_text(text, output_device=self.device)
+        return embeds
+
+    def _semantic_ids(self, wave: Tensor, input_sample_hz: int | None) -> Tensor:
+        if self.wav2vec is None:
+            fail("wav2vec", None, "a semantic tokenizer, to read a wave")
+        self.wav2vec.eval()
+        with torch.no_grad():
+            ids = self.wav2vec(
+                resample(wave, input_sample_hz, getattr(self.wav2vec, "target_sample_hz", None)),
+                flatten=False,
+            )
+        return ids.flatten(1).clone()
+
+    def _acoustic_ids(self, wave: Tensor, input_sample_hz: int | None) -> Tensor:
+        # (B, steps, quantizers)
+        if self.codec is None:
+            fail("codec", None, "a codec, to read a wave")
+        self.codec.eval()
+        with torch.no_grad():
+            wave = resample(wave, input_sample_hz, getattr(self.codec, "target_sample_hz", None))
+            _, ids, _ = self.codec(wave, return_encoded=True)
+        if ids.ndim == 4:  # groups of quantizers
+            ids = ids.permute(1, 2, 0, 3).flatten(2)
+        return ids.clone()
+
+    def _conditioning(
+        self, wave: Tensor | None, input_sample_hz: int | None, text: Any, text_embeds: Any
+    ) -> Tensor:
+        # The joint embedding of the clips themselves, in this stage's namespace.
+        assert self.audio_conditioner is not None
+        if wave is None:
+            fail("raw_wave", None, "clips, which the audio_conditioner embeds")
+        if text is not None or text_embeds is not None:
+            fail("text, text_embeds", "given", "neither beside an audio_conditioner")
+        rate = getattr(self.audio_conditioner, "sample_hz", None)
+        if input_sample_hz is None and rate is not None:
+            # by contract the rate of the tokenizer that reads the same wave
+            first = self.codec if self.wav2vec is None else self.wav2vec
+            input_sample_hz = getattr(first, "target_sample_hz", None)
+        wave = resample(wave, input_sample_hz, rate)
+        embeds: Tensor = self.audio_conditioner(wavs=wave, namespace=self.namespace)
+        return embeds
+
+    def _prompt_condition(
+        self, batch: int, text: list[str] | None, text_embeds: Tensor | None,
+        prime_wave: Tensor | None, prime_hz: int | None, cond_scale: float,
+    ) -> tuple[Tensor | None, Tensor | None, bool]:  # fmt: skip
+        if (
+            self.audio_conditioner is not None
+            and prime_wave is not None
+            and text is None
+            and text_embeds is None
+        ):
+            text_embeds = self._conditioning(prime_wave, prime_hz, None, None)
+        condition: tuple[Tensor | None, Tensor | None, bool] = self.transformer.guided_condition(
+            batch, text, None if text_embeds is None else text_embeds.to(self.device), cond_scale
+        )
+        return condition
+
+
+def _check_rates(first: Any, second: Any) -> None:
+    rates = [getattr(part, "target_sample_hz", None) for part in (first, second)]
+    if None not in rates and rates[0] != rates[1]:
+        fail(
+            "raw_wave",
+            f"one wave for a tokenizer of {rates[0]} Hz and a codec of {rates[1]} Hz",
+            "raw_wave_for_codec too, or input_sample_hz, by which the wave is resampled for both",
+        )
+
+
+def _weighted(losses: list[tuple[Tensor, Any, float]]) -> Tensor:
+    # (loss, tokens, weight) -> the mean over all tokens, weights in the numerator only
+    total = sum(loss * count * weight for loss, count, weight in losses)
+    return total / sum(count for _, count, _ in losses)  # type: ignore[operator, return-value]

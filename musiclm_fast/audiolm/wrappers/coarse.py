@@ -1,0 +1,250 @@
+"""The coarse stage with tokenizer, codec and conditioner: loss and sampling from sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from musiclm_fast._checks import check_positive_int, fail
+from musiclm_fast.audiolm.coarse import CoarseTransformer
+from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
+from musiclm_fast.audiolm.sampling import Sampling, append_id, forgetful_mask, unique_consecutive
+from musiclm_fast.audiolm.stage import twice
+from musiclm_fast.audiolm.wrappers.base.base import _check_rates, _weighted, _Wrapper, inference
+from musiclm_fast.audiolm.wrappers.base.codec_ids import _check_codebook, decode_rows, prime_ids
+from musiclm_fast.audiolm.wrappers.base.semantic import _check_semantic_sizes
+
+
+class CoarseTransformerWrapper(_Wrapper):
+    """Trains and samples a :class:`CoarseTransformer`; arguments of audiolm-pytorch.
+
+    Args:
+        transformer: the stage.
+        codec: codec of the acoustic tokens; needed to read waves and to make them.
+        wav2vec: semantic tokenizer; needed to read waves.
+        audio_conditioner: embeds the clips.
+        pad_id: of ids.
+        unique_consecutive: leave out repeats among the semantic tokens.
+        semantic_cross_entropy_loss_weight: weight of the semantic tokens in the loss.
+        mask_prob: share of keys hidden in training (forgetful causal mask).
+    """
+
+    namespace = "coarse"
+    transformer: CoarseTransformer
+
+    def __init__(
+        self,
+        *,
+        transformer: CoarseTransformer,
+        codec: nn.Module | None = None,
+        wav2vec: nn.Module | None = None,
+        audio_conditioner: nn.Module | None = None,
+        pad_id: int = -1,
+        unique_consecutive: bool = True,
+        semantic_cross_entropy_loss_weight: float = 1.0,
+        mask_prob: float = 0.15,
+    ) -> None:
+        super().__init__(transformer, wav2vec, codec, audio_conditioner, pad_id, mask_prob)
+        _check_semantic_sizes(wav2vec, transformer)
+        _check_codebook(codec, transformer)
+        self.unique_consecutive = unique_consecutive
+        self.semantic_cross_entropy_loss_weight = semantic_cross_entropy_loss_weight
+        groups = getattr(codec, "rq_groups", 1)
+        self.num_coarse_quantizers = transformer.num_coarse_quantizers * groups
+        self.semantic_eos_id = transformer.semantic_eos_id
+        self.coarse_eos_id = transformer.coarse_eos_id
+
+    @inference
+    def generate(
+        self,
+        *,
+        semantic_token_ids: Tensor,
+        prime_wave: Tensor | None = None,
+        prime_wave_input_sample_hz: int | None = None,
+        prime_coarse_token_ids: Tensor | None = None,
+        text: list[str] | None = None,
+        text_embeds: Tensor | None = None,
+        max_time_steps: int = 512,
+        cond_scale: float = 3.0,
+        filter_thres: float = 0.9,
+        temperature: float = 1.0,
+        reconstruct_wave: bool = False,
+        use_kv_cache: bool = True,
+        seed: int | None = None,
+        progress: bool = True,
+        as_reference: bool = False,
+    ) -> Any:
+        """Draw coarse tokens.
+
+        Args:
+            semantic_token_ids: ``(B, n)``, -1 is padding.
+            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave_input_sample_hz: rate of prime_wave; None is the codec's.
+            prime_coarse_token_ids: ``(B, n)`` tokens in place of prime_wave.
+            text, text_embeds: the condition.
+            max_time_steps: codec frames to draw at most, the prime's excluded.
+            cond_scale, filter_thres, temperature: see
+                :class:`musiclm_fast.audiolm.sampling.Sampling`.
+            reconstruct_wave: return waves.
+            use_kv_cache: ignored: the cache changes no result.
+            seed: of the noise; None draws from the default generator.
+            progress: show a bar.
+            as_reference: attend to the padding of the semantic tokens, which training hides, and
+                return all time steps, as audiolm-pytorch does.
+
+        Returns:
+            ``(B, steps, quantizers)``, -1 from the end on; with reconstruct_wave ``(B, samples)``,
+            or a list of one wave per row (None for an empty one) where their lengths differ.
+        """
+        check_positive_int("max_time_steps", max_time_steps)
+        sampling = Sampling(temperature, filter_thres, cond_scale)
+        semantic = semantic_token_ids.to(self.device).flatten(1)
+        batch = semantic.shape[0]
+        prime = prime_ids(
+            self, prime_wave, prime_wave_input_sample_hz, prime_coarse_token_ids, batch,
+            slice(None, self.num_coarse_quantizers), "prime_coarse_token_ids",
+        )  # fmt: skip
+        context, context_mask, halves = self._prompt_condition(
+            batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
+        )
+        if self.unique_consecutive:
+            semantic = unique_consecutive(semantic, self.pad_id)
+        stage = self.transformer
+        quantizers = stage.num_coarse_quantizers
+        tokens = torch.cat((stage.embed_semantic(semantic), stage.embed_coarse(prime)), dim=1)
+        seen = (semantic != self.pad_id) & (semantic != self.semantic_eos_id)
+        mask = None
+        if not as_reference and not bool(seen.all()):
+            mask = twice(F.pad(seen, (1, 1 + prime.shape[1]), value=True), halves)
+        steps = max_time_steps * self.num_coarse_quantizers
+        first = prime.shape[1]
+        weights, embeds = stage.coarse_logit_weights, stage.coarse_embedding
+
+        def embed(drawn: Tensor, step: int) -> Tensor:
+            quantizer = (first + step) % quantizers
+            embedded: Tensor = embeds(drawn + quantizer * stage.codebook_size)
+            return embedded + stage.coarse_quantize_embedding.weight[quantizer]
+
+        def banned(step: int) -> int | None:
+            # The end may come between time steps alone, and not before the first.
+            at_end = step % self.num_coarse_quantizers == 0 and step > 0
+            return None if at_end else self.coarse_eos_id
+
+        written = generate_tokens(
+            stage,
+            Prompt(
+                twice(tokens, halves), mask, context, context_mask, halves,
+                stage.positions(semantic.shape[1] + 1, first + steps, context),
+            ),
+            steps,
+            sampling=sampling,
+            logits=lambda hidden, step: F.linear(hidden, weights[(first + step) % quantizers]),
+            embed=embed,
+            end_id=self.coarse_eos_id,
+            banned=banned,
+            generator=make_generator(seed, semantic.device),
+            description="generating coarse",
+            progress=progress,
+        )  # fmt: skip
+        written = written.masked_fill(written == self.coarse_eos_id, -1)
+        # Leave the column out in which the last row drew its end.
+        whole = written.shape[1] // self.num_coarse_quantizers * self.num_coarse_quantizers
+        written = written[:, :whole]
+        if as_reference:
+            written = F.pad(written, (0, steps - whole), value=-1)
+        ids = torch.cat((prime, written), dim=1).unflatten(1, (-1, self.num_coarse_quantizers))
+        if not reconstruct_wave:
+            return ids
+        return decode_rows(self.codec, ids, (ids == -1).any(dim=-1))
+
+    def forward(
+        self,
+        *,
+        semantic_token_ids: Tensor | None = None,
+        raw_wave: Tensor | None = None,
+        raw_wave_for_codec: Tensor | None = None,
+        text: list[str] | None = None,
+        text_embeds: Tensor | None = None,
+        coarse_token_ids: Tensor | None = None,
+        return_loss: bool = False,
+        input_sample_hz: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits or loss of tokens or of clips.
+
+        Args:
+            semantic_token_ids: ``(B, n)``, -1 is padding.
+            raw_wave: ``(B, samples)`` at the semantic tokenizer's rate.
+            raw_wave_for_codec: the same at the codec's rate; default raw_wave.
+            text, text_embeds: the condition, where there is no audio_conditioner.
+            coarse_token_ids: ``(B, steps, quantizers)``, in place of a wave.
+            return_loss: the mean cross entropy, in place of the logits.
+            input_sample_hz: rate of raw_wave, which is then resampled for everyone.
+
+        Returns:
+            A scalar, or semantic and coarse logits.
+        """
+        if raw_wave is None and semantic_token_ids is None:
+            fail("raw_wave, semantic_token_ids", "neither", "one of them")
+        if raw_wave_for_codec is None and raw_wave is None and coarse_token_ids is None:
+            fail("raw_wave, coarse_token_ids", "neither", "one of them")
+        given = (raw_wave, semantic_token_ids, coarse_token_ids)
+        if all(value is not None for value in given):
+            fail("raw_wave", "given", "None beside semantic_token_ids and coarse_token_ids")
+        if self.audio_conditioner is not None:
+            text_embeds = self._conditioning(raw_wave, input_sample_hz, text, text_embeds)
+        codec_hz = input_sample_hz
+        if raw_wave_for_codec is not None:
+            codec_hz = None
+        else:
+            raw_wave_for_codec = raw_wave
+        if semantic_token_ids is None:
+            assert raw_wave is not None
+            if coarse_token_ids is None and raw_wave_for_codec is raw_wave and codec_hz is None:
+                _check_rates(self.wav2vec, self.codec)
+            semantic_token_ids = self._semantic_ids(raw_wave, input_sample_hz)
+        if coarse_token_ids is None:
+            assert raw_wave_for_codec is not None
+            ids = self._acoustic_ids(raw_wave_for_codec, codec_hz)
+            coarse_token_ids = ids[..., : self.num_coarse_quantizers]
+        semantic, coarse = semantic_token_ids.flatten(1), coarse_token_ids.flatten(1)
+        if self.training:
+            semantic = append_id(semantic, self.semantic_eos_id)
+            coarse = append_id(coarse, self.coarse_eos_id)
+        if self.unique_consecutive:
+            semantic = unique_consecutive(semantic, self.pad_id)
+        semantic_labels, coarse_labels = semantic, coarse
+        if return_loss:
+            coarse = coarse[:, :-1]
+        seen = (semantic != self.pad_id) & (semantic != self.semantic_eos_id)
+        semantic = semantic.masked_fill(~seen, 0)
+        mask = F.pad(seen, (1, coarse.shape[1] + 1), value=True)
+        if self.mask_prob > 0 and self.training:
+            mask = mask & forgetful_mask(
+                (mask.shape[0], mask.shape[1]), self.mask_prob, mask.device
+            )
+        semantic_logits, coarse_logits = self.transformer(
+            semantic_token_ids=semantic, coarse_token_ids=coarse, self_attn_mask=mask, text=text,
+            text_embeds=text_embeds, **kwargs,
+        )  # fmt: skip
+        if not return_loss:
+            return semantic_logits, coarse_logits
+        coarse_loss = F.cross_entropy(
+            coarse_logits.transpose(1, 2), coarse_labels, ignore_index=self.pad_id
+        )
+        # audiolm-pytorch counts tokens with repeats left out, and time steps without.
+        coarse_count: Any = coarse_labels.numel()
+        semantic_count: Any = (semantic_labels != self.pad_id).sum()
+        if not self.unique_consecutive:
+            coarse_count = coarse_logits.shape[1]
+            semantic_count = 0 if semantic_logits is None else semantic_logits.shape[1]
+        losses = [(coarse_loss, coarse_count, 1.0)]
+        if self.semantic_cross_entropy_loss_weight > 0 and semantic_logits is not None:
+            semantic_loss = F.cross_entropy(
+                semantic_logits.transpose(1, 2), semantic_labels, ignore_index=self.pad_id
+            )
+            losses.append((semantic_loss, semantic_count, self.semantic_cross_entropy_loss_weight))
+        return _weighted(losses)

@@ -1,0 +1,1 @@
+"""Captioned sounds: listed, drawn, split, checked and converted."""

@@ -1,0 +1,58 @@
+"""Rows of a dataset as the keyword arguments of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from musiclm_fast._checks import describe, fail
+from musiclm_fast.audio.batching import as_batch
+from musiclm_fast.datasets.captioned_sounds import Row
+
+
+def collate(rows: Sequence[Any]) -> dict[str, Any]:
+    """Turn rows of a dataset into the keyword arguments of a MuLaN.
+
+    Rows of :class:`CaptionedSounds` give ``wavs`` padded to the longest clip, ``lengths`` where
+    the clips differ, ``raw_texts``, and ``skipped`` (a list, for the caller to take out) where
+    sounds could not be read.
+
+    Other rows are the reference's: a clip alone or a tuple with a clip and a text. Clips are
+    floating tensors ``(samples,)`` or spectrograms ``(time, frequency)`` and are cut to the
+    shortest of the batch; texts are strings or integer tensors ``(n,)``, padded with 0 to the
+    longest.
+
+    Raises:
+        TypeError: an element is none of these.
+        ValueError: two elements of a row are of the same kind.
+    """
+    if rows and all(isinstance(row, Row) for row in rows):
+        wavs, lengths = as_batch([row.wav for row in rows])
+        sounds: dict[str, Any] = {"wavs": wavs, "raw_texts": [row.text for row in rows]}
+        if lengths is not None:
+            sounds["lengths"] = lengths
+        if any(row.skipped for row in rows):
+            sounds["skipped"] = [skip for row in rows for skip in row.skipped]
+        return sounds
+    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
+    batch: dict[str, Any] = {}
+    for column in zip(*rows, strict=True):
+        value: Any
+        if all(isinstance(item, str) for item in column):
+            name, value = "raw_texts", list(column)
+        elif all(isinstance(t, Tensor) and t.is_floating_point() for t in column):
+            shortest = min(len(t) for t in column)
+            name, value = "wavs", torch.stack([t[:shortest] for t in column])
+        elif all(isinstance(t, Tensor) and t.ndim == 1 for t in column):
+            name, value = "texts", pad_sequence([t.long() for t in column], batch_first=True)
+        else:
+            kinds = " or ".join(sorted({describe(item) for item in column}))
+            fail("dataset", kinds, "clips (floating), texts (str) or token ids", TypeError)
+        if name in batch:
+            fail("dataset", f"two elements per row that are {name}", "one clip and one text")
+        batch[name] = value
+    return batch

@@ -1,0 +1,1 @@
+"""The two demos and what they are made of."""

@@ -1,0 +1,179 @@
+"""What an evaluation found, as a table and as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from musiclm_fast._checks import check_choice
+from musiclm_fast._files import atomic_file
+from musiclm_fast.evaluation.metrics import Retrieval, Spread
+
+_KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Zero-shot classification.
+
+    Args:
+        accuracy: for k of 1 and 5, the share of labelled sounds one of whose labels is among the k
+            whose texts are nearest.
+        roc_auc: of each label, the chance that a sound with it is nearer to its text than one
+            without; None where all sounds have it, or none.
+        macro_roc_auc: the mean of these; None where there is none.
+        sounds: with at least one label; those without count in the ROC-AUC alone.
+    """
+
+    accuracy: dict[int, float]
+    roc_auc: dict[str, float | None]
+    macro_roc_auc: float | None
+    sounds: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`evaluate` found.
+
+    Args:
+        names: of the sounds, in the order of ``audio``.
+        audio: ``(n, d)`` float32, a unit vector for each sound.
+        texts: the different captions, in the order of ``text``.
+        text: ``(m, d)`` float32, a unit vector for each caption.
+        pairs: ``(p, 2)`` int64: a sound and a caption of it.
+        audio_to_text, text_to_audio: retrieval; captions that several sounds share are right for
+            all of them.
+        labels: zero-shot classification, where labels were given.
+        audio_spread, text_spread: whether either side has collapsed.
+        left_out: sounds that could not be read, and why.
+        label_names, label_table: the labels, and ``(n, C)`` bool, which sounds have which.
+    """
+
+    names: list[str]
+    audio: Tensor
+    texts: list[str]
+    text: Tensor
+    pairs: Tensor
+    audio_to_text: Retrieval
+    text_to_audio: Retrieval
+    audio_spread: Spread
+    text_spread: Spread
+    labels: LabelScores | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
+    label_table: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, without the embeddings, as JSON has them (NaN is None)."""
+
+        def way(found: Retrieval) -> dict[str, Any]:
+            return {
+                "queries": len(found.ranks),
+                "candidates": found.candidates,
+                **{f"recall@{k}": value for k, value in found.recall.items()},
+                "median_rank": found.median_rank,
+                "mAP@10": found.mean_average_precision,
+            }
+
+        report: dict[str, Any] = {
+            "sounds": len(self.names),
+            "captions": len(self.texts),
+            "audio_to_text": way(self.audio_to_text),
+            "text_to_audio": way(self.text_to_audio),
+            "audio_embedding": asdict(self.audio_spread),
+            "text_embedding": asdict(self.text_spread),
+            "left_out": self.left_out,
+        }
+        if self.labels is not None:
+            report["labels"] = {
+                "sounds": self.labels.sounds,
+                "labels": len(self.labels.roc_auc),
+                **{f"top-{k}": value for k, value in self.labels.accuracy.items()},
+                "macro_roc_auc": self.labels.macro_roc_auc,
+                "roc_auc": self.labels.roc_auc,
+            }
+        plain: dict[str, Any] = _without_nan(report)
+        return plain
+
+    def table(self) -> str:
+        """The figures for a terminal."""
+        lines = [f"{len(self.names):,} sounds, {len(self.texts):,} captions", ""]
+        heads = ["", *(f"recall@{k}" for k in _KS), "median rank", "mAP@10"]
+        rows = [heads]
+        for title, found in (
+            ("audio -> text", self.audio_to_text),
+            ("text -> audio", self.text_to_audio),
+        ):
+            recall = [f"{found.recall[k]:.1%}" for k in _KS]
+            rank = f"{found.median_rank:g} of {found.candidates:,}"
+            rows.append([title, *recall, rank, f"{found.mean_average_precision:.3f}"])
+        lines += _aligned(rows)
+        if self.labels is not None:
+            own, chance = self.labels, 1 / len(self.labels.roc_auc)
+            lines += ["", f"zero-shot over {len(own.roc_auc)} labels, {own.sounds:,} sounds"]
+            shares = ", ".join(f"top-{k} {value:.1%}" for k, value in own.accuracy.items())
+            auc = "undefined" if own.macro_roc_auc is None else f"{own.macro_roc_auc:.3f}"
+            lines.append(f"  {shares} (chance {chance:.1%}); ROC-AUC {auc} (macro)")
+            known = sorted((v, k) for k, v in own.roc_auc.items() if v is not None)
+            if len(known) > 6:
+                worst = ", ".join(f"{name} {value:.2f}" for value, name in known[:3])
+                best = ", ".join(f"{name} {value:.2f}" for value, name in known[:-4:-1])
+                lines.append(f"  best {best}; worst {worst}")
+            elif known:
+                lines.append("  " + ", ".join(f"{name} {value:.2f}" for value, name in known[::-1]))
+        lines += [
+            "",
+            f"audio embedding: {self.audio_spread.verdict}",
+            f"text embedding:  {self.text_spread.verdict}",
+        ]
+        if self.left_out:
+            some = "; ".join(f"{name}: {why}" for name, why in [*self.left_out.items()][:3])
+            lines.append(f"left out {len(self.left_out)} sounds: {some}")
+        return "\n".join(lines)
+
+    def write(self, folder: str | os.PathLike[str], method: str = "auto") -> list[Path]:
+        """Write ``report.json`` and, where matplotlib is installed, the pictures.
+
+        ``similarity.png`` is of at most 200 sounds and their captions, ``map.png`` of at most 2,000
+        sounds, evenly spaced in the list, ``ranks.png`` of all.
+
+        Args:
+            folder: is made if need be.
+            method: of the map: ``"pca"``, ``"tsne"`` (which needs scikit-learn), or ``"auto"``,
+                t-SNE where scikit-learn is installed.
+
+        Returns:
+            The files.
+
+        Raises:
+            ImportError: scikit-learn is not installed and ``"tsne"`` was asked for.
+        """
+        check_choice("method", method, ("auto", "pca", "tsne"))
+        folder = Path(folder)
+        with atomic_file(folder / "report.json") as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        written = [folder / "report.json"]
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            return written
+        from musiclm_fast.evaluation import figures as evaluate_figures
+
+        return written + evaluate_figures.write_all(self, folder, method)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nan(own) for key, own in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]

@@ -1,0 +1,1 @@
+"""A trained MuLaN at work: embeddings of sounds, and search in them."""

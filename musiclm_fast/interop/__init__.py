@@ -1,0 +1,1 @@
+"""Upstream's names and upstream's models."""

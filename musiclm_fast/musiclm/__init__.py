@@ -1,0 +1,1 @@
+"""MusicLM, and the folder in which one is made."""

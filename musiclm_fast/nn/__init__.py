@@ -1,0 +1,1 @@
+"""What MuLaN's towers and AudioLM's stages share."""
