@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AudioSpectrogramTransformer": "models.audio",
+    "AudioSpectrogramTransformer": "models.audio_tower",
     "FrontEnd": "models.front_end",
-    "HuggingFaceAudio": "models.hugging_face",
-    "HuggingFaceText": "models.hugging_face",
+    "HuggingFaceAudio": "models.hugging_face_audio",
+    "HuggingFaceText": "models.hugging_face_text",
     "MuLaN": "models.mulan",
     "MuLaNEmbedQuantizer": "models.quantizer",
     "MuLaNTrainer": "training.trainer",
-    "MusicLM": "models.musiclm",
-    "SigmoidContrastiveLearning": "models.contrastive",
-    "SoftmaxContrastiveLearning": "models.contrastive",
-    "TextTransformer": "models.text",
-    "from_reference": "models.convert",
-    "install_as_reference": "compat",
+    "MusicLM": "musiclm.musiclm",
+    "SigmoidContrastiveLearning": "models.losses",
+    "SoftmaxContrastiveLearning": "models.losses",
+    "TextTransformer": "models.text_tower",
+    "from_reference": "interop.convert",
+    "install_as_reference": "interop.alias",
 }
 
 __all__ = [

@@ -69,9 +69,13 @@ def named(module: str) -> Iterator[str]:
                 yield full if full in MODULES or base in FACADES else base
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value in MODULES and node.value != PACKAGE:
-                yield node.value
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value in MODULES
+            and node.value != PACKAGE
+        ):
+            yield node.value
 
 
 def imports() -> dict[str, set[str]]:

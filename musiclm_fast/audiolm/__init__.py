@@ -11,16 +11,16 @@ from typing import Any
 _HOMES = {
     "AudioLM": "audio_lm",
     "CoarseTransformer": "coarse",
-    "CoarseTransformerWrapper": "wrappers",
+    "CoarseTransformerWrapper": "wrappers.coarse",
     "EncodecWrapper": "encodec",
     "FineTransformer": "fine",
-    "FineTransformerWrapper": "wrappers",
+    "FineTransformerWrapper": "wrappers.fine",
     "HubertWithKmeans": "hubert",
-    "MelCodec": "embedded",
-    "MelKmeans": "embedded",
+    "MelCodec": "mel_codec",
+    "MelKmeans": "mel_kmeans",
     "Sampling": "sampling",
     "SemanticTransformer": "semantic",
-    "SemanticTransformerWrapper": "wrappers",
+    "SemanticTransformerWrapper": "wrappers.semantic",
 }
 
 # Trainers stand above this package; their names are at home here as in audiolm-pytorch.

@@ -18,10 +18,10 @@ from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.sampling import as_sampling
 from musiclm_fast.audiolm.semantic import SemanticTransformer
-from musiclm_fast.audiolm.wrappers.base.base import inference
-from musiclm_fast.audiolm.wrappers.base.coarse import CoarseTransformerWrapper
-from musiclm_fast.audiolm.wrappers.base.fine import FineTransformerWrapper
-from musiclm_fast.audiolm.wrappers.base.semantic import SemanticTransformerWrapper
+from musiclm_fast.audiolm.wrappers.base import inference
+from musiclm_fast.audiolm.wrappers.coarse import CoarseTransformerWrapper
+from musiclm_fast.audiolm.wrappers.fine import FineTransformerWrapper
+from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 
 STAGES = ("semantic", "coarse", "fine")
 _FADE_SECONDS = 0.02  # from one window of a long piece to the next

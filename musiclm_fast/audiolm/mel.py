@@ -15,10 +15,10 @@ from musiclm_fast.ops import mel_filters
 
 # Added to mel magnitudes before the logarithm, about 60 dB below a loud note's: clusters are not
 # spent on what nobody hears.
-_OFFSET = 0.1
+OFFSET = 0.1
 
 
-class _LogMel(nn.Module):
+class LogMel(nn.Module):
     # Log-mel frames (B, L // hop, bands) of waves (B, L), each centred on its own hop.
     window: Tensor
     filters: Tensor
@@ -70,7 +70,7 @@ class _LogMel(nn.Module):
         return self.istft(magnitude * phase)
 
 
-class _Fitted(nn.Module):
+class Fitted(nn.Module):
     # What tokenizer and codec share: rate, frames, fitting on clips.
     target_sample_hz: int
     downsample_factor: int

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_positive_int
-from musiclm_fast.audiolm.mel import _OFFSET, _Fitted, _LogMel
+from musiclm_fast.audiolm.mel import OFFSET, Fitted, LogMel
 from musiclm_fast.nn.kmeans import kmeans, nearest
 
 
-class MelCodec(_Fitted):
+class MelCodec(Fitted):
     """Acoustic tokens as residual clusters of log-mel frames, 50 a second; sound by Griffin-Lim.
 
     Args:
@@ -45,7 +45,7 @@ class MelCodec(_Fitted):
         self.target_sample_hz, self.downsample_factor = target_sample_hz, downsample_factor
         self.codebook_dim, self.iterations = bands, iterations
         n_fft = max(1024, 3 * downsample_factor)
-        self.mel = _LogMel(target_sample_hz, n_fft, downsample_factor, bands, _OFFSET)
+        self.mel = LogMel(target_sample_hz, n_fft, downsample_factor, bands, OFFSET)
         self.register_buffer("books", torch.zeros(num_quantizers, codebook_size, bands))
         self.register_buffer("mean", torch.zeros(bands))
         self.register_buffer("is_fitted", torch.tensor(False))

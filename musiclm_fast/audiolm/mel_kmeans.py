@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_positive_int
-from musiclm_fast.audiolm.mel import _OFFSET, _Fitted, _LogMel
+from musiclm_fast.audiolm.mel import OFFSET, Fitted, LogMel
 from musiclm_fast.nn.kmeans import kmeans, nearest
 
 
-class MelKmeans(_Fitted):
+class MelKmeans(Fitted):
     """Semantic tokens as clusters of log-mel frames, loudness taken out: 25 a second.
 
     Args:
@@ -36,7 +36,7 @@ class MelKmeans(_Fitted):
         check_positive_int("codebook_size", codebook_size)
         self.codebook_size = codebook_size
         self.target_sample_hz, self.downsample_factor = target_sample_hz, downsample_factor
-        self.mel = _LogMel(target_sample_hz, 1024, downsample_factor, bands, _OFFSET)
+        self.mel = LogMel(target_sample_hz, 1024, downsample_factor, bands, OFFSET)
         self.register_buffer("centres", torch.zeros(codebook_size, bands + 1))
         self.register_buffer("is_fitted", torch.tensor(False))
 

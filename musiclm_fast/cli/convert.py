@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from musiclm_fast._checkpoint import CheckpointError, read_checkpoint
     from musiclm_fast._config import read_values
     from musiclm_fast.interop.convert import config_of_weights
-    from musiclm_fast.models.configuration import build_mulan
+    from musiclm_fast.models.mulan import MuLaN
 
     given = read_values(args.config, args.set)
     content = read_checkpoint(args.checkpoint)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(arguments.get("patch_size"), list):
             arguments["patch_size"] = tuple(arguments["patch_size"])
     config, assumed = config_of_weights(weights, given)
-    model = build_mulan(config)
+    model = MuLaN.from_config(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

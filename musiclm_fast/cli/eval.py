@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     from musiclm_fast._optional import missing
     from musiclm_fast.datasets.opening import open_dataset
-    from musiclm_fast.evaluation.evaluate import evaluate
+    from musiclm_fast.evaluation.evaluate import evaluate, write_report
     from musiclm_fast.evaluation.labels import Labels
 
     labels = None if args.labels is None else Labels.read(args.labels)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report.table())
     if args.output is not None:
-        written = report.write(args.output, args.map)
+        written = write_report(report, args.output, args.map)
         print("wrote " + ", ".join(map(str, written)), file=sys.stderr)
         if len(written) == 1:
             print(missing("matplotlib"), file=sys.stderr)

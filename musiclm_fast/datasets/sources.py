@@ -18,7 +18,7 @@ from musiclm_fast.datasets.tables import (
     _list_musiccaps,
     _manifest_in,
 )
-from musiclm_fast.datasets.titles import CAPTIONS, _list_folder
+from musiclm_fast.datasets.titles import CAPTIONS, list_folder
 
 KINDS = ("auto", "manifest", "musiccaps", "folder", "webdataset")
 
@@ -56,7 +56,7 @@ def list_source(
     if kind == "folder":
         if not os.path.isdir(text):
             fail("source", f"{text!r}, no folder", "a folder for kind='folder'")
-        return _list_folder(text, captions or "names")
+        return list_folder(text, captions or "names")
     table = text
     if os.path.isdir(text):
         found = _manifest_in(text)

@@ -46,7 +46,7 @@ def title_captions(path: str, name: str, source: str) -> list[str]:
     return [caption for caption in captions if caption]
 
 
-def _list_folder(folder: str, captions: str) -> Listing:
+def list_folder(folder: str, captions: str) -> Listing:
     listing = Listing()
     for name in sound_files(folder):
         path = os.path.join(folder, name)
@@ -82,7 +82,7 @@ def write_manifest(
     check_choice("captions", captions, CAPTIONS)
     root = os.path.abspath(folder)
     base = root if relative_to is None else os.path.abspath(relative_to)
-    listing = _list_folder(root, captions)
+    listing = list_folder(root, captions)
     if not listing.entries:
         fail("folder", f"{os.fspath(folder)!r} without sound files", "wav, flac, ogg, mp3 files")
     writer = csv.writer(file, lineterminator="\n")

@@ -11,7 +11,13 @@ from torch.utils.data import Dataset
 
 from musiclm_fast._checks import check_not_negative_int, fail
 from musiclm_fast.datasets.random_words import with_extra_words
-from musiclm_fast.demo.instruments import INSTRUMENTS, TRAIN_TEMPLATES, Instrument, _fill, _register
+from musiclm_fast.demo.instruments import (
+    INSTRUMENTS,
+    TRAIN_TEMPLATES,
+    Instrument,
+    fill,
+    register_of,
+)
 from musiclm_fast.demo.rendering import NoteSet
 
 
@@ -113,5 +119,5 @@ class CaptionedNotes(Dataset):
         # The name itself is drawn more often than any synonym.
         name = item.name if self._uniform(0, 1) < 0.5 else names[self._below(len(names))]
         form = self.templates[self._below(len(self.templates))]
-        text = _fill(form, name, _register(int(self.notes.pitch[note])))
+        text = fill(form, name, register_of(int(self.notes.pitch[note])))
         return with_extra_words(text, self.extra_words, self._below)

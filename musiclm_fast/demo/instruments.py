@@ -235,14 +235,14 @@ def zero_shot_prompts(
     Returns:
         ``prompts[i][j]``: template j filled with the name of instrument i.
     """
-    return [[_fill(form, item.name) for form in templates] for item in instruments]
+    return [[fill(form, item.name) for form in templates] for item in instruments]
 
 
-def _fill(template: str, name: str, register: str = "") -> str:
+def fill(template: str, name: str, register: str = "") -> str:
     """A caption from its template."""
     return template.format(a="an" if name[0] in "aeiou" else "a", name=name, register=register)
 
 
-def _register(pitch: int) -> str:
+def register_of(pitch: int) -> str:
     """How high a MIDI pitch sounds, in a word."""
     return "low" if pitch < 52 else "middle" if pitch < 72 else "high"

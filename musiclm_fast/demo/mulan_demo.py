@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from musiclm_fast._optional import require
-from musiclm_fast.demo.mulan_run import MODEL_FILE, RESULTS_FILE, DemoConfig, DemoRun, Notes, _plain
+from musiclm_fast.demo.mulan_run import (
+    MODEL_FILE,
+    RESULTS_FILE,
+    DemoConfig,
+    DemoRun,
+    Notes,
+    plain_config,
+)
 from musiclm_fast.evaluation.metrics import collapsed_loss
 from musiclm_fast.models.checkpoint import save_checkpoint
 
@@ -96,7 +103,7 @@ def run_demo(
     accuracy = run.evaluate()
     recent = run.losses[-50:]
     results = {
-        "config": _plain(config),
+        "config": plain_config(config),
         "accuracy": {
             part: {f"top-{k}": v for k, v in by_k.items()} for part, by_k in accuracy.items()
         },

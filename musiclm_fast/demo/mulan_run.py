@@ -266,7 +266,7 @@ class DemoRun:
         save_atomically(
             self.state_file,
             {
-                "config": _plain(self.config),
+                "config": plain_config(self.config),
                 "step": self.step,
                 "seconds": self.seconds,
                 "losses": self.losses,
@@ -286,7 +286,7 @@ class DemoRun:
             return False
         state = read_checkpoint(self.state_file)
         advice = "choose another --output, or --restart to train anew"
-        saved, wanted = state.get("config"), _plain(self.config)
+        saved, wanted = state.get("config"), plain_config(self.config)
         if saved != wanted:
             saved = saved if isinstance(saved, dict) else {}
             other = [
@@ -385,5 +385,5 @@ class DemoRun:
         return (rows / torch.bincount(label, minlength=count).clamp(min=1)[:, None]).cpu()
 
 
-def _plain(config: DemoConfig) -> dict[str, Any]:
+def plain_config(config: DemoConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

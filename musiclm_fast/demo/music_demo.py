@@ -24,7 +24,7 @@ from musiclm_fast.models.checkpoint import CheckpointError
 from musiclm_fast.musiclm.project import PARTS, MusicProject
 
 
-def _recipe(config: MusicDemoConfig) -> dict[str, Any]:
+def recipe(config: MusicDemoConfig) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
 
@@ -164,7 +164,7 @@ def run_music_demo(
 def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[str, Any]:
     # The results so far, or new ones; an error where they are another recipe's.
     path = folder / RESULTS_FILE
-    recipe = _recipe(config)
+    recipe = recipe(config)
     names = [PARTS, RESULTS_FILE, *(f"{name}.pt" for name in STAGES)]
     if restart:
         for old in [*(folder / name for name in names), *folder.glob("generated/*.wav")]:

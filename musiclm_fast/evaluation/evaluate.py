@@ -5,8 +5,12 @@ Nothing is drawn at random: the same model and files give the same report.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musiclm_fast._checks import fail
+from musiclm_fast._checks import check_choice, fail
+from musiclm_fast._files import atomic_file
 from musiclm_fast.datasets.captioned_sounds import CaptionedSounds
 from musiclm_fast.evaluation.labels import Labels
 from musiclm_fast.evaluation.metrics import Spread, retrieval, roc_auc, spread
@@ -133,3 +138,35 @@ def label_scores(
 
 def _of_one(text: Tensor) -> Spread:
     return Spread(math.nan, 1.0, math.nan, text.shape[1], "one caption only: nothing to compare")
+
+
+def write_report(
+    report: Report, folder: str | os.PathLike[str], method: str = "auto"
+) -> list[Path]:
+    """Write ``report.json`` and, where matplotlib is installed, the figures.
+
+    ``similarity.png`` is of at most 200 sounds and their captions, ``map.png`` of at most 2,000
+    sounds, evenly spaced in the list, ``ranks.png`` of all.
+
+    Args:
+        report: what was found.
+        folder: is made if need be.
+        method: of the map: ``"pca"``, ``"tsne"`` (which needs scikit-learn), or ``"auto"``,
+            t-SNE where scikit-learn is installed.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: scikit-learn is not installed and ``"tsne"`` was asked for.
+    """
+    check_choice("method", method, ("auto", "pca", "tsne"))
+    folder = Path(folder)
+    with atomic_file(folder / "report.json") as file:
+        file.write((json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    written = [folder / "report.json"]
+    if importlib.util.find_spec("matplotlib") is None:
+        return written
+    from musiclm_fast.evaluation import figures
+
+    return written + figures.write_all(report, folder, method)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from musiclm_fast._checks import check_choice
-from musiclm_fast._files import atomic_file
 from musiclm_fast.evaluation.metrics import Retrieval, Spread
 
 _KS = (1, 5, 10)
@@ -136,36 +131,6 @@ class Report:
             some = "; ".join(f"{name}: {why}" for name, why in [*self.left_out.items()][:3])
             lines.append(f"left out {len(self.left_out)} sounds: {some}")
         return "\n".join(lines)
-
-    def write(self, folder: str | os.PathLike[str], method: str = "auto") -> list[Path]:
-        """Write ``report.json`` and, where matplotlib is installed, the pictures.
-
-        ``similarity.png`` is of at most 200 sounds and their captions, ``map.png`` of at most 2,000
-        sounds, evenly spaced in the list, ``ranks.png`` of all.
-
-        Args:
-            folder: is made if need be.
-            method: of the map: ``"pca"``, ``"tsne"`` (which needs scikit-learn), or ``"auto"``,
-                t-SNE where scikit-learn is installed.
-
-        Returns:
-            The files.
-
-        Raises:
-            ImportError: scikit-learn is not installed and ``"tsne"`` was asked for.
-        """
-        check_choice("method", method, ("auto", "pca", "tsne"))
-        folder = Path(folder)
-        with atomic_file(folder / "report.json") as file:
-            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
-        written = [folder / "report.json"]
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            return written
-        from musiclm_fast.evaluation import figures as evaluate_figures
-
-        return written + evaluate_figures.write_all(self, folder, method)
 
 
 def _without_nan(value: Any) -> Any:

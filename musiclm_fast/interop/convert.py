@@ -177,7 +177,7 @@ def config_of_weights(
             "mulan": {...}}``.
 
     Returns:
-        What ``build_mulan`` takes, and what of it was assumed, by path: no weight tells it.
+        What ``MuLaN.from_config`` takes, and what of it was assumed, by path: no weight tells it.
 
     Raises:
         ValueError: the weights are not a MuLaN's; patches that are not square, or a window that

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from musiclm_fast._checkpoint import CheckpointError, read_checkpoint, save_atomically
-from musiclm_fast.models.configuration import build_mulan, mulan_config
+from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
-from musiclm_fast.models.pretrained import from_pretrained
 
 FORMAT = 1
 
@@ -56,7 +55,7 @@ def load_mulan(path: str | os.PathLike[str]) -> tuple[MuLaN, dict[str, Any]]:
             configuration.
     """
     if Path(path).is_dir():
-        return from_pretrained(path)
+        return MuLaN.from_pretrained_with_extra(path)
     content = read_checkpoint(path)
     config, weights = content.pop("config", None), content.pop("model", None)
     if not isinstance(config, dict) or not isinstance(weights, dict):
@@ -66,7 +65,7 @@ def load_mulan(path: str | os.PathLike[str]) -> tuple[MuLaN, dict[str, Any]]:
         )
     if content.pop("format", None) != FORMAT:
         raise CheckpointError(f"checkpoint: {str(path)!r} is not of format {FORMAT}")
-    model = build_mulan(config)
+    model = MuLaN.from_config(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

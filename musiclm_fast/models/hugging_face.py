@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from musiclm_fast._checks import describe, fail
 from musiclm_fast._optional import transformers_class
-from musiclm_fast.models.configuration import register_tower
-from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
-from musiclm_fast.models.hugging_face_text import HuggingFaceText
 
 _ORIGINS = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
 
 
-class _HuggingFaceTower(nn.Module):
+class HuggingFaceTower(nn.Module):
     """What both towers share: the encoder, its width and depth, freezing.
 
     The encoder's own masking in training (SpecAugment of wav2vec 2.0 and its kin) and layer drop
@@ -124,11 +121,11 @@ def _encoder(model: Any, part: str) -> tuple[nn.Module, dict[str, Any]]:
                 f"model: got {os.fspath(model)!r}, expected a folder with a model of transformers "
                 f"or its name on the Hugging Face Hub ({reason})"
             ) from error
-        return _inside(whole.float(), part), _plain(whole.config.to_dict())
+        return _inside(whole.float(), part), plain_values(whole.config.to_dict())
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         fail("model", describe(model), "a name, a folder or a model of transformers", TypeError)
     owner = cast(Any, model)
-    config = _plain(owner.config.to_dict())
+    config = plain_values(owner.config.to_dict())
     try:
         with torch.device("meta"):
             rebuilt = _inside(_from_config(config), part)
@@ -168,7 +165,7 @@ def _inside(model: Any, part: str) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _beside(model: Any, auto: str) -> Any:
+def beside(model: Any, auto: str) -> Any:
     # The tokenizer or feature extractor of a model's folder or name; None where there is no such.
     if not isinstance(model, (str, os.PathLike)):
         model = getattr(model, "name_or_path", "")
@@ -183,7 +180,7 @@ def _beside(model: Any, auto: str) -> Any:
         ) from error
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     # As JSON has it: what a configuration is read back as must equal what it was. The folder that
     # it came from is no part of it.
     plain: dict[str, Any] = json.loads(
@@ -191,9 +188,3 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         object_hook=lambda found: {k: v for k, v in found.items() if k not in _ORIGINS},
     )
     return plain
-
-
-register_tower("text", HuggingFaceText)
-
-
-register_tower("audio", HuggingFaceAudio)

@@ -13,7 +13,8 @@ from torch import Tensor
 from musiclm_fast._checks import check_choice, check_finite, check_floating, check_ndim, fail
 from musiclm_fast._optional import transformers_class
 from musiclm_fast.audio.batching import as_batch
-from musiclm_fast.models.hugging_face import _beside, _HuggingFaceTower, _plain
+from musiclm_fast.models.hugging_face import HuggingFaceTower, beside, plain_values
+from musiclm_fast.models.towers import register_tower
 
 _MIN_SECONDS = 0.1  # of a clip: feature extractors have no message of their own for less
 
@@ -25,7 +26,7 @@ class EncoderFrontEnd:
     sample_hz: int
 
 
-class HuggingFaceAudio(_HuggingFaceTower):
+class HuggingFaceAudio(HuggingFaceTower):
     """An audio encoder of Hugging Face transformers as MuLaN's audio tower.
 
     Encoders of waveforms (wav2vec 2.0, HuBERT, WavLM, Data2Vec) and of spectrograms (AST, Whisper's
@@ -58,7 +59,7 @@ class HuggingFaceAudio(_HuggingFaceTower):
         check_choice("pooling", pooling, ("mean", "cls"))
         super().__init__(model, "audio_model", frozen, pooling)
         if feature_extractor is None:
-            feature_extractor = _beside(model, "AutoFeatureExtractor")
+            feature_extractor = beside(model, "AutoFeatureExtractor")
         if feature_extractor is None:
             fail(
                 "feature_extractor", "None for a model that is not from a folder",
@@ -69,7 +70,7 @@ class HuggingFaceAudio(_HuggingFaceTower):
         self.feature_extractor = feature_extractor
         self.front_end = EncoderFrontEnd(int(feature_extractor.sampling_rate))
         self.takes_waveforms = type(feature_extractor).__name__ == "Wav2Vec2FeatureExtractor"
-        self.arguments["feature_extractor"] = _plain(feature_extractor.to_dict())
+        self.arguments["feature_extractor"] = plain_values(feature_extractor.to_dict())
         call = inspect.signature(feature_extractor.__call__).parameters
         self._call = {"return_attention_mask": True} if "return_attention_mask" in call else {}
         self.max_samples = self._max_samples()
@@ -194,3 +195,6 @@ def _extractor_of(values: dict[str, Any]) -> Any:
     if not (isinstance(found, type) and issubclass(found, base)):
         fail("feature_extractor", repr(name), "the name of a feature extractor of transformers")
     return cast(Any, found).from_dict(dict(values))
+
+
+register_tower("audio", HuggingFaceAudio)

@@ -23,10 +23,11 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._optional import transformers_class
-from musiclm_fast.models.hugging_face import _beside, _HuggingFaceTower, _plain
+from musiclm_fast.models.hugging_face import HuggingFaceTower, beside, plain_values
+from musiclm_fast.models.towers import register_tower
 
 
-class HuggingFaceText(_HuggingFaceTower):
+class HuggingFaceText(HuggingFaceTower):
     """A text encoder of Hugging Face transformers as MuLaN's text tower.
 
     BERT, RoBERTa, T5's encoder, CLIP's text half, decoders such as GPT-2 or Qwen, and what else
@@ -64,7 +65,7 @@ class HuggingFaceText(_HuggingFaceTower):
         check_positive_int("max_seq_len", max_seq_len)
         super().__init__(model, "text_model", frozen, pooling)
         if tokenizer is None:
-            tokenizer = _beside(model, "AutoTokenizer")
+            tokenizer = beside(model, "AutoTokenizer")
         files = tokenizer if isinstance(tokenizer, dict) else _files_of(tokenizer)
         self.tokenizer = _tokenizer_of(tokenizer) if isinstance(tokenizer, dict) else tokenizer
         self.max_seq_len = min(max_seq_len, self._longest())
@@ -172,7 +173,7 @@ def _files_of(tokenizer: Any) -> dict[str, Any] | None:
             try:
                 text = content.decode("utf-8")
                 if path.name == "tokenizer_config.json":
-                    text = json.dumps(_plain(json.loads(text)))
+                    text = json.dumps(plain_values(json.loads(text)))
                 files[path.name] = text
             except UnicodeDecodeError:
                 files[path.name] = {"base64": base64.b64encode(content).decode()}
@@ -195,3 +196,6 @@ def _tokenizer_of(files: dict[str, Any]) -> Any:
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tokenizer: its files cannot be read ({reason})") from error
+
+
+register_tower("text", HuggingFaceText)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,16 @@ from musiclm_fast._checks import (
 from musiclm_fast.audio.reading import read_sound
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.arguments import record_arguments
-from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.losses import (
     MultiLayerContrastiveLoss,
     interspersed_indices,
     make_contrastive_loss,
 )
-from musiclm_fast.models.text_tower import TextTransformer
-
-if TYPE_CHECKING:
-    from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
-    from musiclm_fast.models.hugging_face_text import HuggingFaceText
+from musiclm_fast.models.pretrained import Pretrained
+from musiclm_fast.models.towers import AudioTower, Tower
 
 
-class MuLaN(nn.Module):
+class MuLaN(Pretrained, nn.Module):
     """Joint embedding of music and text, learned by contrast. https://arxiv.org/abs/2208.12415
 
     Args:
@@ -59,8 +55,8 @@ class MuLaN(nn.Module):
     @record_arguments
     def __init__(
         self,
-        audio_transformer: AudioSpectrogramTransformer | HuggingFaceAudio,
-        text_transformer: TextTransformer | HuggingFaceText,
+        audio_transformer: AudioTower,
+        text_transformer: Tower,
         dim_latent: int = 128,
         decoupled_contrastive_learning: bool = True,
         hierarchical_contrastive_loss: bool = False,
@@ -104,47 +100,6 @@ class MuLaN(nn.Module):
             sigmoid_contrastive_loss=sigmoid_contrastive_loss, max_temperature=max_temperature,
             strategy=loss_strategy,
         )  # fmt: skip
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> MuLaN:
-        """A trained model, in evaluation mode on the CPU.
-
-        Args:
-            name: a folder that :meth:`save_pretrained` or MuLaNTrainer wrote (such as
-                ``results/best``), or ``owner/name`` of such a repository on the Hugging Face Hub.
-            revision: branch, tag or commit of the repository.
-            local_files_only: of a repository, take only what was downloaded before.
-
-        Raises:
-            FileNotFoundError: no such folder, and no such repository.
-            CheckpointError: a file is damaged, or the weights are another architecture's.
-        """
-        from musiclm_fast.models.pretrained import from_pretrained
-
-        return from_pretrained(name, revision=revision, local_files_only=local_files_only)[0]
-
-    def save_pretrained(self, folder: str | os.PathLike[str], **extra: Any) -> None:
-        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained`
-        rebuilds the model; each file atomically.
-
-        Args:
-            folder: is made if need be; what else is in it stays.
-            extra: further entries of ``config.json``: plain values, such as ``clip_seconds``, the
-                length of the clips that the model was trained with.
-
-        Raises:
-            OSError: it could not be written; an earlier model in the folder is as it was.
-            TypeError: a tower is of a class that no configuration can rebuild.
-        """
-        from musiclm_fast.models.pretrained import save_pretrained
-
-        save_pretrained(self, folder, extra)
 
     @overload
     def get_audio_latents(
@@ -455,3 +410,6 @@ class MuLaN(nn.Module):
             losses.append(module(*pair, parameters=own))
         total: Tensor = losses[0] if len(losses) == 1 else losses[0] + losses[1]
         return total
+
+
+MuLaN.rebuilt_as = MuLaN

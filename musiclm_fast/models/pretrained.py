@@ -11,53 +11,123 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._files import atomic_file, seal
 from musiclm_fast._optional import require
-from musiclm_fast.models.configuration import build_mulan, mulan_config
-from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.models.configuration import build, mulan_config
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-FORMAT = 2  # 1 is the single file of training.checkpoint.save_checkpoint
+FORMAT = 2  # 1 is the single file of models.checkpoint.save_checkpoint
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def save_pretrained(
-    model: MuLaN, folder: str | os.PathLike[str], extra: dict[str, Any] | None = None
-) -> None:
-    """Write a model that :func:`from_pretrained` reads; each of its two files atomically.
+class Pretrained:
+    """Saves a model as a folder of two files, and builds it from one.
 
-    Args:
-        model: a MuLaN whose towers a configuration can rebuild.
-        folder: is made if need be; what else is in it stays.
-        extra: further entries of ``config.json`` (plain values), such as ``clip_seconds``.
-
-    Raises:
-        OSError: it could not be written; an earlier model in the folder is left as it was.
-        TypeError: the model is not one that a configuration can rebuild.
+    A mixin of MuLaN, whose class is what is built.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = config_text(model, extra or {})
-    part = folder / f".{WEIGHTS_FILE}.tmp"
-    try:
-        # Both are on the disk before either takes its place: a full disk touches no earlier model.
-        with atomic_file(folder / CONFIG_FILE) as file:
-            file.write(config.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            write_weights(model, part)
-            seal(part)
-            os.replace(part, folder / WEIGHTS_FILE)
-    finally:
-        part.unlink(missing_ok=True)
+
+    #: The class whose instances a configuration can rebuild: a subclass may hold more.
+    rebuilt_as: ClassVar[type]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A model with fresh weights from a configuration (see ``models.configuration``).
+
+        Raises:
+            CheckpointError: it lacks a part, names a tower's class that is not registered, or a
+                class does not accept an argument.
+        """
+        built: Self = build(cls, config)
+        return built
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A trained model, in evaluation mode on the CPU.
+
+        Args:
+            name: a folder that :meth:`save_pretrained` or MuLaNTrainer wrote (such as
+                ``results/best``), or ``owner/name`` of such a repository on the Hugging Face Hub.
+            revision: branch, tag or commit of the repository.
+            local_files_only: of a repository, take only what was downloaded before.
+
+        Raises:
+            FileNotFoundError: no such folder, and no such repository can be reached.
+            CheckpointError: a file is damaged, or the weights are another architecture's.
+            ImportError: huggingface_hub is not installed, where a repository is asked for.
+        """
+        return cls.from_pretrained_with_extra(
+            name, revision=revision, local_files_only=local_files_only
+        )[0]
+
+    @classmethod
+    def from_pretrained_with_extra(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> tuple[Self, dict[str, Any]]:
+        """:meth:`from_pretrained`, and the further entries of ``config.json``."""
+        folder = Path(name)
+        if folder.is_dir():
+            config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        elif folder.exists():
+            raise CheckpointError(
+                f"name: {os.fspath(name)!r} is a file, expected a folder of MuLaN.save_pretrained; "
+                "musiclm_fast.models.checkpoint.load_mulan reads single files too"
+            )
+        elif not _HUB_NAME.fullmatch(os.fspath(name)):
+            raise FileNotFoundError(f"name: no folder {os.fspath(name)!r}")
+        else:
+            config_file, weights_file = _download(os.fspath(name), revision, local_files_only)
+        extra = read_config(config_file)
+        model = cls.from_config(extra.pop("model"))
+        read_weights(cast(nn.Module, model), weights_file)
+        return cast(Self, cast(nn.Module, model).eval()), extra
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **extra: Any) -> None:
+        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained`
+        rebuilds the model; each file atomically.
+
+        Args:
+            folder: is made if need be; what else is in it stays.
+            extra: further entries of ``config.json``: plain values, such as ``clip_seconds``, the
+                length of the clips that the model was trained with.
+
+        Raises:
+            OSError: it could not be written; an earlier model in the folder is as it was.
+            TypeError: a tower is of a class that no configuration can rebuild.
+        """
+        model = cast(nn.Module, self)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = config_text(model, extra)
+        part = folder / f".{WEIGHTS_FILE}.tmp"
+        try:
+            # Both are written before either takes its place: a full disk touches no earlier model.
+            with atomic_file(folder / CONFIG_FILE) as file:
+                file.write(config.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                write_weights(model, part)
+                seal(part)
+                os.replace(part, folder / WEIGHTS_FILE)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def config_text(model: MuLaN, extra: dict[str, Any]) -> str:
+def config_text(model: Any, extra: dict[str, Any]) -> str:
     """The content of ``config.json``.
 
     Raises:
@@ -92,40 +162,6 @@ def write_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(weights, os.fspath(path))
     except SafetensorError as error:  # which stands for the operating system's errors too
         raise OSError(f"{path}: could not be written, is the disk full? ({error})") from error
-
-
-def from_pretrained(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-) -> tuple[MuLaN, dict[str, Any]]:
-    """The model of a folder of :func:`save_pretrained`, or of a repository on the Hugging Face Hub.
-
-    Args:
-        name: a folder, or ``owner/name`` of a repository with the two files in it.
-        revision: branch, tag or commit of the repository.
-        local_files_only: of a repository, take only what was downloaded before.
-
-    Returns:
-        The model, in evaluation mode on the CPU, and the further entries of its ``config.json``.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no such repository can be reached.
-        CheckpointError: a file is damaged, or the weights are not those of the configuration.
-        ImportError: huggingface_hub is not installed, where a repository is asked for.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return _read(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-    if folder.exists():
-        raise CheckpointError(
-            f"name: {os.fspath(name)!r} is a file, expected a folder of MuLaN.save_pretrained; "
-            "musiclm_fast.models.checkpoint.load_mulan reads single files too"
-        )
-    if not _HUB_NAME.fullmatch(os.fspath(name)):
-        raise FileNotFoundError(f"name: no folder {os.fspath(name)!r}")
-    return _read(*_download(os.fspath(name), revision, local_files_only))
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> tuple[Path, Path]:
@@ -172,15 +208,8 @@ def read_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _read(config_file: Path, weights_file: Path) -> tuple[MuLaN, dict[str, Any]]:
-    extra = read_config(config_file)
-    model = build_mulan(extra.pop("model"))
-    read_weights(model, weights_file)
-    return model.eval(), extra
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """A ``config.json``: ``model``, for ``build_mulan``, and its further entries.
+    """A ``config.json``: ``model``, for :func:`configuration.build`, and its further entries.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -28,7 +28,7 @@ from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.mel_codec import MelCodec
 from musiclm_fast.audiolm.mel_kmeans import MelKmeans
 from musiclm_fast.audiolm.semantic import SemanticTransformer
-from musiclm_fast.models.configuration import build_mulan, mulan_config
+from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.musiclm.musiclm import MusicLM
@@ -103,7 +103,7 @@ class MusicProject:
         if mulan is None:
             state = read_checkpoint(self.folder / PARTS)
             try:
-                mulan, config = build_mulan(state["mulan"]), MusicConfig(**state["config"])
+                mulan, config = MuLaN.from_config(state["mulan"]), MusicConfig(**state["config"])
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{self.folder / PARTS} is no project's: {error}") from error
         c = self.config = config or MusicConfig()

@@ -80,7 +80,7 @@ def checkpoint_activations(mulan: MuLaN) -> None:
     """
     for tower in (mulan.audio, mulan.text):
         found = False
-        for module in tower.modules():
+        for module in cast(nn.Module, tower).modules():
             if isinstance(module, Transformer):
                 module.checkpoint_blocks = True
                 found = True

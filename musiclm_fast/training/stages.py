@@ -19,9 +19,9 @@ from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.audiolm.stage import CHECKPOINT_VERSION
-from musiclm_fast.audiolm.wrappers.base.coarse import CoarseTransformerWrapper
-from musiclm_fast.audiolm.wrappers.base.fine import FineTransformerWrapper
-from musiclm_fast.audiolm.wrappers.base.semantic import SemanticTransformerWrapper
+from musiclm_fast.audiolm.wrappers.coarse import CoarseTransformerWrapper
+from musiclm_fast.audiolm.wrappers.fine import FineTransformerWrapper
+from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 from musiclm_fast.datasets.sampling import EpochBatches, EveryNth
 from musiclm_fast.datasets.sound_folder import SoundFolder
 from musiclm_fast.datasets.wave_collation import collate_fields

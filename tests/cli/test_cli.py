@@ -17,7 +17,7 @@ from musiclm_fast.models.checkpoint import save_checkpoint
 
 soundfile = pytest.importorskip("soundfile", reason="needs the demo extra")
 soxr = pytest.importorskip("soxr", reason="needs the demo extra")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

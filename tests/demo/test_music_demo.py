@@ -31,8 +31,8 @@ from musiclm_fast.demo.rendering import NoteSet
 from musiclm_fast.evaluation.instrument_classifier import InstrumentJudge, log_mel, nearest_clip
 from musiclm_fast.models.checkpoint import CheckpointError, save_checkpoint
 from musiclm_fast.musiclm.project import MusicConfig, MusicProject
-from tests.musiclm.test_project import make_mulan
 from tests.audiolm.test_tokenizers import RATE, notes
+from tests.musiclm.test_project import make_mulan
 
 for package in ("tinysoundfont", "pretty_midi", "soxr", "soundfile", "matplotlib"):
     pytest.importorskip(package, reason="needs the demo extra and tinysoundfont")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import musiclm_fast
 from musiclm_fast.datasets.opening import open_dataset
-from musiclm_fast.evaluation.evaluate import evaluate, label_scores
+from musiclm_fast.evaluation.evaluate import evaluate, label_scores, write_report
 from musiclm_fast.evaluation.figures import project
 from musiclm_fast.evaluation.labels import Labels
 from musiclm_fast.evaluation.metrics import retrieval, roc_auc, spread
@@ -234,7 +234,7 @@ def test_evaluate(embedder, collection, tmp_path):
     again = evaluate(embedder, opened(embedder, collection), labels)
     assert again.to_dict() == report.to_dict()
     pytest.importorskip("matplotlib")
-    written = report.write(tmp_path / "out", "pca")
+    written = write_report(report, tmp_path / "out", "pca")
     assert [path.name for path in written] == [
         "report.json", "similarity.png", "ranks.png", "map.png",
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from musiclm_fast.models.checkpoint import load_mulan, save_checkpoint
 
 soundfile = pytest.importorskip("soundfile", reason="needs the train extra")
 soxr = pytest.importorskip("soxr", reason="needs the train extra")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def save_model(path, seed=0):

@@ -10,7 +10,8 @@ import musiclm_fast
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast.models import configuration
 from musiclm_fast.models.arguments import record_arguments
-from musiclm_fast.models.configuration import build_mulan, mulan_config, register_tower
+from musiclm_fast.models.configuration import mulan_config
+from musiclm_fast.models.towers import register_tower
 
 
 class BagOfTokens(nn.Module):
@@ -47,7 +48,7 @@ def test_a_configuration_names_the_towers_classes():
     config = mulan_config(small_mulan())
     assert config["audio"]["class"] == "AudioSpectrogramTransformer"
     assert config["text"]["class"] == "TextTransformer"
-    assert mulan_config(build_mulan(config)) == config
+    assert mulan_config(musiclm_fast.MuLaN.from_config(config)) == config
 
 
 def test_a_configuration_without_classes_builds_our_own_towers():
@@ -56,7 +57,7 @@ def test_a_configuration_without_classes_builds_our_own_towers():
         part: {name: value for name, value in arguments.items() if name != "class"}
         for part, arguments in config.items()
     }
-    assert mulan_config(build_mulan(earlier)) == config
+    assert mulan_config(musiclm_fast.MuLaN.from_config(earlier)) == config
 
 
 def test_a_tower_of_ones_own(registry):
@@ -66,7 +67,7 @@ def test_a_tower_of_ones_own(registry):
     register_tower("text", BagOfTokens)
     config = mulan_config(model)
     assert config["text"] == {"class": "BagOfTokens", "dim": 8, "vocabulary": 32}
-    built = build_mulan(config).eval()
+    built = musiclm_fast.MuLaN.from_config(config).eval()
     built.load_state_dict(model.state_dict())
     wav = torch.randn(2, 8000)
     with torch.no_grad():
@@ -98,4 +99,4 @@ def test_bad_configurations(change, message):
     config = mulan_config(small_mulan())
     change(config)
     with pytest.raises(CheckpointError, match=message):
-        build_mulan(config)
+        musiclm_fast.MuLaN.from_config(config)

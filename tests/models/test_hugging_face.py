@@ -11,7 +11,7 @@ import musiclm_fast
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._optional import transformers_class
 from musiclm_fast.models.checkpoint import load_mulan, save_checkpoint
-from musiclm_fast.models.configuration import build_mulan, mulan_config
+from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
 from musiclm_fast.models.hugging_face_text import HuggingFaceText
 from musiclm_fast.training.grad_cache import cached_step
@@ -277,7 +277,7 @@ def test_from_folders(tmp_path):
     with torch.no_grad():
         assert torch.equal(text(raw_texts=CAPTIONS), text_tower()(raw_texts=CAPTIONS))
         assert torch.equal(audio(noise(2, 8000)), audio_tower()(noise(2, 8000)))
-    model = build_mulan(
+    model = musiclm_fast.MuLaN.from_config(
         {
             "audio": {"class": "HuggingFaceAudio", "model": str(tmp_path / "audio")},
             "text": {"class": "HuggingFaceText", "model": str(tmp_path / "text")},
@@ -398,7 +398,7 @@ def test_a_bad_configuration_is_a_checkpoint_error():
     config = mulan_config(model)
     config["text"]["model"]["model_type"] = "nothing"
     with pytest.raises(CheckpointError, match="nothing"):
-        build_mulan(config)
+        musiclm_fast.MuLaN.from_config(config)
 
 
 def test_the_trainer_trains_what_is_not_frozen(tmp_path):

@@ -32,7 +32,7 @@ def inference(method: _Function) -> _Function:
     return run  # type: ignore[return-value]
 
 
-class _Wrapper(nn.Module):
+class Wrapper(nn.Module):
     # What the three wrappers share: tokenizers, conditioner, rates.
 
     namespace: str
@@ -129,7 +129,7 @@ class _Wrapper(nn.Module):
         return condition
 
 
-def _check_rates(first: Any, second: Any) -> None:
+def check_rates(first: Any, second: Any) -> None:
     rates = [getattr(part, "target_sample_hz", None) for part in (first, second)]
     if None not in rates and rates[0] != rates[1]:
         fail(
@@ -139,7 +139,7 @@ def _check_rates(first: Any, second: Any) -> None:
         )
 
 
-def _weighted(losses: list[tuple[Tensor, Any, float]]) -> Tensor:
+def weighted(losses: list[tuple[Tensor, Any, float]]) -> Tensor:
     # (loss, tokens, weight) -> the mean over all tokens, weights in the numerator only
     total = sum(loss * count * weight for loss, count, weight in losses)
     return total / sum(count for _, count, _ in losses)  # type: ignore[operator, return-value]

@@ -13,12 +13,12 @@ from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
 from musiclm_fast.audiolm.sampling import Sampling, append_id, forgetful_mask, unique_consecutive
 from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base.base import _check_rates, _weighted, _Wrapper, inference
-from musiclm_fast.audiolm.wrappers.base.codec_ids import _check_codebook, decode_rows, prime_ids
-from musiclm_fast.audiolm.wrappers.base.semantic import _check_semantic_sizes
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_rates, inference, weighted
+from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows, prime_ids
+from musiclm_fast.audiolm.wrappers.semantic import check_semantic_sizes
 
 
-class CoarseTransformerWrapper(_Wrapper):
+class CoarseTransformerWrapper(Wrapper):
     """Trains and samples a :class:`CoarseTransformer`; arguments of audiolm-pytorch.
 
     Args:
@@ -48,8 +48,8 @@ class CoarseTransformerWrapper(_Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, codec, audio_conditioner, pad_id, mask_prob)
-        _check_semantic_sizes(wav2vec, transformer)
-        _check_codebook(codec, transformer)
+        check_semantic_sizes(wav2vec, transformer)
+        check_codebook(codec, transformer)
         self.unique_consecutive = unique_consecutive
         self.semantic_cross_entropy_loss_weight = semantic_cross_entropy_loss_weight
         groups = getattr(codec, "rq_groups", 1)
@@ -204,7 +204,7 @@ class CoarseTransformerWrapper(_Wrapper):
         if semantic_token_ids is None:
             assert raw_wave is not None
             if coarse_token_ids is None and raw_wave_for_codec is raw_wave and codec_hz is None:
-                _check_rates(self.wav2vec, self.codec)
+                check_rates(self.wav2vec, self.codec)
             semantic_token_ids = self._semantic_ids(raw_wave, input_sample_hz)
         if coarse_token_ids is None:
             assert raw_wave_for_codec is not None
@@ -247,4 +247,4 @@ class CoarseTransformerWrapper(_Wrapper):
                 semantic_logits.transpose(1, 2), semantic_labels, ignore_index=self.pad_id
             )
             losses.append((semantic_loss, semantic_count, self.semantic_cross_entropy_loss_weight))
-        return _weighted(losses)
+        return weighted(losses)

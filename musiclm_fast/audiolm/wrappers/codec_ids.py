@@ -10,7 +10,7 @@ from torch import Tensor
 from musiclm_fast._checks import describe, fail
 
 
-def _check_codebook(codec: Any, transformer: Any) -> None:
+def check_codebook(codec: Any, transformer: Any) -> None:
     size = getattr(codec, "codebook_size", None)
     if isinstance(size, int) and size != transformer.codebook_size:
         fail("transformer", f"codebook_size={transformer.codebook_size}", f"the codec's, {size}")

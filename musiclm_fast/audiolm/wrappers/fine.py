@@ -13,11 +13,11 @@ from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
 from musiclm_fast.audiolm.sampling import Sampling, forgetful_mask
 from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base.base import _weighted, _Wrapper, inference
-from musiclm_fast.audiolm.wrappers.base.codec_ids import _check_codebook, decode_rows, prime_ids
+from musiclm_fast.audiolm.wrappers.base import Wrapper, inference, weighted
+from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows, prime_ids
 
 
-class FineTransformerWrapper(_Wrapper):
+class FineTransformerWrapper(Wrapper):
     """Trains and samples a :class:`FineTransformer`; arguments of audiolm-pytorch.
 
     Args:
@@ -43,7 +43,7 @@ class FineTransformerWrapper(_Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, None, codec, audio_conditioner, pad_id, mask_prob)
-        _check_codebook(codec, transformer)
+        check_codebook(codec, transformer)
         groups = getattr(codec, "rq_groups", 1)
         self.num_fine_quantizers = transformer.num_fine_quantizers * groups
         self.num_coarse_quantizers = transformer.num_coarse_quantizers * groups
@@ -232,4 +232,4 @@ class FineTransformerWrapper(_Wrapper):
             losses.append(
                 (coarse_loss, coarse_logits.shape[1], self.coarse_cross_entropy_loss_weight)
             )
-        return _weighted(losses)
+        return weighted(losses)

@@ -19,10 +19,10 @@ from musiclm_fast.audiolm.sampling import (
 )
 from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base.base import _Wrapper, inference
+from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
 
 
-class SemanticTransformerWrapper(_Wrapper):
+class SemanticTransformerWrapper(Wrapper):
     """Trains and samples a :class:`SemanticTransformer`; arguments of audiolm-pytorch.
 
     Args:
@@ -49,7 +49,7 @@ class SemanticTransformerWrapper(_Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, None, audio_conditioner, pad_id, mask_prob)
-        _check_semantic_sizes(wav2vec, transformer)
+        check_semantic_sizes(wav2vec, transformer)
         self.unique_consecutive = unique_consecutive
         self.eos_id = transformer.eos_id
 
@@ -191,7 +191,7 @@ class SemanticTransformerWrapper(_Wrapper):
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id)
 
 
-def _check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
+def check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
     size = getattr(wav2vec, "codebook_size", None)
     if size is not None and size != transformer.num_semantic_tokens:
         fail(

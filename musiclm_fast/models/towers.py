@@ -1,0 +1,80 @@
+"""What MuLaN needs of a tower, and the registry by which a configuration names a tower's class."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from musiclm_fast._checks import check_choice, fail
+
+_TOWERS: dict[str, dict[str, type[nn.Module]]] = {"audio": {}, "text": {}}
+KINDS = tuple(_TOWERS)
+
+
+class Tower(Protocol):
+    """A module that embeds clips or texts as vectors.
+
+    Attributes:
+        dim: width of the embeddings.
+        depth: number of blocks whose outputs can be asked for.
+        arguments: plain values; ``cls(**arguments)`` is the tower with fresh weights.
+    """
+
+    dim: int
+    depth: int
+    arguments: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``(B, dim)``, and with ``return_all_layers`` the earlier blocks' outputs."""
+
+
+class AudioTower(Tower, Protocol):
+    """A tower of clips.
+
+    Attributes:
+        front_end: has ``sample_hz``, the rate of its clips in Hz, or None if it is not known.
+    """
+
+    front_end: Any
+
+
+def register_tower(kind: str, tower: type[nn.Module]) -> type[nn.Module]:
+    """Let configurations hold towers of a class of one's own, by the class's name.
+
+    Args:
+        kind: ``"audio"`` or ``"text"``.
+        tower: a class whose instances have ``arguments``, plain values with which
+            ``tower(**arguments)`` builds the same architecture anew. ``models.arguments``'s
+            ``record_arguments`` makes them for most classes.
+
+    Raises:
+        ValueError: another kind, or a name that belongs to another class.
+    """
+    check_choice("kind", kind, KINDS)
+    known = _TOWERS[kind].setdefault(tower.__name__, tower)
+    if known is not tower:
+        fail("tower", tower.__qualname__, f"another name: {tower.__name__} is taken")
+    return tower
+
+
+def registered(kind: str) -> dict[str, type[nn.Module]]:
+    """The registered classes of a kind, by name."""
+    check_choice("kind", kind, KINDS)
+    return dict(_TOWERS[kind])
+
+
+def tower_config(kind: str, tower: nn.Module) -> dict[str, Any]:
+    """A tower as plain values: its class's name and its arguments.
+
+    Raises:
+        TypeError: its class is not registered.
+    """
+    name = type(tower).__name__
+    if _TOWERS[kind].get(name) is not type(tower):
+        names = " or ".join(_TOWERS[kind])
+        raise TypeError(
+            f"model.{kind}: got {name}, expected {names}, or a class given to "
+            "musiclm_fast.models.towers.register_tower"
+        )
+    return {"class": name, **cast(Tower, tower).arguments}
