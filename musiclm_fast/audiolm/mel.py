@@ -19,7 +19,8 @@ OFFSET = 0.1
 
 
 class LogMel(nn.Module):
-    # Log-mel frames (B, L // hop, bands) of waves (B, L), each centred on its own hop.
+    """Log-mel frames ``(B, L // hop, bands)`` of waves ``(B, L)``, each centred on its own hop."""
+
     window: Tensor
     filters: Tensor
     inverse: Tensor
@@ -71,7 +72,8 @@ class LogMel(nn.Module):
 
 
 class Fitted(nn.Module):
-    # What tokenizer and codec share: rate, frames, fitting on clips.
+    """What the tokenizer and the codec share: rate, frames, fitting on clips."""
+
     target_sample_hz: int
     downsample_factor: int
     is_fitted: Tensor

@@ -13,10 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import musiclm_fast
-
-DEFAULT_CHECKPOINT = "demo-output/mulan.pt"
-DEFAULT_MUSIC = "music-output"
-FAILED, INTERRUPTED = 2, 130
+from musiclm_fast.cli._common import FAILED, INTERRUPTED
 
 # command, in words: its module in this package
 _COMMANDS = {

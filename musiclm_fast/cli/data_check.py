@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from musiclm_fast.cli._common import add_source, choose_workers
 
 HELP = "read a whole collection and say what is wrong with it"
 SHOWN = 10  # names printed for each reason
@@ -42,37 +43,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help=f"name all, not {SHOWN} per reason")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that name a collection."""
-    parser.add_argument(
-        "source",
-        help="a manifest (csv, tsv, jsonl with path and caption), MusicCaps' csv, a folder with "
-        "one of these, or webdataset shards (a .tar, a folder or a quoted pattern of them)",
-    )
-    parser.add_argument(
-        "--kind",
-        default="auto",
-        metavar="KIND",
-        help="manifest, musiccaps, folder or webdataset (default: look)",
-    )
-    parser.add_argument("--audio", metavar="FOLDER", help="the sounds, if not beside the manifest")
-    parser.add_argument(
-        "--captions",
-        choices=("names", "tags"),
-        help="a folder without a manifest: captions from the files' names or their tags",
-    )
-
-
-def choose_workers(asked: int | None, sounds: int) -> int:
-    """How many processes read: what was asked for, else one per core where it pays."""
-    if asked is not None:
-        if asked < 0:
-            raise ValueError(f"workers: got {asked}, expected 0 or more")
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) if (cores or 1) > 1 and sounds >= 16 else 0
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from musiclm_fast.cli import INTERRUPTED
-from musiclm_fast.cli.data_check import add_source, choose_workers
+from musiclm_fast.cli._common import INTERRUPTED, add_source, choose_workers
 
 HELP = "decode and resample a collection once, for faster training"
 

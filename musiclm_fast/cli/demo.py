@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from musiclm_fast.cli import INTERRUPTED
+from musiclm_fast.cli._common import INTERRUPTED
 
 HELP = "train a small MuLaN on real audio, here and now"
 

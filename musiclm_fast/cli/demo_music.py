@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from musiclm_fast.cli import DEFAULT_CHECKPOINT, INTERRUPTED
+from musiclm_fast.cli._common import DEFAULT_CHECKPOINT, INTERRUPTED
 
 HELP = "go on from the demo's MuLaN to music, here and now"
 

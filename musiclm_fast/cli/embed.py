@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musiclm_fast.cli import INTERRUPTED
-from musiclm_fast.cli.eval import add_source
-from musiclm_fast.cli.search import add_model, load_embedder, updated_index
+from musiclm_fast.cli._common import INTERRUPTED, add_model, add_source, load_embedder
+from musiclm_fast.cli.search import updated_index
 
 if TYPE_CHECKING:
     from musiclm_fast.inference.embedder import Embedded, Embedder
@@ -21,12 +20,11 @@ _SUFFIXES = (".npz", ".safetensors")
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("source", help="a folder of sound files, or captioned sounds as for `eval`")
+    add_source(parser, "a folder of sound files, or captioned sounds as for `eval`")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="ends in .npz or .safetensors"
     )
     add_model(parser)
-    add_source(parser)
     parser.add_argument(
         "--index", metavar="FILE", help="of a folder of sound files, as for `search`"
     )

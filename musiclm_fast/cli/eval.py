@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from musiclm_fast.cli.search import add_model, load_embedder
+from musiclm_fast.cli._common import add_model, add_source, load_embedder
 
 HELP = "retrieval, zero-shot labels and embedding collapse on captioned sounds"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "source", help="captioned sounds: a manifest, a folder with one, or webdataset shards"
-    )
-    add_model(parser)
     add_source(parser)
+    add_model(parser)
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -32,15 +29,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="of the embeddings (default: t-SNE where scikit-learn is installed)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that say how a source is read."""
-    parser.add_argument("--kind", default="auto", help="of the source (default: look at it)")
-    parser.add_argument("--audio", metavar="FOLDER", help="the sounds', if not the manifest's")
-    parser.add_argument(
-        "--captions", choices=("names", "tags"), help="of a folder without a manifest"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

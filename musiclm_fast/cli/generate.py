@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from musiclm_fast.cli import DEFAULT_MUSIC
+from musiclm_fast.cli._common import DEFAULT_MUSIC
 
 HELP = "music for a text"
 

@@ -6,10 +6,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from musiclm_fast.cli import DEFAULT_CHECKPOINT, INTERRUPTED
+from musiclm_fast.cli._common import INTERRUPTED, add_model, load_embedder, shown
 
 if TYPE_CHECKING:
-    from musiclm_fast.inference.embedder import Embedder
     from musiclm_fast.inference.search_index import Changes, MusicIndex
 
 HELP = "find music in a folder by a text"
@@ -25,23 +24,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--index", metavar="FILE", help="where the index is kept (default: the user's cache folder)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that say how sounds are embedded."""
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_CHECKPOINT,
-        metavar="PATH",
-        help="the model: a checkpoint's file or folder (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--window", type=float, metavar="SECONDS", help="default: the length of the model's clips"
-    )
-    parser.add_argument(
-        "--stride", type=float, metavar="SECONDS", help="between windows; default: the window"
-    )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows at once")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,29 +61,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def shown(name: str) -> str:
-    """A file's name, which may be any bytes, as text that can be printed."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def clock(seconds: float) -> str:
     """Seconds as minutes and seconds, or hours, minutes and seconds."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def load_embedder(args: argparse.Namespace) -> Embedder:
-    """The model that :func:`add_model`'s arguments ask for."""
-    from musiclm_fast.inference.embedder import Embedder
-
-    try:
-        return Embedder.load(args.model, args.window, args.stride, args.batch_size)
-    except FileNotFoundError as error:
-        hint = "; `musiclm-fast demo` trains a small model and writes it there"
-        raise FileNotFoundError(
-            f"{error}{hint if args.model == DEFAULT_CHECKPOINT else ''}"
-        ) from error
 
 
 def updated_index(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from musiclm_fast.cli import DEFAULT_CHECKPOINT
+from musiclm_fast.cli._common import DEFAULT_CHECKPOINT
 
 HELP = "how well texts describe a sound file"
 

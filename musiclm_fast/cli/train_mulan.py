@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from musiclm_fast._config import help_text, read_config, to_yaml
-from musiclm_fast.cli import INTERRUPTED
+from musiclm_fast.cli._common import INTERRUPTED
 from musiclm_fast.training.mulan_config import TrainMuLaNConfig
 
 HELP = "train a MuLaN on sounds and captions of your own"

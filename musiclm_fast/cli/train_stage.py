@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from musiclm_fast.cli import DEFAULT_CHECKPOINT, DEFAULT_MUSIC, INTERRUPTED
+from musiclm_fast.cli._common import DEFAULT_CHECKPOINT, DEFAULT_MUSIC, INTERRUPTED
 
 HELP = "train a stage of MusicLM on a folder of sounds"
 

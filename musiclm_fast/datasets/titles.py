@@ -47,6 +47,7 @@ def title_captions(path: str, name: str, source: str) -> list[str]:
 
 
 def list_folder(folder: str, captions: str) -> Listing:
+    """List a folder's sound files, captioned by title; see :func:`title_captions`."""
     listing = Listing()
     for name in sound_files(folder):
         path = os.path.join(folder, name)

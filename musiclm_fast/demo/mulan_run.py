@@ -386,4 +386,5 @@ class DemoRun:
 
 
 def plain_config(config: DemoConfig) -> dict[str, Any]:
+    """The configuration as JSON has it."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

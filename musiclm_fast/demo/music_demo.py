@@ -24,7 +24,8 @@ from musiclm_fast.models.checkpoint import CheckpointError
 from musiclm_fast.musiclm.project import PARTS, MusicProject
 
 
-def recipe(config: MusicDemoConfig) -> dict[str, Any]:
+def plain_recipe(config: MusicDemoConfig) -> dict[str, Any]:
+    """The configuration as JSON has it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
 
@@ -164,7 +165,7 @@ def run_music_demo(
 def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[str, Any]:
     # The results so far, or new ones; an error where they are another recipe's.
     path = folder / RESULTS_FILE
-    recipe = recipe(config)
+    recipe = plain_recipe(config)
     names = [PARTS, RESULTS_FILE, *(f"{name}.pt" for name in STAGES)]
     if restart:
         for old in [*(folder / name for name in names), *folder.glob("generated/*.wav")]:

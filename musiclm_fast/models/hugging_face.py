@@ -166,7 +166,7 @@ def _inside(model: Any, part: str) -> nn.Module:
 
 
 def beside(model: Any, auto: str) -> Any:
-    # The tokenizer or feature extractor of a model's folder or name; None where there is no such.
+    """The tokenizer or feature extractor of a model's folder or name; None where there is none."""
     if not isinstance(model, (str, os.PathLike)):
         model = getattr(model, "name_or_path", "")
     if not model:
@@ -181,8 +181,10 @@ def beside(model: Any, auto: str) -> Any:
 
 
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-    # As JSON has it: what a configuration is read back as must equal what it was. The folder that
-    # it came from is no part of it.
+    """A configuration as JSON has it, without the folder that it came from.
+
+    What is read back must equal what was written.
+    """
     plain: dict[str, Any] = json.loads(
         json.dumps(values, default=str),
         object_hook=lambda found: {k: v for k, v in found.items() if k not in _ORIGINS},

@@ -33,7 +33,7 @@ def inference(method: _Function) -> _Function:
 
 
 class Wrapper(nn.Module):
-    # What the three wrappers share: tokenizers, conditioner, rates.
+    """What the three wrappers share: tokenizers, conditioner, rates."""
 
     namespace: str
     transformer: Any
@@ -130,6 +130,7 @@ class Wrapper(nn.Module):
 
 
 def check_rates(first: Any, second: Any) -> None:
+    """Refuse a tokenizer and a codec of different sample rates."""
     rates = [getattr(part, "target_sample_hz", None) for part in (first, second)]
     if None not in rates and rates[0] != rates[1]:
         fail(
@@ -140,6 +141,6 @@ def check_rates(first: Any, second: Any) -> None:
 
 
 def weighted(losses: list[tuple[Tensor, Any, float]]) -> Tensor:
-    # (loss, tokens, weight) -> the mean over all tokens, weights in the numerator only
+    """Mean over all tokens of ``(loss, tokens, weight)``, weights in the numerator only."""
     total = sum(loss * count * weight for loss, count, weight in losses)
     return total / sum(count for _, count, _ in losses)  # type: ignore[operator, return-value]

@@ -11,6 +11,7 @@ from musiclm_fast._checks import describe, fail
 
 
 def check_codebook(codec: Any, transformer: Any) -> None:
+    """Refuse a codec whose codebooks are not as large as the stage's."""
     size = getattr(codec, "codebook_size", None)
     if isinstance(size, int) and size != transformer.codebook_size:
         fail("transformer", f"codebook_size={transformer.codebook_size}", f"the codec's, {size}")

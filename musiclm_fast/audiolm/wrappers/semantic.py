@@ -192,6 +192,7 @@ class SemanticTransformerWrapper(Wrapper):
 
 
 def check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
+    """Refuse a tokenizer with another number of clusters than the stage knows."""
     size = getattr(wav2vec, "codebook_size", None)
     if size is not None and size != transformer.num_semantic_tokens:
         fail(
