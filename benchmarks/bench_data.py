@@ -190,7 +190,7 @@ def step(
     """Five training steps of the demo's model; each run adds the share of its time that the
     training process waited for data."""
     from musiclm_fast.demo.mulan_run import DemoConfig
-    from musiclm_fast.training.trainer import MuLaNTrainer
+    from musiclm_fast.training.mulan import MuLaNTrainer
 
     torch.manual_seed(0)
     folder = new_folder()

@@ -32,7 +32,7 @@ def pairs(case: bench.Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def trainer(model: torch.nn.Module, case: bench.Case, device: str, folder: Path) -> Any:
     """A trainer on that dataset, over and over, with its log in ``folder``."""
-    from musiclm_fast.training.trainer import MuLaNTrainer
+    from musiclm_fast.training.mulan import MuLaNTrainer
 
     return MuLaNTrainer(
         model, pairs(case), num_train_steps=10**6, batch_size=case.batch, valid_frac=0.0,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
     from musiclm_fast.models.text_tower import TextTransformer
     from musiclm_fast.musiclm.musiclm import MusicLM
-    from musiclm_fast.training.trainer import MuLaNTrainer
+    from musiclm_fast.training.mulan import MuLaNTrainer
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOMES = {
     "HuggingFaceText": "models.hugging_face_text",
     "MuLaN": "models.mulan",
     "MuLaNEmbedQuantizer": "models.quantizer",
-    "MuLaNTrainer": "training.trainer",
+    "MuLaNTrainer": "training.mulan",
     "MusicLM": "musiclm.musiclm",
     "SigmoidContrastiveLearning": "models.losses",
     "SoftmaxContrastiveLearning": "models.losses",

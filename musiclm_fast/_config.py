@@ -26,9 +26,16 @@ class ConfigError(ValueError):
     """A configuration with an unknown field, a wrong type or a value out of range."""
 
 
-def may_change(default: Any) -> Any:
-    """A field that a resumed run may have otherwise."""
-    return dataclasses.field(default=default, metadata={"may_change": True})
+def setting(default: Any, *, argument: str | None = None, may_change: bool = False) -> Any:
+    """A field of a configuration.
+
+    Args:
+        default: its value where nothing else is said.
+        argument: its name as a keyword argument, if that is another.
+        may_change: whether a resumed run may have another value.
+    """
+    metadata = {"argument": argument, "may_change": may_change}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] = ()) -> T:
@@ -45,7 +52,7 @@ def read_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
             message names it.
         ImportError: pyyaml is not installed.
     """
-    return from_plain(cls, read_values(file, overrides))
+    return from_plain(cls(), read_values(file, overrides))
 
 
 def read_values(file: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,23 +94,35 @@ def _put(values: dict[str, Any], path: str, value: Any) -> None:
     values[last] = value
 
 
-def from_plain(cls: type[T], values: Any, path: str = "") -> T:
-    """An instance from nested dictionaries of plain values.
+def from_plain(default: T, values: Any, path: str = "") -> T:
+    """A configuration from nested dictionaries of plain values; what they lack is ``default``'s.
 
     Raises:
         ConfigError: a field is unknown, of a wrong type or out of range.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path.rstrip('.')}: got {_name(values)}, expected its fields")
-    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(typing.cast(Any, default))]
     for name in values:
-        if name not in hints:
-            raise ConfigError(_unknown(f"{path}{name}", [path + field for field in hints]))
-    arguments = {n: _convert(hints[n], value, path + n) for n, value in values.items()}
+        if name not in known:
+            raise ConfigError(_unknown(f"{path}{name}", [path + field for field in known]))
+    changes = {n: convert_field(default, n, value, path + n) for n, value in values.items()}
     try:
-        return cls(**arguments)
+        return dataclasses.replace(typing.cast(Any, default), **changes)
     except ConfigError as error:
         raise ConfigError(f"{path}{error}") from None
+
+
+def convert_field(default: Any, name: str, value: Any, path: str) -> Any:
+    """A plain value as a field of ``default`` holds it; ``path`` names the field in errors.
+
+    Raises:
+        ConfigError: it is of a wrong type.
+    """
+    hint = typing.get_type_hints(type(default))[name]
+    if dataclasses.is_dataclass(hint):
+        return from_plain(getattr(default, name), {} if value is None else value, f"{path}.")
+    return _convert(hint, value, path)
 
 
 def _unknown(got: str, known: list[str]) -> str:
@@ -114,8 +133,6 @@ def _unknown(got: str, known: list[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_plain(typing.cast(type, hint), {} if value is None else value, f"{path}.")
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -172,8 +189,14 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """What each field of a dataclass is, from the ``Args:`` of its docstring."""
-    _, _, text = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
+    """What each field of a dataclass is, from the ``Args:`` of its docstring and its bases'."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _explained(inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2])
+    return found
+
+
+def _explained(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
     for line in text.splitlines():

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
 from musiclm_fast.demo.mulan_run import (
     MODEL_FILE,
     RESULTS_FILE,
+    TRAINING,
     DemoConfig,
     DemoRun,
     Notes,
@@ -23,6 +25,7 @@ from musiclm_fast.demo.mulan_run import (
 )
 from musiclm_fast.evaluation.metrics import collapsed_loss
 from musiclm_fast.models.checkpoint import save_checkpoint
+from musiclm_fast.training.run_folder import RunFolder
 
 EXAMPLE_PROGRAMS = (0, 24, 56)  # grand piano, nylon string guitar, trumpet
 
@@ -51,7 +54,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Render, train (or resume), evaluate, and write everything to ``folder``.
 
-    Files: ``mulan.pt`` (the model), ``training.pt`` (to resume), ``results.json``,
+    Files: ``mulan.pt`` (the model), ``training/`` (checkpoints and the log), ``results.json``,
     ``spectrograms.png``, ``loss.png``, ``similarity.png`` and a few held-out notes as wav files.
 
     Args:
@@ -79,11 +82,9 @@ def run_demo(
         f"{len(data.parts['train'])} to train on ({rendered:.0f} s)"
     )
 
-    run = DemoRun(config, data, folder, device)
     if restart:
-        run.state_file.unlink(missing_ok=True)
-    elif run.resume():
-        say(f"resuming at step {run.step} of {config.steps}")
+        RunFolder(folder / TRAINING).clear()
+    run = DemoRun(config, data, folder, device)
     baseline = collapsed_loss(config.batch_size)
     size = sum(p.numel() for p in run.mulan.parameters()) / 1e6
     say(
@@ -101,7 +102,7 @@ def run_demo(
     )
 
     accuracy = run.evaluate()
-    recent = run.losses[-50:]
+    recent = [loss for _, loss in run.log("train_loss")[-50:]]
     results = {
         "config": plain_config(config),
         "accuracy": {
@@ -110,16 +111,17 @@ def run_demo(
         "chance": 1 / config.instruments,
         "final_loss": sum(recent) / len(recent),
         "collapsed_loss": baseline,
-        "training_seconds": round(run.seconds, 1),
+        "training_seconds": round(run.trainer.seconds, 1),
         "threads": torch.get_num_threads(),
-        "device": device,
+        "device": str(run.device),
         "torch": torch.__version__,
     }
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    with atomic_file(folder / RESULTS_FILE) as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
 
-    from musiclm_fast.demo import mulan_figures as demo_figures
+    from musiclm_fast.demo import mulan_figures
 
-    demo_figures.write_all(run, accuracy)
+    mulan_figures.write_all(run, accuracy)
     examples = write_examples(data, folder)
 
     say("")
@@ -129,8 +131,8 @@ def run_demo(
         f"(ln({config.batch_size - 1}) = {baseline:.2f})"
     )
     say(
-        f"{'training time':<28}{run.seconds:>7.0f}s   "
-        f"({1000 * run.seconds / max(1, run.step):.0f} ms a step)"
+        f"{'training time':<28}{run.trainer.seconds:>7.0f}s   "
+        f"({1000 * run.trainer.seconds / max(1, run.trainer.step):.0f} ms a step)"
     )
     say("")
     say(

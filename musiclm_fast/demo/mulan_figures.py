@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from musiclm_fast._plotting import ACCENT, LINE, pyplot
+from musiclm_fast._plotting import ACCENT, LINE, pyplot, save_figure
 from musiclm_fast.evaluation.metrics import collapsed_loss
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.front_end import draw_masks
@@ -77,14 +77,13 @@ def spectrograms(run: DemoRun, count: int = 3) -> None:
         axis.set_xlabel("seconds")
     bar = figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01)
     bar.set_label("normalised log-mel power")
-    figure.savefig(run.folder / "spectrograms.png")
-    plt.close(figure)
+    save_figure(plt, figure, run.folder / "spectrograms.png")
 
 
 def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
     """Loss of each step with the line at which a collapsed model stays, and accuracy below."""
     plt = pyplot()
-    losses = np.array(run.losses)
+    losses = np.array([loss for _, loss in run.log("train_loss")])
     steps = np.arange(1, len(losses) + 1)
     baseline = collapsed_loss(run.config.batch_size)
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(3, 2))
@@ -105,8 +104,8 @@ def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
     top.set_ylabel("contrastive loss")
     top.legend(frameon=False, loc="lower left")
     top.set_title(f"MuLaN on {run.config.instruments} General MIDI instruments", loc="left")
-    if run.checks:
-        at, value = zip(*run.checks, strict=True)
+    if checks := run.log("held-out pitches"):
+        at, value = zip(*checks, strict=True)
         below.plot(at, [100 * v for v in value], color=LINE, marker="o", markersize=3)
     final = accuracy["held-out pitches"][1]
     below.axhline(100 / run.config.instruments, color=ACCENT, linewidth=1.2, linestyle="--")
@@ -125,8 +124,7 @@ def loss_curve(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
         f"at pitches held out of training; in the end {final:.1%} of all notes there", loc="left"
     )
     below.set_xlabel("step")
-    figure.savefig(run.folder / "loss.png")
-    plt.close(figure)
+    save_figure(plt, figure, run.folder / "loss.png")
 
 
 def similarity(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
@@ -156,5 +154,4 @@ def similarity(run: DemoRun, accuracy: dict[str, dict[int, float]]) -> None:
             axis.axhline(index - 0.5, color="white", linewidth=0.8)
             axis.axvline(index - 0.5, color="white", linewidth=0.8)
     figure.colorbar(shown, ax=axis, shrink=0.5, pad=0.02)
-    figure.savefig(run.folder / "similarity.png")
-    plt.close(figure)
+    save_figure(plt, figure, run.folder / "similarity.png")

@@ -8,17 +8,16 @@ the seed and the step, so a run that was stopped and resumed equals one that nev
 
 from __future__ import annotations
 
-import math
-import time
+import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_fast._checkpoint import read_checkpoint, save_atomically
 from musiclm_fast._checks import (
     check_choice,
     check_not_negative_int,
@@ -28,23 +27,25 @@ from musiclm_fast._checks import (
 )
 from musiclm_fast._files import default_cache_folder
 from musiclm_fast._progress import progress_bar
-from musiclm_fast._signals import stop_requests
 from musiclm_fast.demo.captioned_notes import CaptionedNotes
 from musiclm_fast.demo.instruments import INSTRUMENTS, Instrument, zero_shot_prompts
 from musiclm_fast.demo.pitches import split_by_pitch
 from musiclm_fast.demo.rendering import NoteSet, render_notes
 from musiclm_fast.evaluation.metrics import (
-    collapsed_loss,
     embed_clips,
     label_latents,
     zero_shot_accuracy,
 )
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
-from musiclm_fast.models.checkpoint import CheckpointError
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text_tower import TextTransformer
+from musiclm_fast.training.mulan import MuLaNTrainer
+from musiclm_fast.training.mulan_config import MuLaNTrainingConfig, MuLaNValidationConfig
+from musiclm_fast.training.options import OptimizerConfig, RunOptions, ScheduleConfig
+from musiclm_fast.training.run_log import Log
 
-MODEL_FILE, STATE_FILE, RESULTS_FILE = "mulan.pt", "training.pt", "results.json"
+MODEL_FILE, RESULTS_FILE = "mulan.pt", "results.json"
+TRAINING = "training"  # the folder of the run
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,20 @@ class DemoConfig:
             torch.nn.init.normal_(embedding.weight, std=0.05)
         return MuLaN(audio, text, max_temperature=self.max_temperature)
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    def options(self, folder: Path) -> RunOptions:
+        """The options of the training run, whose checkpoints are in ``folder``."""
+        return RunOptions(
+            OptimizerConfig(
+                "adamw", self.learning_rate, (0.9, 0.98), weight_decay=self.weight_decay,
+                max_grad_norm=self.max_grad_norm,
+            ),
+            ScheduleConfig("cosine", self.warmup_steps, final=0.02),
+            MuLaNTrainingConfig(
+                str(folder), steps=self.steps, batch_size=self.batch_size, seed=self.seed,
+                max_skipped_steps=1, save_every=250, keep_last=1, keep_best=0, log_every=1,
+            ),
+            MuLaNValidationConfig(every=max(1, self.steps // 20)),
+        )  # fmt: skip
 
 
 @dataclass
@@ -195,7 +204,7 @@ class Notes:
         return zero_shot_accuracy(audio, prompts, self.label[clips].to(audio.device), ks)
 
 
-class _Batches:
+class Batches:
     """Draws batches; the same step gives the same batch, whatever came before it."""
 
     def __init__(self, data: Notes, config: DemoConfig) -> None:
@@ -212,6 +221,7 @@ class _Batches:
         self.by_label = [clips for clips in by_label if len(clips)]
 
     def draw(self, step: int) -> tuple[Tensor, list[str]]:
+        """Clips ``(B, samples)`` and their captions."""
         self.generator.manual_seed(self.config.seed * 1_000_003 + step)
         rounds = -(-self.config.batch_size // len(self.by_label))
         order = [torch.randperm(len(self.by_label), generator=self.generator)] * rounds
@@ -224,149 +234,91 @@ class _Batches:
         return torch.stack([wav for wav, _ in rows]), [text for _, text in rows]
 
 
+class DemoTrainer(MuLaNTrainer):
+    """Trains on batches of distinct instruments, and measures accuracy at held-out pitches.
+
+    Args:
+        config: the recipe.
+        data: the notes.
+        folder: of the checkpoints; a run that is there is resumed.
+        device: where the model trains.
+    """
+
+    shown = ("loss", "held-out pitches")
+    advice = "choose another --output, or --restart to train anew"
+
+    def __init__(self, config: DemoConfig, data: Notes, folder: Path, device: str) -> None:
+        self.config, self.data, self.draws = config, data, Batches(data, config)
+        held_out = data.parts["held-out pitches"]
+        self.sample = np.random.default_rng(0).permutation(held_out)[:256]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            mulan = config.build()
+        super().__init__(
+            mulan, self.draws.clips, options=config.options(folder), resume=True,
+            accelerate_kwargs={"cpu": device == "cpu"},
+        )  # fmt: skip
+
+    def split(self, dataset: Any, valid_dataset: Any) -> tuple[Any, Any]:
+        """The notes are split by pitch."""
+        return dataset, dataset
+
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        """Batches from step ``start`` on."""
+        for step in itertools.count(start):
+            wavs, texts = self.draws.draw(step)
+            yield {"wavs": wavs, "raw_texts": texts}
+
+    def backward(self, inputs: dict[str, Any], share: float) -> Tensor:
+        """Add the gradients; masks and dropped patches are a function of the seed and the step."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            return super().backward(inputs, share)
+
+    def measure(self) -> Log:
+        """Accuracy at a sample of the held-out pitches."""
+        mulan = self.evaluated
+        prompts = label_latents(mulan, zero_shot_prompts(self.data.instruments))
+        return {"held-out pitches": self.data.accuracy(mulan, prompts, self.sample)[1]}
+
+    def facts(self) -> dict[str, Any]:
+        """The recipe."""
+        return plain_config(self.config)
+
+
 class DemoRun:
     """A training run that can be stopped at any moment and resumed.
 
     Args:
         config: the recipe.
         data: the notes.
-        folder: where ``training.pt`` and everything else is written.
+        folder: where everything is written; checkpoints and the log are in ``training/`` there.
         device: where the model trains.
+
+    Raises:
+        CheckpointError: the folder holds a run of another recipe, or a damaged one.
     """
 
     def __init__(self, config: DemoConfig, data: Notes, folder: Path, device: str = "cpu") -> None:
-        self.config, self.data, self.folder, self.device = config, data, folder, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.mulan = config.build().to(device)
-        matrices = [p for p in self.mulan.parameters() if p.ndim > 1]
-        others = [p for p in self.mulan.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
-        self.batches = _Batches(data, config)
-        self.step = 0
-        self.seconds = 0.0  # spent in training steps, over all sittings
-        self.losses: list[float] = []
-        self.checks: list[tuple[int, float]] = []  # (step, top-1 at a sample of held-out pitches)
+        self.config, self.data, self.folder = config, data, folder
+        self.trainer = DemoTrainer(config, data, folder / TRAINING, device)
+        self.device = self.trainer.device
 
     @property
-    def state_file(self) -> Path:
-        """Where the run is saved."""
-        return self.folder / STATE_FILE
+    def mulan(self) -> MuLaN:
+        """The model."""
+        return cast(MuLaN, self.trainer.unwrapped)
 
-    def save(self) -> None:
-        """Write everything needed to go on, atomically."""
-        save_atomically(
-            self.state_file,
-            {
-                "config": plain_config(self.config),
-                "step": self.step,
-                "seconds": self.seconds,
-                "losses": self.losses,
-                "checks": self.checks,
-                "model": self.mulan.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
+    def log(self, name: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of each line of the log that has ``name``."""
+        lines = self.trainer.run.read_log()
+        return [(line["step"], line[name]) for line in lines if name in line]
 
-    def resume(self) -> bool:
-        """Go on from the saved state, if there is one.
-
-        Raises:
-            CheckpointError: the saved run had another recipe, or its file is damaged.
-        """
-        if not self.state_file.exists():
-            return False
-        state = read_checkpoint(self.state_file)
-        advice = "choose another --output, or --restart to train anew"
-        saved, wanted = state.get("config"), plain_config(self.config)
-        if saved != wanted:
-            saved = saved if isinstance(saved, dict) else {}
-            other = [
-                f"{name} = {saved[name]!r}, not {value!r}"
-                for name, value in wanted.items()
-                if name in saved and saved[name] != value
-            ]
-            raise CheckpointError(
-                f"output: {str(self.state_file)!r} is another run "
-                f"({'; '.join(other) or 'no such configuration'}); {advice}"
-            )
-        try:
-            self.mulan.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
-            self.losses, self.checks = list(state["losses"]), list(state["checks"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"output: {str(self.state_file)!r} cannot be resumed ({error}); {advice}"
-            ) from error
-        return True
-
-    def train_step(self) -> float:
-        """One optimizer step; returns the loss."""
-        self.mulan.train()
-        wavs, texts = self.batches.draw(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(self.step)
-        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # masks, patch dropout
-            loss = self.mulan(wavs.to(self.device), raw_texts=texts)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.mulan.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.step += 1
-        self.losses.append(loss.item())
-        return self.losses[-1]
-
-    def train(self, until: int | None = None, check_every: int | None = None) -> None:
-        """Train to step ``until`` (default: the end), saving every two minutes and at the end.
-
-        Every ``check_every`` steps (default: a twentieth of the run) the accuracy at a sample of
-        the held-out pitches is measured, for the plot.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C (or SIGTERM) came; the step was finished and the run saved.
-            FloatingPointError: the loss is not finite; the last saved state stays as it is.
-        """
-        until = self.config.steps if until is None else min(until, self.config.steps)
-        check_every = check_every or max(1, self.config.steps // 20)
-        baseline = f"{collapsed_loss(self.config.batch_size):.2f}"
-        sample = np.random.default_rng(0).permutation(self.data.parts["held-out pitches"])[:256]
-        saved_at = time.monotonic()
-        bar = progress_bar(total=self.config.steps, initial=self.step, unit="step", desc="training")
-        with bar, stop_requests() as stopped:
-            while self.step < until and not stopped():
-                began = time.monotonic()
-                loss = self.train_step()
-                self.seconds += time.monotonic() - began
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {self.step}")
-                if self.step % check_every == 0:
-                    self.checks.append((self.step, self._check(sample)))
-                shown = {"loss": f"{loss:.2f}", f"ln{self.config.batch_size - 1}": baseline}
-                if self.checks:
-                    shown["unheard pitches"] = f"{self.checks[-1][1]:.0%}"
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-                if time.monotonic() - saved_at > 60:
-                    self.save()
-                    saved_at = time.monotonic()
-            self.save()
-            if stopped():
-                raise KeyboardInterrupt
-
-    def _check(self, clips: np.ndarray) -> float:
-        prompts = label_latents(self.mulan, zero_shot_prompts(self.data.instruments))
-        return self.data.accuracy(self.mulan, prompts, clips)[1]
+    def train(self, until: int | None = None) -> None:
+        """Train to step ``until`` (default: the end); see :meth:`.engine.Engine.train`."""
+        steps = self.config.steps
+        self.trainer.num_train_steps = steps if until is None else min(until, steps)
+        self.trainer.train()
 
     def evaluate(self) -> dict[str, dict[int, float]]:
         """Zero-shot accuracy of each part: ``{part: {1: top-1, 5: top-5}}``."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
 from musiclm_fast._progress import progress_bar
 from musiclm_fast._signals import stop_requests
@@ -22,6 +23,7 @@ from musiclm_fast.demo.music_run import RESULTS_FILE, MusicDemo, MusicDemoConfig
 from musiclm_fast.evaluation.instrument_classifier import nearest_clip
 from musiclm_fast.models.checkpoint import CheckpointError
 from musiclm_fast.musiclm.project import PARTS, MusicProject
+from musiclm_fast.training.run_folder import RunFolder, stage_form
 
 
 def plain_recipe(config: MusicDemoConfig) -> dict[str, Any]:
@@ -55,9 +57,8 @@ def judge_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def run_music_demo(
@@ -106,7 +107,7 @@ def run_music_demo(
             continue
         log = project.train(
             name, demo.train, demo.rate, steps[name], config.batch_size,
-            learning_rate=config.learning_rate, seed=config.seed, accelerate_kwargs={"cpu": True},
+            lr=config.learning_rate, random_split_seed=config.seed, accelerate_kwargs={"cpu": True},
         )  # fmt: skip
         results["stages"][name] = log
         _write_json(folder / RESULTS_FILE, results)
@@ -170,6 +171,8 @@ def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[
     if restart:
         for old in [*(folder / name for name in names), *folder.glob("generated/*.wav")]:
             old.unlink(missing_ok=True)
+        for name in STAGES:
+            RunFolder(folder / name, stage_form(name)).clear()
     if path.is_file():
         try:
             results: dict[str, Any] = json.loads(path.read_text())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from musiclm_fast._plotting import pyplot
+from musiclm_fast._plotting import pyplot, save_figure
 from musiclm_fast.evaluation.instrument_classifier import log_mel
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def _spectrograms(
         axis.set_title(title, loc="left")
     axes[-1].set_xlabel("seconds")
     figure.colorbar(shown, ax=axes, label="dB", shrink=0.6, pad=0.02)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(plt, figure, path)
 
 
 def _positions(hertz: tuple[int, ...], rate: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 _SUBMODULES = {
     "musiclm_pytorch": "musiclm_fast",
     "musiclm_pytorch.musiclm_pytorch": "musiclm_fast",
-    "musiclm_pytorch.trainer": "musiclm_fast.training.trainer",
+    "musiclm_pytorch.trainer": "musiclm_fast.training.mulan",
 }
 
 

@@ -1,7 +1,8 @@
 """From a MuLaN to music: fits tokenizer, codec and quantizer, trains the stages, generates.
 
 All of it lives in one folder: ``parts.pt`` holds the sizes, tokenizer, codec and quantizer,
-``semantic.pt``, ``coarse.pt`` and ``fine.pt`` the stages. Everything is read weights-only.
+``semantic.pt``, ``coarse.pt`` and ``fine.pt`` the stages, and ``semantic/``, ``coarse/`` and
+``fine/`` their runs: checkpoints, log and configuration. Everything is read weights-only.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from musiclm_fast._checkpoint import CheckpointError, read_checkpoint, save_atomically
-from musiclm_fast._checks import check_choice, check_positive, check_positive_int, fail
-from musiclm_fast._progress import progress_bar
-from musiclm_fast._signals import stop_requests
+from musiclm_fast._checks import check_choice
 from musiclm_fast.audiolm.audio_lm import STAGES, AudioLM
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
@@ -31,55 +31,31 @@ from musiclm_fast.audiolm.semantic import SemanticTransformer
 from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
+from musiclm_fast.musiclm.config import MusicConfig, TrainStageConfig
 from musiclm_fast.musiclm.musiclm import MusicLM
+from musiclm_fast.training.options import RunOptions
 from musiclm_fast.training.stages import (
-    CoarseTransformerTrainer,
-    FineTransformerTrainer,
-    SemanticTransformerTrainer,
+    TRAINERS,
+    StageTrainer,
 )
 
 PARTS = "parts.pt"
 
 
-@dataclass(frozen=True)
-class MusicConfig:
-    """Sizes of a small MusicLM.
+def saved_sizes(folder: str | Path) -> MusicConfig:
+    """The sizes of the project in a folder.
 
-    Args:
-        dim, depth, heads: of each stage.
-        residual_streams: of the stages' hyper-connections; 1 is a plain residual, and faster.
-        semantic_tokens: clusters of the semantic tokenizer.
-        semantic_hop: samples at 16 kHz per semantic token.
-        codebook_size: entries of each of the codec's codebooks.
-        codec_hop: samples at 16 kHz per time step of the codec.
-        codec_bands: mel bands of the codec; more rebuild better, fewer are easier to learn.
-        coarse_quantizers, fine_quantizers: how many the two stages write.
-        condition_quantizers, condition_codes: codebooks of the quantizer of MuLaN's embeddings.
-        window_seconds: MuLaN hears longer clips in windows of this length, every half of it; 0
-            for as a whole.
+    Raises:
+        CheckpointError: the folder's file is not a project's.
     """
+    return _config_of(Path(folder) / PARTS, read_checkpoint(Path(folder) / PARTS))
 
-    dim: int = 256
-    depth: int = 4
-    heads: int = 4
-    residual_streams: int = 4
-    semantic_tokens: int = 128
-    semantic_hop: int = 640
-    codebook_size: int = 256
-    codec_hop: int = 320
-    codec_bands: int = 64
-    coarse_quantizers: int = 2
-    fine_quantizers: int = 2
-    condition_quantizers: int = 8
-    condition_codes: int = 64
-    window_seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name != "window_seconds":
-                check_positive_int(name, value)
-        if not 0 <= self.window_seconds < math.inf:
-            fail("window_seconds", self.window_seconds, "0 or a number of seconds")
+def _config_of(path: Path, state: dict[str, Any]) -> MusicConfig:
+    try:
+        return MusicConfig(**state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no project's: {error}") from error
 
 
 class MusicProject:
@@ -102,10 +78,8 @@ class MusicProject:
         state: dict[str, Any] = {}
         if mulan is None:
             state = read_checkpoint(self.folder / PARTS)
-            try:
-                mulan, config = MuLaN.from_config(state["mulan"]), MusicConfig(**state["config"])
-            except (KeyError, TypeError) as error:
-                raise CheckpointError(f"{self.folder / PARTS} is no project's: {error}") from error
+            config = _config_of(self.folder / PARTS, state)
+            mulan = MuLaN.from_config(state.get("mulan", {}))
         c = self.config = config or MusicConfig()
         self.tokenizer = MelKmeans(c.semantic_tokens, downsample_factor=c.semantic_hop)
         self.codec = MelCodec(
@@ -172,98 +146,108 @@ class MusicProject:
                 torch.nn.init.normal_(weight, std=0.05)
         return stage
 
-    def train(
+    def trainer(
         self,
         name: str,
         dataset: Dataset[Any] | Sequence[Tensor],
         sample_hz: int,
-        steps: int,
-        batch_size: int = 16,
-        *,
-        learning_rate: float = 1e-3,
-        warmup_steps: int = 50,
-        save_every_seconds: float = 60.0,
-        seed: int = 0,
+        options: RunOptions,
         **kwargs: Any,
-    ) -> dict[str, float]:
-        """Train a stage on clips and write it, or go on where an earlier call was stopped.
+    ) -> StageTrainer:
+        """The trainer of a stage, which goes on where an earlier run of it stopped.
 
-        The learning rate rises linearly, then falls by a cosine to 2%. A run that was stopped and
-        goes on with the same arguments ends with the weights of one that never was.
+        Its checkpoints and its log are in a folder of the stage's name.
 
         Args:
             name: semantic, coarse or fine.
             dataset: clips ``(samples,)``, or tuples that start with one.
             sample_hz: their rate.
-            steps: optimizer steps in all.
-            batch_size: clips per step.
-            learning_rate, warmup_steps: of Adam.
-            save_every_seconds: between two saves.
-            seed: of weights, masks and the order of the clips.
+            options: of the run; ``training.output`` is the project's folder, whatever it says.
             **kwargs: passed on to the stage's trainer.
+        """
+        seed = options.training.seed
+        drawn = random.getstate()  # which stream a hyper-connection starts on
+        random.seed(seed)
+        stage = self.stage(name)
+        random.setstate(drawn)
+        training = replace(options.training, output=str(self.folder / name))
+        parts: dict[str, tuple[Any, ...]] = {
+            "semantic": (self.tokenizer, stage),
+            "coarse": (stage, self.codec, self.tokenizer),
+            "fine": (stage, self.codec),
+        }
+        trainer = TRAINERS[name](
+            *parts[name], dataset=cast(Any, dataset), audio_conditioner=self.quantizer,
+            data_sample_hz=sample_hz, options=replace(options, training=training), resume=True,
+            **kwargs,
+        )  # fmt: skip
+        if trainer.step == 0 and self.stage_file(name).is_file():
+            trainer.load(self.stage_file(name))  # a project of an earlier version
+        return trainer
+
+    def train(
+        self,
+        name: str,
+        dataset: Dataset[Any] | Sequence[Tensor],
+        sample_hz: int,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        *,
+        options: RunOptions | None = None,
+        accelerate_kwargs: dict[str, Any] | None = None,
+        num_workers: int = 0,
+        **arguments: Any,
+    ) -> dict[str, float]:
+        """Train a stage on clips and write it, or go on where an earlier call was stopped.
+
+        A run that was stopped and goes on with the same arguments ends with the weights of one
+        that never was.
+
+        Args:
+            name: semantic, coarse or fine.
+            dataset: clips ``(samples,)``, or tuples that start with one.
+            sample_hz: their rate.
+            steps: optimizer steps in all; default those of the options.
+            batch_size: clips per step; default that of the options.
+            options: of the run; default those of ``musiclm-fast train``.
+            accelerate_kwargs, num_workers: see the stage's trainer.
+            **arguments: fields of the options, such as ``lr``, ``warmup_steps`` or
+                ``random_split_seed``.
 
         Returns:
             ``{"loss": mean of up to 50 last steps, "valid_loss": ..., "steps": ...,
-            "seconds": of this call's steps}``.
+            "seconds": of this call}``.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C (or SIGTERM) came; the step was finished and the stage saved.
-            FloatingPointError: the loss is not finite; the last saved state stays as it is.
+            KeyboardInterrupt: Ctrl-C (or SIGTERM) came; the step was finished and the run saved.
+            FloatingPointError: too many steps in a row were not finite.
+            CheckpointError: an earlier run of the stage had other options.
         """
-        check_positive_int("steps", steps)
-        check_positive("learning_rate", learning_rate)
-        options: dict[str, Any] = dict(
-            num_train_steps=steps, batch_size=batch_size, dataset=dataset,
-            audio_conditioner=self.quantizer, data_sample_hz=sample_hz, save_model_every=10**9,
-            save_results_every=10**9, results_folder=self.folder, lr=learning_rate,
-            random_split_seed=seed,
-        )  # fmt: skip
-        options.update(kwargs)
+        check_choice("stage", name, STAGES)
+        options = options or RunOptions.of(TrainStageConfig())
+        for argument, value in (("num_train_steps", steps), ("batch_size", batch_size)):
+            if value is not None:
+                arguments[argument] = value
+        options = options.with_arguments(arguments)
+        losses: deque[float] = deque(maxlen=50)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            drawn = random.getstate()  # which stream a hyper-connection starts on
-            random.seed(seed)
-            stage = self.stage(name)
-            random.setstate(drawn)
-            trainer: Any
-            if name == "semantic":
-                trainer = SemanticTransformerTrainer(self.tokenizer, stage, **options)
-            elif name == "coarse":
-                trainer = CoarseTransformerTrainer(stage, self.codec, self.tokenizer, **options)
-            else:
-                trainer = FineTransformerTrainer(stage, self.codec, **options)
-            path = self.folder / f"{name}.pt"
-            if path.is_file():
-                trainer.load(path)
-            seconds = 0.0
-            losses: list[float] = []
-            done = saved = int(trainer.steps)
-            bar = progress_bar(total=steps, initial=done, unit="step", desc=f"training {name}")
-            saved_at = time.monotonic()
-            with bar, stop_requests() as stopped:
-                while done < steps and not stopped():
-                    rate = _learning_rate(learning_rate, done, warmup_steps, steps)
-                    for group in trainer.optim.param_groups:
-                        group["lr"] = rate
-                    began = time.monotonic()
-                    loss = trainer.train_step()["loss"]
-                    seconds += time.monotonic() - began
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(f"the loss is {loss} at step {done + 1}")
-                    done += 1
-                    losses = [*losses[-49:], loss]
-                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
-                    bar.update()
-                    if time.monotonic() - saved_at > save_every_seconds:
-                        trainer.save(path)
-                        saved, saved_at = done, time.monotonic()
-                if saved < done or not path.is_file():
-                    trainer.save(path)
-                if stopped() and done < steps:
-                    raise KeyboardInterrupt
-            recent = sum(losses) / len(losses) if losses else math.nan
-            valid: float = trainer.validate()
-        return {"loss": recent, "valid_loss": valid, "steps": done, "seconds": seconds}
+            torch.manual_seed(options.training.seed)
+            trainer = self.trainer(
+                name, dataset, sample_hz, options, accelerate_kwargs=accelerate_kwargs,
+                num_workers=num_workers,
+            )  # fmt: skip
+            began = time.monotonic()
+            trainer.train(lambda log: losses.append(log["loss"]))
+            seconds = time.monotonic() - began
+            trainer.save(self.stage_file(name))
+            found = trainer.last_validation or trainer.measure()
+        recent = sum(losses) / len(losses) if losses else math.nan
+        valid = found["valid_loss"]
+        return {"loss": recent, "valid_loss": valid, "steps": trainer.step, "seconds": seconds}
+
+    def stage_file(self, name: str) -> Path:
+        """Where a trained stage is."""
+        return self.folder / f"{name}.pt"
 
     def musiclm(self) -> MusicLM:
         """The MusicLM of the trained stages, in eval mode.
@@ -275,17 +259,10 @@ class MusicProject:
         stages = {}
         for name in STAGES:
             stage = self.stage(name)
-            path = self.folder / f"{name}.pt"
+            path = self.stage_file(name)
             if not path.is_file():
                 raise FileNotFoundError(f"no {path}: train the {name} stage first")
             stage.load(path, audio_conditioner=self.quantizer)
             stages[f"{name}_transformer"] = stage
         audio_lm = AudioLM(wav2vec=self.tokenizer, codec=self.codec, **stages)
         return MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=self.quantizer).eval()
-
-
-def _learning_rate(highest: float, step: int, warmup: int, steps: int) -> float:
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))

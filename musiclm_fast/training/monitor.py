@@ -1,4 +1,4 @@
-"""Watches a run: numbers read without waiting for the device, skipped steps, collapse."""
+"""Monitors of a run: numbers read from the device without waiting, speed, skips, collapse."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from musiclm_fast._checks import check_positive_int
 from musiclm_fast.evaluation.metrics import collapsed_loss
 from musiclm_fast.models.losses import SigmoidContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
@@ -56,7 +54,7 @@ class Readings:
 
 
 class Speed:
-    """Pairs and seconds of audio per second over the last steps, pauses left out.
+    """Clips and seconds of audio per second over the last steps, pauses left out.
 
     Args:
         sample_hz: rate of the clips; None where it is not known, and no audio is counted.
@@ -66,16 +64,15 @@ class Speed:
 
     def __init__(self, sample_hz: int | None, processes: int = 1, window: int = 50) -> None:
         self.sample_hz, self.processes = sample_hz, processes
-        self._pairs = self._samples = 0
+        self._clips = self._samples = 0
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
 
-    def add(self, inputs: dict[str, Any]) -> None:
-        """Count a batch, the keyword arguments of a MuLaN."""
+    def add(self, clips: int, samples: int) -> None:
+        """Count a batch."""
         if not self._marks:
             self._mark()
-        wavs, lengths = inputs["wavs"], inputs.get("lengths")
-        self._pairs += len(wavs)
-        self._samples += wavs.numel() if lengths is None else int(lengths.sum())
+        self._clips += clips
+        self._samples += samples
 
     def step(self) -> None:
         """A step is done."""
@@ -89,15 +86,15 @@ class Speed:
         """``samples/s`` and, where the rate is known, ``s audio/s``; empty before any step."""
         if len(self._marks) < 2:
             return {}
-        (began, pairs, samples), (ended, all_pairs, all_samples) = self._marks[0], self._marks[-1]
+        (began, clips, samples), (ended, all_clips, all_samples) = self._marks[0], self._marks[-1]
         elapsed = max(ended - began, 1e-9) / self.processes
-        rates = {"samples/s": (all_pairs - pairs) / elapsed}
+        rates = {"samples/s": (all_clips - clips) / elapsed}
         if self.sample_hz is not None:
             rates["s audio/s"] = (all_samples - samples) / self.sample_hz / elapsed
         return rates
 
     def _mark(self) -> None:
-        self._marks.append((time.perf_counter(), self._pairs, self._samples))
+        self._marks.append((time.perf_counter(), self._clips, self._samples))
 
 
 @dataclass
@@ -111,9 +108,6 @@ class SkippedSteps:
     most: int
     total: int = 0
     in_a_row: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive_int("max_skipped_steps", self.most)
 
     def note(self, step: int, skipped: bool) -> None:
         """Count a step.
@@ -151,7 +145,7 @@ def loss_without_learning(mulan: MuLaN, batch_size: int) -> float:
 
 
 @dataclass
-class CollapseWatch:
+class CollapseMonitor:
     """Notices that the loss has not left that of a model whose similarities are all equal.
 
     Args:

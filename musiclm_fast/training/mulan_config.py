@@ -6,29 +6,18 @@ checks and explains it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from musiclm_fast._config import ConfigError, may_change
-
-
-def _check(config: Any, allowed: str, *names: str) -> None:
-    # allowed: "> 0", ">= 0", ">= 2", "[0, 1)" or "[0, 1]"
-    for name in names:
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if allowed.startswith("["):
-            fits = 0 <= value < 1 or (value == 1 and allowed.endswith("]"))
-            wanted = f"a share in {allowed}"
-        elif allowed == "> 0":
-            fits, wanted = 0 < value < math.inf, "above 0"
-        else:
-            least = int(allowed.removeprefix(">= "))
-            fits, wanted = least <= value < math.inf, f"at least {least}"
-        if not fits:
-            raise ConfigError(f"{name}: got {value!r}, expected {wanted}")
+from musiclm_fast._config import ConfigError, setting
+from musiclm_fast.training.options import (
+    OptimizerConfig,
+    RunOptions,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+    check_range,
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +52,8 @@ class AudioTowerConfig:
     ff_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "dim", "depth", "heads", "dim_head")
-        _check(self, "[0, 1)", "patch_dropout", "attn_dropout", "ff_dropout")
+        check_range(self, "> 0", "dim", "depth", "heads", "dim_head")
+        check_range(self, "[0, 1)", "patch_dropout", "attn_dropout", "ff_dropout")
         if self.dim % 4 or self.dim == 4:
             raise ConfigError(f"dim: got {self.dim}, expected a multiple of 4 above 4")
         if min(self.patch_size) < 1:
@@ -104,8 +93,8 @@ class TextTowerConfig:
     embedding_std: float | None = 0.05
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "dim", "depth", "heads", "dim_head", "max_tokens", "embedding_std")
-        _check(self, "[0, 1)", "attn_dropout", "ff_dropout")
+        check_range(self, "> 0", "dim", "depth", "heads", "dim_head", "max_tokens", "embedding_std")
+        check_range(self, "[0, 1)", "attn_dropout", "ff_dropout")
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "dim_latent", "max_temperature")
+        check_range(self, "> 0", "dim_latent", "max_temperature")
 
 
 @dataclass(frozen=True)
@@ -167,130 +156,70 @@ class DataConfig:
     min_seconds: float = 0.2
     extra_words: int = 0
     sample_hz: int | None = None
-    num_workers: int = may_change(2)
+    num_workers: int = setting(2, may_change=True)
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "clip_seconds", "min_seconds", "sample_hz")
-        _check(self, ">= 0", "num_workers", "extra_words")
+        check_range(self, "> 0", "clip_seconds", "min_seconds", "sample_hz")
+        check_range(self, ">= 0", "num_workers", "extra_words")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer.
-
-    Args:
-        name: adamw, lion (wants a third of the learning rate or less), or adam
-        learning_rate: the highest, after the warm-up
-        betas: of the moments
-        weight_decay: of weight matrices; norms, biases, scales and embeddings do not decay
-        max_grad_norm: gradients are clipped to this norm; null for no clipping
-    """
-
-    name: Literal["adamw", "lion", "adam"] = "adamw"
-    learning_rate: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    max_grad_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self, "> 0", "learning_rate", "max_grad_norm")
-        _check(self, ">= 0", "weight_decay")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas: got {list(self.betas)}, expected two numbers in [0, 1)")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run.
-
-    Args:
-        name: how it falls after the warm-up
-        warmup_steps: steps in which it rises linearly
-        final: share of the learning rate at the end
-    """
-
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 200
-    final: float = 0.02
-
-    def __post_init__(self) -> None:
-        _check(self, ">= 0", "warmup_steps")
-        _check(self, "[0, 1]", "final")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
+class MuLaNTrainingConfig(TrainingConfig):
     """The run.
 
     Args:
-        output: folder of the checkpoints, the log and this configuration
-        steps: optimizer steps
         batch_size: pairs per step and process; more negatives learn better
         accumulate: batches per step; their negatives do not meet, grad_cache_chunk's do
         grad_cache_chunk: pairs that run through the towers at once, for a batch larger than memory
             holds; null runs all
-        precision: bf16 on a GPU that has it; no is float32
         activation_checkpointing: save memory by computing each block twice
         compile: compile the towers with torch.compile (minutes at the start)
         ema_decay: of an average of the weights, such as 0.999, that is then validated and saved;
             null for none
-        max_skipped_steps: steps with a loss or gradient that is not finite are skipped; so many in
-            a row end the run
-        seed: of every random draw
-        save_every: steps between checkpoints
-        keep_last: delete older checkpoints of this run but for so many newest; null deletes none
-        keep_best: where older ones are deleted, keep the best so many by validation too
-        log_every: steps between lines of log.jsonl and calls of trackers
-        log_with: accelerate's trackers, such as [tensorboard] or [wandb]
     """
 
-    output: str = may_change("mulan-output")
-    steps: int = 10_000
-    batch_size: int = 64
-    accumulate: int = 1
+    output: str = setting("mulan-output", argument="results_folder", may_change=True)
     grad_cache_chunk: int | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    activation_checkpointing: bool = may_change(False)
-    compile: bool = may_change(False)
+    activation_checkpointing: bool = setting(False, may_change=True)
+    compile: bool = setting(False, argument="compile_towers", may_change=True)
     ema_decay: float | None = None
-    max_skipped_steps: int = may_change(10)
-    seed: int = 0
-    save_every: int = may_change(500)
-    keep_last: int | None = may_change(None)
-    keep_best: int = may_change(3)
-    log_every: int = may_change(10)
-    log_with: tuple[str, ...] = may_change(())
 
     def __post_init__(self) -> None:
-        _check(self, "> 0", "steps", "accumulate", "grad_cache_chunk", "ema_decay", "save_every",
-               "max_skipped_steps", "keep_last", "log_every")  # fmt: skip
-        _check(self, ">= 2", "batch_size")
-        _check(self, ">= 0", "keep_best", "seed")
-        _check(self, "[0, 1)", "ema_decay")
+        super().__post_init__()
+        if self.batch_size < 2:
+            wanted = "at least 2: a contrast needs a negative"
+            raise ConfigError(f"batch_size: got {self.batch_size}, expected {wanted}")
+        check_range(self, "> 0", "grad_cache_chunk", "ema_decay")
+        check_range(self, "[0, 1)", "ema_decay")
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class MuLaNValidationConfig(ValidationConfig):
     """Validation during training.
 
     Args:
         share: of the sound files that are kept out of training
-        every: steps between validations; null is with every checkpoint
-        rows: most clips that a validation looks at
         best_by: what makes a checkpoint the best: the loss, or recall (mean of both ways)
     """
 
-    share: float = 0.05
-    every: int | None = may_change(None)
-    rows: int = may_change(1024)
     best_by: Literal["valid_loss", "valid_recall@1", "valid_recall@5", "valid_recall@10"] = (
-        "valid_loss"
+        "valid_loss"  # type: ignore[assignment]
     )
 
     def __post_init__(self) -> None:
-        _check(self, "[0, 1)", "share")
-        _check(self, "> 0", "every")
-        _check(self, ">= 2", "rows")
+        super().__post_init__()
+        check_range(self, ">= 2", "rows")
+
+
+#: Upstream's defaults, which are those of MuLaNTrainer.
+UPSTREAM = RunOptions(
+    OptimizerConfig("adam", 3e-4, (0.9, 0.99), weight_decay=0.0, max_grad_norm=0.5),
+    ScheduleConfig("constant", warmup_steps=0, final=0.0),
+    MuLaNTrainingConfig(
+        "./results", precision=None, seed=42, save_every=1000, keep_best=1, log_every=1
+    ),
+    MuLaNValidationConfig(),
+)
 
 
 @dataclass(frozen=True)
@@ -310,5 +239,5 @@ class TrainMuLaNConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    training: MuLaNTrainingConfig = field(default_factory=MuLaNTrainingConfig)
+    validation: MuLaNValidationConfig = field(default_factory=MuLaNValidationConfig)

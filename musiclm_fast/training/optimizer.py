@@ -10,95 +10,108 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from musiclm_fast._checks import check_choice, check_positive, fail
+from musiclm_fast._checks import fail
 from musiclm_fast._optional import require
-
-OPTIMIZERS = ("adam", "adamw", "lion")
-SCHEDULES = ("constant", "linear", "cosine")
+from musiclm_fast.training.options import OptimizerConfig, RunOptions
 
 
 def make_optimizer(
     model: nn.Module,
-    name: str,
+    options: OptimizerConfig,
     *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float = 0.0,
+    parameters: Sequence[tuple[str, nn.Parameter]] | None = None,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """An optimizer of the parameters that are trained.
 
     Args:
         model: whose parameters; those that need no gradient are left out.
-        name: ``"adam"`` (decay is added to the gradient), ``"adamw"`` (decoupled), both fused, or
-            ``"lion"``. https://arxiv.org/abs/1711.05101, https://arxiv.org/abs/2302.06675
-        lr, betas: of the optimizer.
-        weight_decay: of matrices; see :func:`weight_groups`.
+        options: ``adam`` (decay is added to the gradient), ``adamw`` (decoupled) or ``lion``.
+            https://arxiv.org/abs/1711.05101, https://arxiv.org/abs/2302.06675
+        parameters: the named parameters that are trained, if not all of the model's.
+        fused: one kernel for all parameters (Adam and AdamW).
 
     Raises:
-        ValueError: an unknown name, or a number out of range.
+        ValueError: there is nothing to train.
         ImportError: lion_pytorch is not installed, where it is asked for.
     """
-    check_choice("optimizer", name, OPTIMIZERS)
-    check_positive("lr", lr)
-    if not 0 <= weight_decay < math.inf:
-        fail("weight_decay", weight_decay, "at least 0")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        fail("betas", betas, "two numbers in [0, 1)")
-    trained: Any = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    named = [*model.named_parameters()] if parameters is None else parameters
+    named = [(name, p) for name, p in named if p.requires_grad]
+    if not named:
         fail("model", "no parameter that needs a gradient", "some to train")
-    if weight_decay > 0:
-        trained = weight_groups(model, weight_decay)
-    if name == "lion":
-        lion: Any = require("lion_pytorch").Lion
-        optimizer: torch.optim.Optimizer = lion(
-            trained, lr=lr, betas=betas, weight_decay=weight_decay
-        )
-        return optimizer
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    trained: Any = [p for _, p in named]
+    decay = options.weight_decay
+    if decay > 0:
+        every = options.decay_all_matrices
+        trained = weight_groups(named, decay, set() if every else embeddings_of(model), every)
+    shared: dict[str, Any] = dict(lr=options.learning_rate, betas=options.betas, weight_decay=decay)
+    if options.name == "lion":
+        lion: torch.optim.Optimizer = require("lion_pytorch").Lion(trained, **shared)
+        return lion
+    kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
+    return kind(trained, **shared, fused=True if fused else None)
 
 
-def weight_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def embeddings_of(model: nn.Module) -> set[int]:
+    """The ``id`` of every parameter of an embedding."""
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return {id(p) for table in tables for p in table.parameters()}
+
+
+def weight_groups(
+    named: Sequence[tuple[str, Tensor]],
+    weight_decay: float,
+    embeddings: set[int],
+    all_matrices: bool = False,
+) -> list[dict[str, Any]]:
     """Parameters that decay and those that do not, as groups for an optimizer.
 
     Weight matrices decay. Norms, biases, scales, temperatures, embeddings and single vectors such
     as the class token do not: pulling them to zero regularises nothing.
+
+    Args:
+        named: the trained parameters with their names.
+        weight_decay: of those that decay.
+        embeddings: ``id`` of parameters that are tables of embeddings.
+        all_matrices: whatever has two dimensions or more decays, as in audiolm-pytorch.
     """
-    embeddings = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for p in module.parameters()
-    }
     decayed: list[Tensor] = []
     others: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        matrix = parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in embeddings
-        (decayed if matrix else others).append(parameter)
+    for name, p in named:
+        weight = name.endswith("weight") and id(p) not in embeddings
+        (decayed if p.ndim >= 2 and (weight or all_matrices) else others).append(p)
     groups = [(decayed, weight_decay), (others, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def schedule_factor(
-    step: int, *, kind: str, warmup_steps: int, total_steps: int, final: float
-) -> float:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, options: RunOptions, step: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate's schedule after ``step`` steps; see :func:`schedule_factor`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = options.optimizer.learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor(step, options), last_epoch=step - 1
+    )
+
+
+def schedule_factor(step: int, options: RunOptions) -> float:
     """What the learning rate is multiplied with at a step, counted from 0.
 
-    ``(step + 1) / warmup_steps`` up to 1, then constant, or down to ``final`` at ``total_steps``
+    ``(step + 1) / warmup_steps`` up to 1, then constant, or down to ``final`` at the last step
     in a line or along half a cosine.
 
     Source of the cosine: https://arxiv.org/abs/1608.03983.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if kind == "constant":
+    schedule = options.schedule
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.name == "constant":
         return 1.0
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    left = 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (1 - final) * left
+    after = max(1, options.training.steps - schedule.warmup_steps)
+    done = min(1.0, (step - schedule.warmup_steps) / after)
+    left = 1 - done if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.final + (1 - schedule.final) * left
 
 
 class WeightAverage(AveragedModel):

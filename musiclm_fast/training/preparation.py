@@ -26,15 +26,19 @@ def processes_on_cpu() -> bool:
 
 
 def accelerator_arguments(
-    mulan: MuLaN, mixed_precision: str | None, log_with: Any, folder: Path, own: dict[str, Any]
+    mixed_precision: str | None,
+    log_with: list[str] | None,
+    folder: Path,
+    own: dict[str, Any],
+    uses_all_parameters: bool,
 ) -> dict[str, Any]:
     """Keyword arguments of an Accelerator.
 
     Args:
-        mulan: the model.
-        mixed_precision, log_with: as MuLaNTrainer takes them.
+        mixed_precision, log_with: as the trainers take them.
         folder: of the run, for trackers that write files.
-        own: what the caller passes to accelerate himself, which goes before ours.
+        own: the caller's ``accelerate_kwargs``, which go before ours.
+        uses_all_parameters: whether every step has a gradient for every parameter.
 
     Raises:
         ValueError: one of the two stands in ``own`` too, and otherwise.
@@ -49,14 +53,18 @@ def accelerator_arguments(
         arguments.setdefault("project_dir", str(folder))
     handlers = list(arguments.get("kwargs_handlers") or [])
     if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        # Ours use every parameter in every step; a Hugging Face model may have a head that idles.
-        towers = (AudioSpectrogramTransformer, TextTransformer)
-        foreign = not (isinstance(mulan.audio, towers) and isinstance(mulan.text, towers))
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=foreign))
+        find = not uses_all_parameters
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=find))
     arguments["kwargs_handlers"] = handlers
     if processes_on_cpu():
         arguments.setdefault("cpu", True)
     return arguments
+
+
+def uses_all_parameters(mulan: MuLaN) -> bool:
+    """Whether every step trains every parameter; a Hugging Face tower may have unused ones."""
+    towers = (AudioSpectrogramTransformer, TextTransformer)
+    return isinstance(mulan.audio, towers) and isinstance(mulan.text, towers)
 
 
 def check_trackers(accelerator: Accelerator, log_with: Any) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from musiclm_fast._checkpoint import CheckpointError
-from musiclm_fast._config import ConfigError, differences, plain_differences, read_config, to_yaml
-from musiclm_fast._files import atomic_file
+from musiclm_fast._config import ConfigError, plain_differences
 from musiclm_fast.datasets.opening import open_dataset
 from musiclm_fast.datasets.splitting import split
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
@@ -19,17 +17,18 @@ from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.training.accelerated import PartialState
+from musiclm_fast.training.configured_run import check_same_run, delete_run, write_config
+from musiclm_fast.training.mulan import MuLaNTrainer
 from musiclm_fast.training.mulan_config import (
     AudioTowerConfig,
     ModelConfig,
     TextTowerConfig,
     TrainMuLaNConfig,
 )
+from musiclm_fast.training.options import RunOptions
 from musiclm_fast.training.preparation import processes_on_cpu
-from musiclm_fast.training.run_folder import BEST, LATEST, RunFolder
-from musiclm_fast.training.trainer import MuLaNTrainer
+from musiclm_fast.training.run_folder import MULAN
 
-CONFIG_FILE = "config.yaml"
 DEFAULT_HZ = 16_000  # where neither the front end nor the configuration names a rate
 
 
@@ -95,35 +94,6 @@ def _text_tower(config: TextTowerConfig) -> Any:
     return text
 
 
-def check_same_run(config: TrainMuLaNConfig) -> bool:
-    """Whether the output folder holds a run of this configuration to go on with.
-
-    Raises:
-        CheckpointError: it holds one of another configuration; the message names the fields.
-    """
-    output = Path(config.training.output)
-    if RunFolder(output).latest() is None:
-        return False
-    advice = "choose another training.output, or --restart to delete that run and train anew"
-    file = output / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"training.output: {str(output)!r} holds a run without {CONFIG_FILE}; {advice}"
-        )
-    try:
-        saved = read_config(TrainMuLaNConfig, file)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"training.output: {str(file)!r} is damaged ({error}); {advice}"
-        ) from error
-    if found := differences(saved, config):
-        raise CheckpointError(
-            f"training.output: {str(output)!r} holds a run of another configuration "
-            f"({'; '.join(found)}); {advice}"
-        )
-    return True
-
-
 def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
     """The trainer of a run, which goes on where an earlier one in the output folder stopped.
 
@@ -135,7 +105,7 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
     data, training, validation = config.data, config.training, config.validation
     if data.source is None:
         raise ConfigError("data.source: got null, expected a table, a folder or shards of sounds")
-    check_same_run(config)
+    check_same_run(config, training.output)
     torch.manual_seed(training.seed)
     mulan = build_model(config.model)
     front_end: Any = mulan.audio.front_end
@@ -159,35 +129,9 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
         mulan,
         train,
         valid_dataset=valid if len(valid) else train,
-        num_train_steps=training.steps,
-        batch_size=training.batch_size,
-        lr=config.optimizer.learning_rate,
-        grad_accum_every=training.accumulate,
-        betas=config.optimizer.betas,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        random_split_seed=training.seed,
-        save_model_every=training.save_every,
-        results_folder=training.output,
-        optimizer=config.optimizer.name,
-        weight_decay=config.optimizer.weight_decay,
-        schedule=config.schedule.name,
-        warmup_steps=config.schedule.warmup_steps,
-        final_lr=config.schedule.final,
-        mixed_precision=training.precision,
-        grad_cache_chunk=training.grad_cache_chunk,
-        activation_checkpointing=training.activation_checkpointing,
-        compile_towers=training.compile,
-        ema_decay=training.ema_decay,
-        max_skipped_steps=training.max_skipped_steps,
-        valid_every=validation.every,
-        valid_rows=validation.rows,
-        best_by=validation.best_by,
-        keep_last=training.keep_last,
-        keep_best=training.keep_best,
+        options=RunOptions.of(config),
         resume=True,
         num_workers=data.num_workers,
-        log_every=training.log_every,
-        log_with=list(training.log_with) or None,
         extra={"clip_seconds": data.clip_seconds, "sample_rate": sample_hz},
     )
     if not len(valid):
@@ -196,8 +140,7 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
             "is trained on"
         )
     if trainer.is_main:
-        with atomic_file(Path(training.output) / CONFIG_FILE) as file:
-            file.write(to_yaml(config).encode())
+        write_config(config, training.output)
     return trainer
 
 
@@ -221,8 +164,7 @@ def train_mulan(
     """
     state = PartialState(cpu=processes_on_cpu())
     if restart and state.is_main_process:
-        RunFolder(config.training.output).clear()
-        (Path(config.training.output) / CONFIG_FILE).unlink(missing_ok=True)
+        delete_run(config.training.output)
     state.wait_for_everyone()
     trainer = make_trainer(config)
     size = sum(p.numel() for p in trainer.unwrapped.parameters()) / 1e6
@@ -232,6 +174,6 @@ def train_mulan(
     )
     trainer.train(log_fn)
     output = Path(config.training.output)
-    name = BEST if (output / BEST).exists() else LATEST
+    name = MULAN.best if (output / MULAN.best).exists() else MULAN.latest
     trainer.print(f"the model is in {output / name}")
     return trainer

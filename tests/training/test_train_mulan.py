@@ -17,8 +17,8 @@ from musiclm_fast import MuLaN, cli
 from musiclm_fast._checkpoint import read_checkpoint
 from musiclm_fast._config import read_config
 from musiclm_fast.models.checkpoint import load_mulan
+from musiclm_fast.training.mulan import MuLaNTrainer
 from musiclm_fast.training.mulan_config import TrainMuLaNConfig
-from musiclm_fast.training.trainer import MuLaNTrainer
 
 soundfile = pytest.importorskip("soundfile", reason="needs the train extra")
 pytest.importorskip("soxr", reason="needs the train extra")

@@ -27,9 +27,9 @@ from musiclm_fast.training.monitor import (
     Speed,
     loss_without_learning,
 )
+from musiclm_fast.training.mulan import MuLaNTrainer
 from musiclm_fast.training.optimizer import WeightAverage, make_optimizer, schedule_factor
 from musiclm_fast.training.random_state import random_state, set_random_state
-from musiclm_fast.training.trainer import MuLaNTrainer
 from musiclm_fast.training.validation import _recall
 from tests.training.runs import QUIET, Noisy, make_mulan, make_trainer
 

@@ -1,0 +1,65 @@
+"""What the ``train`` commands share: a configuration from a file and from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from musiclm_fast._config import help_text, read_values
+from musiclm_fast.cli._common import INTERRUPTED
+
+
+def add(parser: argparse.ArgumentParser, config: Any, short: dict[str, str]) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser: of the command.
+        config: the defaults.
+        short: option: the field that it is short for.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML with fields of those listed below")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="one field, before the file's, as in --set training.steps=100; may be repeated",
+    )  # fmt: skip
+    for option, path in short.items():
+        parser.add_argument(
+            option, metavar="VALUE", dest=f"field {path}", help=f"short for --set {path}=VALUE"
+        )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration and do nothing"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="fail where there is no run to resume (an earlier run is resumed in any case)",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="delete an earlier run's checkpoints and log"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"fields of the configuration:\n\n{help_text(config)}"
+
+
+def values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the file and the command line give, as nested dictionaries."""
+    if args.resume and args.restart:
+        raise ValueError("resume, restart: got both, expected at most one")
+    given = [
+        f"{name.removeprefix('field ')}={value}"
+        for name, value in vars(args).items()
+        if name.startswith("field ") and value is not None
+    ]
+    return read_values(args.config, [*given, *args.set])
+
+
+def run(train: Callable[[], Any]) -> int:
+    """Train; Ctrl-C is an answer, not an error."""
+    try:
+        train()
+    except KeyboardInterrupt:
+        print("\nstopped and saved; the same command resumes the run", file=sys.stderr)
+        return INTERRUPTED
+    return 0
