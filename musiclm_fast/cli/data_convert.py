@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         skipped = convert_data(sounds, args.folder, workers=workers, progress=sys.stderr.isatty())
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command resumes the run", file=sys.stderr)
         return INTERRUPTED
     made = len(sounds) + len(sounds.left_out) - len(skipped)
     print(f"{args.folder}/{MANIFEST}: {made:,} sounds at {args.sample_hz:,} Hz")

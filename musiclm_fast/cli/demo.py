@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         run_demo(args.output, config, restart=args.restart)
     except KeyboardInterrupt:
-        print("\nstopped and saved; the same command goes on from here", file=sys.stderr)
+        print("\nstopped and saved; the same command resumes the run", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise FileNotFoundError(f"{error}; `musiclm-fast demo` trains one") from error
     except KeyboardInterrupt:
-        print("\nstopped and saved; the same command goes on from here", file=sys.stderr)
+        print("\nstopped and saved; the same command resumes the run", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -21,7 +21,7 @@ _SHORT = {
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "sounds", nargs="?", metavar="SOUNDS", dest="field data.source",
+        "field data.source", nargs="?", metavar="SOUNDS",
         help="a folder of sound files to learn from; short for --set data.source=SOUNDS",
     )  # fmt: skip
     _train.add(parser, TrainStageConfig(), _SHORT)

@@ -26,8 +26,8 @@ from musiclm_fast.models.towers import KINDS, register_tower, registered, tower_
 DEFAULT_TOWERS = {"audio": "AudioSpectrogramTransformer", "text": "TextTransformer"}
 # Towers that are registered where they are first named: their module needs transformers.
 _ON_DEMAND = {
-    "HuggingFaceAudio": "musiclm_fast.models.hugging_face_audio",
-    "HuggingFaceText": "musiclm_fast.models.hugging_face_text",
+    "audio": {"HuggingFaceAudio": "musiclm_fast.models.hugging_face_audio"},
+    "text": {"HuggingFaceText": "musiclm_fast.models.hugging_face_text"},
 }
 register_tower("audio", AudioSpectrogramTransformer)
 register_tower("text", TextTransformer)
@@ -39,11 +39,11 @@ def tower_class(kind: str, name: str) -> type[nn.Module]:
     Raises:
         ValueError: there is none of that name.
     """
-    if name in _ON_DEMAND:
-        importlib.import_module(_ON_DEMAND[name])
     known = registered(kind)
-    check_choice(f"{kind}.class", name, known)
-    return known[name]
+    check_choice(f"{kind}.class", name, [*(known.keys() | _ON_DEMAND[kind].keys())])
+    if name not in known:
+        importlib.import_module(_ON_DEMAND[kind][name])
+    return registered(kind)[name]
 
 
 def mulan_config(model: Any) -> dict[str, Any]:

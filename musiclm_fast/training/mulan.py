@@ -339,4 +339,7 @@ def _describe(mulan: MuLaN, extra: dict[str, Any]) -> tuple[str, str]:
 
 if MuLaNTrainer.__doc__:  # python -OO has none
     MuLaNTrainer.__doc__ = MuLaNTrainer.__doc__.replace("{arguments}", UPSTREAM.explained())
-MuLaNTrainer.__signature__ = UPSTREAM.signature(MuLaNTrainer.__init__, needed={"batch_size"})  # type: ignore[attr-defined]
+_init: Any = MuLaNTrainer.__init__
+_init.__signature__ = UPSTREAM.signature(
+    _init, needed={"batch_size"}, defaults={"num_train_steps": None, "optimizer": None}
+)

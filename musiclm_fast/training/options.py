@@ -210,7 +210,11 @@ class RunOptions:
         }
 
     def signature(
-        self, *inits: Callable[..., Any], needed: Set[str], names: dict[str, str] | None = None
+        self,
+        *inits: Callable[..., Any],
+        needed: Set[str],
+        names: dict[str, str] | None = None,
+        defaults: dict[str, Any] | None = None,
     ) -> inspect.Signature:
         """The signature of a constructor whose ``**arguments`` are these options.
 
@@ -218,16 +222,17 @@ class RunOptions:
             *inits: the constructor, and its bases' to which it passes ``**arguments`` on.
             needed: arguments without a default.
             names: argument: the constructor's own name for it.
+            defaults: of arguments whose default is not these options'.
         """
         kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
         found: dict[str, inspect.Parameter] = {}
         for place, init in enumerate(inits):
-            for each in [*inspect.signature(init).parameters.values()][1:]:
+            for each in inspect.signature(init).parameters.values():
                 if each.kind is not each.VAR_KEYWORD and (place == 0 or each.kind is kind):
                     found.setdefault(each.name, each)
         for argument, value in self.arguments().items():
             name = (names or {}).get(argument, argument)
-            default = empty if name in needed else value
+            default = empty if name in needed else (defaults or {}).get(name, value)
             found.setdefault(name, inspect.Parameter(name, kind, default=default))
         return inspect.Signature([*found.values()])
 

@@ -431,9 +431,8 @@ TRAINERS = {
 }
 if StageTrainer.__doc__:  # python -OO has none
     StageTrainer.__doc__ = StageTrainer.__doc__.replace("{arguments}", UPSTREAM.explained())
-_trainer: Any
 for _trainer in TRAINERS.values():
-    _trainer.__signature__ = UPSTREAM.signature(
-        _trainer.__init__, StageTrainer.__init__, needed={"num_train_steps", "batch_size"},
-        names=_NAMES,
-    )  # fmt: skip
+    _init: Any = _trainer.__init__
+    _init.__signature__ = UPSTREAM.signature(
+        _init, StageTrainer.__init__, needed={"num_train_steps", "batch_size"}, names=_NAMES
+    )

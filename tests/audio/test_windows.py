@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from musiclm_fast.audio.windows import cut_windows, read_sound
+from musiclm_fast.audio.reading import read_sound
+from musiclm_fast.audio.windows import cut_windows
 
 soundfile = pytest.importorskip("soundfile", reason="needs the demo extra")
 soxr = pytest.importorskip("soxr", reason="needs the demo extra")

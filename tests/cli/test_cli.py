@@ -176,14 +176,14 @@ def test_demo_refuses_before_rendering(capsys, tmp_path):
 
 
 def test_demo_says_how_to_go_on_when_stopped(capsys, tmp_path, monkeypatch):
-    from musiclm_fast.demo import mulan_run as demo
+    from musiclm_fast.demo import mulan_demo as demo
 
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_demo", stopped)
     assert cli.main(["demo", "--output", str(tmp_path)]) == cli.INTERRUPTED
-    assert "goes on from here" in capsys.readouterr().err
+    assert "resumes the run" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():

@@ -57,17 +57,17 @@ def test_notes_are_split_by_pitch(notes):
 
 def test_a_batch_holds_distinct_instruments(notes, tmp_path):
     run = DemoRun(SMALL, notes, tmp_path)
-    wavs, texts = run.batches.draw(3)
+    wavs, texts = run.trainer.draws.draw(3)
     assert wavs.shape == (4, 8000)
     named = [
         next(i.name for i in notes.instruments if any(n in text for n in (i.name, *i.synonyms)))
         for text in texts
     ]
     assert len(set(named)) == 4
-    again, same = run.batches.draw(3)
+    again, same = run.trainer.draws.draw(3)
     assert torch.equal(wavs, again)
     assert texts == same
-    assert not torch.equal(wavs, run.batches.draw(4)[0])
+    assert not torch.equal(wavs, run.trainer.draws.draw(4)[0])
 
 
 def test_it_learns_and_writes(finished):
@@ -101,36 +101,37 @@ def test_checkpoint_is_the_trained_model(finished, notes):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_equals_never_stopped(number, notes, tmp_path, monkeypatch):
     whole = DemoRun(SMALL, notes, tmp_path / "whole")
-    whole.train(until=9, check_every=4)
+    whole.train(until=11)
 
     first = DemoRun(SMALL, notes, tmp_path / "parts")
-    step = first.train_step
+    backward = first.trainer.backward
 
-    def interrupted():
-        if first.step == 4:
-            os.kill(os.getpid(), number)  # in the middle of the fifth step
-        return step()
+    def interrupted(*args):
+        if first.trainer.step == 6:
+            os.kill(os.getpid(), number)  # in the middle of the seventh step
+        return backward(*args)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(first, "train_step", interrupted)
+    monkeypatch.setattr(first.trainer, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        first.train(check_every=4)
+        first.train(until=11)
     assert signal.getsignal(number) == before
     torch.manual_seed(123)  # the state of the global generator does not matter
     second = DemoRun(SMALL, notes, tmp_path / "parts")
-    assert second.resume()
-    assert second.step == 5
-    second.train(until=9, check_every=4)
+    assert second.trainer.step == 7
+    torch.manual_seed(124)
+    second.train(until=11)
 
-    assert second.losses == whole.losses
-    assert second.checks == whole.checks
+    for name in ("train_loss", "held-out pitches"):
+        assert second.log(name) == whole.log(name)
+    assert [step for step, _ in whole.log("held-out pitches")] == [5, 10, 11]
     for name, value in whole.mulan.state_dict().items():
         assert torch.equal(value, second.mulan.state_dict()[name]), name
 
 
 def test_training_leaves_the_global_generator_alone(notes, tmp_path):
     before = torch.get_rng_state()
-    DemoRun(SMALL, notes, tmp_path).train_step()
+    DemoRun(SMALL, notes, tmp_path).trainer.train_step()
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -147,15 +148,15 @@ def test_another_recipe_is_not_resumed(finished, notes):
     folder, _, _ = finished
     other = DemoConfig(**{**vars(SMALL), "seed": 1})
     with pytest.raises(CheckpointError, match=r"seed = 0, not 1.*--restart"):
-        DemoRun(other, notes, folder).resume()
+        DemoRun(other, notes, folder)
 
 
 def test_a_damaged_state_is_refused(notes, tmp_path):
-    run = DemoRun(SMALL, notes, tmp_path)
-    run.save()
-    run.state_file.write_bytes(run.state_file.read_bytes()[:5000])
+    DemoRun(SMALL, notes, tmp_path).train(until=1)
+    state = tmp_path / "training" / "latest" / "trainer.pt"
+    state.write_bytes(state.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="damaged"):
-        run.resume()
+        DemoRun(SMALL, notes, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(notes, tmp_path, monkeypatch):
@@ -165,9 +166,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(notes, tmp_pat
     monkeypatch.setattr(run.mulan, "forward", lambda *args, **kwargs: weight.sum() * np.nan)
     with pytest.raises(FloatingPointError, match="step 3"):
         run.train(until=4)
-    again = DemoRun(SMALL, notes, tmp_path)
-    assert again.resume()
-    assert again.step == 2
+    assert DemoRun(SMALL, notes, tmp_path).trainer.step == 2
 
 
 @pytest.mark.parametrize(

@@ -133,25 +133,26 @@ def test_a_stage_that_was_stopped_ends_as_one_that_never_was(tmp_path, monkeypat
 
         def train(project=project):
             return project.train(
-                "coarse", clips, RATE, 5, 4, accelerate_kwargs={"cpu": True}, seed=3
+                "coarse", clips, RATE, 5, 4, accelerate_kwargs={"cpu": True}, random_split_seed=3
             )
 
         if stopped_at is not None:
             from musiclm_fast.training.stages import CoarseTransformerTrainer
 
-            step = CoarseTransformerTrainer.train_step
+            loss = CoarseTransformerTrainer.loss
 
-            def interrupted(self, step=step, at=stopped_at):
-                if int(self.steps) == at:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return step(self)
+            def interrupted(self, inputs, loss=loss, at=stopped_at):
+                if self.step == at:
+                    os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+                return loss(self, inputs)
 
             with monkeypatch.context() as patch:
-                patch.setattr(CoarseTransformerTrainer, "train_step", interrupted)
+                patch.setattr(CoarseTransformerTrainer, "loss", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     train()
-            saved = torch.load(folder / "coarse.pt", weights_only=True)
+            saved = torch.load(folder / "coarse" / "coarse.latest", weights_only=True)
             assert saved["steps"] == stopped_at + 1
+            assert not (folder / "coarse.pt").exists()
             torch.manual_seed(99)  # the state of the global generator does not matter
             project = MusicProject(folder)
         before = torch.get_rng_state()

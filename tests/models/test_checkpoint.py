@@ -10,7 +10,6 @@ import torch
 
 import musiclm_fast
 from musiclm_fast._checkpoint import CheckpointError, read_checkpoint
-from musiclm_fast.models import checkpoint
 from musiclm_fast.models.checkpoint import load_mulan, save_checkpoint
 from musiclm_fast.models.configuration import mulan_config
 
@@ -119,7 +118,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")  # what torch says when the disk is full
 
-    monkeypatch.setattr(checkpoint.torch, "save", half)
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, small_mulan(), generation=2)
     monkeypatch.undo()

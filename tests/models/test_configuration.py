@@ -8,7 +8,7 @@ from torch import nn
 
 import musiclm_fast
 from musiclm_fast._checkpoint import CheckpointError
-from musiclm_fast.models import configuration
+from musiclm_fast.models import towers
 from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.towers import register_tower
@@ -31,8 +31,8 @@ class BagOfTokens(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch):
-    towers = {kind: dict(known) for kind, known in configuration._TOWERS.items()}
-    monkeypatch.setattr(configuration, "_TOWERS", towers)
+    copied = {kind: dict(known) for kind, known in towers._TOWERS.items()}
+    monkeypatch.setattr(towers, "_TOWERS", copied)
 
 
 def small_mulan(text=None):

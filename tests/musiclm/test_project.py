@@ -92,7 +92,14 @@ def test_the_command_line_trains(tmp_path, capsys):
     command += ["--output", str(tmp_path / "out"), "--steps", "1", "--batch-size", "2"]
     assert main([*command, "--seconds", "0.2"]) == 0
     assert "fine: loss" in capsys.readouterr().out
-    assert main([*command, "--seconds", "0.2", "--steps", "2"]) == 0  # further, not anew
+    assert main([*command, "--seconds", "0.2"]) == 0  # nothing is left to do
+    assert "after 1 steps" in capsys.readouterr().out
+    assert main([*command, "--seconds", "0.2", "--steps", "2"]) == 2
+    assert "training.steps = 1, not 2" in capsys.readouterr().err
+    assert main([*command, "--seconds", "0.2", "--set", "music.dim=64"]) == 2
+    assert "music: " in (error := capsys.readouterr().err)
+    assert "dim = 256, not 64" in error
+    assert main([*command, "--seconds", "0.2", "--steps", "2", "--restart"]) == 0
     assert "after 2 steps" in capsys.readouterr().out
     assert (tmp_path / "out" / "fine.pt").is_file()
     assert main(["generate", "a flute", "--music", str(tmp_path / "out")]) == 2

@@ -111,7 +111,7 @@ def test_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(MuLaNTrainer, "_optimizer_step", interrupted)
     assert cli.main(arguments(music, tmp_path / "parts")) == cli.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes the run" in capsys.readouterr().err
     assert "mulan.3" in steps(tmp_path / "parts")
     monkeypatch.undo()
     assert cli.main([*arguments(music, tmp_path / "parts"), "--resume"]) == 0
