@@ -55,11 +55,18 @@ READY := $(STAMPS)/library
 
 # ---- tests
 
+SCHEMA = $(VENV)/bin/check-jsonschema --builtin-schema
+
 .PHONY: lint
-lint: $(STAMPS)/dev  ## ruff and mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+lint: $(STAMPS)/dev  ## ruff, mypy, codespell, workflows and forms; pre-commit runs the same
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
+	$(VENV)/bin/zizmor --quiet --offline --strict-collection .github
+	$(SCHEMA) vendor.github-workflows .github/workflows/tests.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 .PHONY: test
 test: $(READY)  ## the tests, under 15 minutes on two cores

@@ -261,7 +261,7 @@ class MuLaNTrainer(nn.Module):
             )
             self.print(
                 f"training with dataset of {rows - valid_part} samples and validating with "
-                f"randomly splitted {valid_part} samples"
+                f"a random split of {valid_part} samples"
             )
         elif valid_dataset is None:
             self.print(f"training with shared training and valid dataset of {rows} samples")
