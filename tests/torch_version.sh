@@ -17,7 +17,7 @@ if [ ! -e "$folder/.complete" ]; then
   "${pip[@]}" -r <(grep -v '^torch==' requirements/dev.txt)
   # A build with CUDA brings its own.
   "$python" -c 'import triton' 2>/dev/null || "${pip[@]}" -r requirements/triton.txt
-  "${pip[@]}" --no-deps -r requirements/reference.txt -r requirements/demo.txt
+  "${pip[@]}" --no-deps -r requirements/upstream.txt -r requirements/demo.txt
   touch "$folder/.complete"
 fi
 "$python" -c "
