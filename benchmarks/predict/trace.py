@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.sass import TARGET, Launch
+from benchmarks.predict.launches import TARGET, Launch
 from musiclm_fast.ops import _triton_target, use_backend
 
 # Launches of operators that are more than one kernel on CUDA, read in ATen's sources; a view is
