@@ -1,0 +1,33 @@
+"""A fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` returns, or raises, in a process where nothing has run yet.
+
+    It is forked from a server that has imported what :mod:`benchmarks.preload` names and has no
+    threads; a fork of this process would not do. torch gets as many threads there as here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    with ProcessPoolExecutor(1, context, _settle, (torch.get_num_threads(),)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _settle(threads: int) -> None:
+    # The reference prints and warns in the midst of what is a table here.
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

@@ -1,0 +1,115 @@
+"""What a benchmark is asked for, what it times, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness.timing import Timing
+
+MODES = ("quick", "full", "gpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a benchmark is asked for.
+
+    Args:
+        mode: ``"quick"`` (float32, eager, slow reference jobs once), ``"full"`` (every peer and
+            mode) or ``"gpu"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        tiny: the smallest sizes that still run every line, to test a benchmark and not the code.
+        only_ours: leave the peers out, as a comparison of two commits does.
+        case: measure only cases whose name holds this text.
+    """
+
+    mode: str = "quick"
+    device: str = "cpu"
+    tiny: bool = False
+    only_ours: bool = False
+    case: str = ""
+
+    def pick(self, quick: Any, full: Any = None, gpu: Any = None, tiny: Any = None) -> Any:
+        """The value for this mode; ``full`` and ``gpu`` are ``quick``'s unless given."""
+        if self.tiny and tiny is not None:
+            return tiny
+        chosen = {"quick": quick, "full": full, "gpu": gpu}[self.mode]
+        return quick if chosen is None else chosen
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed.
+
+    Args:
+        build: makes what is run; raises where it cannot, and the reason is listed.
+        memory: peak memory of one run in bytes, measured apart; None where it is not measured.
+        operations: floating-point operations of one run; traffic: bytes that it must move.
+        once: too slow to repeat; runs in the first round alone, without a warm-up.
+        apart: for what is slow and large: seconds and peak memory in bytes of one run in a process
+            of its own, which takes the place of ``build`` and ``memory``.
+        role: ``"ours"``, ``"peer"``, or ``"bound"``: a part of the work that nobody can do without.
+    """
+
+    build: Callable[[], Callable[[], Any]]
+    memory: Callable[[], int] | None = None
+    operations: float | None = None
+    traffic: float | None = None
+    once: bool = False
+    apart: Callable[[], tuple[float, int]] | None = None
+    role: str = "peer"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender of one case, as it is stored.
+
+    Args:
+        job: the op or whole job.
+        case: its shape, in words.
+        contender: who ran it, and in which mode.
+        role: as in :class:`Contender`.
+        seconds: of each interleaved round; empty where it did not run.
+        operations, traffic: floating-point operations and bytes of one run, where they are counted.
+        memory: peak memory in bytes beyond what is held before, where it was measured.
+        reason: why it did not run.
+        note: what was found, where that is not a time.
+        axes: numbers that a chart may be drawn over, such as seconds of audio or pairs of a batch.
+        headline: of ours: what README's table of results calls this case; "" leaves it out there.
+    """
+
+    job: str
+    case: str
+    contender: str
+    role: str = "peer"
+    seconds: list[float] = field(default_factory=list)
+    operations: float | None = None
+    traffic: float | None = None
+    memory: int | None = None
+    reason: str = ""
+    note: str = ""
+    axes: dict[str, float] = field(default_factory=dict)
+    headline: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.role == "ours"
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.seconds)
+
+    @property
+    def tflops(self) -> float | None:
+        """Operations per second, in 10**12."""
+        if self.operations is None or not self.seconds:
+            return None
+        return self.operations / self.timing.median / 1e12
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """Counted traffic per second, in 10**9 bytes."""
+        if self.traffic is None or not self.seconds:
+            return None
+        return self.traffic / self.timing.median / 1e9
