@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from benchmarks.bench_audio_tower import build, peak, step
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)
@@ -56,20 +56,17 @@ def extrapolated(
 
 
 def table(found: dict[str, dict[float, tuple[float, float]]], guessed: dict[float, tuple]) -> str:
-    lines = [
-        "| audio | ours | reference | faster | ours | reference | less |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for seconds, (time, memory) in found["ours"].items():
         mark = "*" if seconds in guessed else ""
         their_time, their_memory = {**found["reference"], **guessed}[seconds]
-        cells = (
+        lines.append((
             f"{seconds:g} s", f"{time:.2f} s", f"{their_time:.2f} s{mark}",
             f"{their_time / time:.1f}x{mark}", f"{memory:.0f} MiB",
             f"{their_memory:,.0f} MiB{mark}", f"{their_memory / memory:.1f}x{mark}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    heads = ("audio", "ours", "reference", "faster", "ours", "reference", "less")
+    return tables.markdown(heads, lines)
 
 
 def plot(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from musiclm_fast.training.demo import DemoConfig, DemoRun, Notes
 from musiclm_fast.training.demo_figures import pyplot
 from musiclm_fast.training.general_midi import PROMPT_TEMPLATES, zero_shot_prompts
@@ -117,25 +117,24 @@ def described(data: Notes) -> str:
 
 
 def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
-    lines = [
-        "| front end, seed | minutes | steps | held-out pitches, top-1 | top-5 "
-        "| one unseen sentence, top-1 | with a synonym "
-        "| held-out octave, top-1 | top-5 | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "front end, seed", "minutes", "steps", "held-out pitches, top-1", "top-5",
+        "one unseen sentence, top-1", "with a synonym", "held-out octave, top-1", "top-5", "loss",
+    )  # fmt: skip
+    lines = []
     for name, result in results.items():
         held, octave = (
             result["accuracy"][part] for part in ("held-out pitches", "held-out octave")
         )
         minutes = result["steps"] * seconds[name.split(",")[0]] / 60
         sentence = result["one unseen sentence"]
-        cells = (
+        lines.append((
             name, f"{minutes:.1f}", str(result["steps"]), f"{held['1']:.1%}", f"{held['5']:.1%}",
             f"{sentence['name']['1']:.1%}", f"{sentence['synonym']['1']:.1%}",
             f"{octave['1']:.1%}", f"{octave['5']:.1%}", f"{result['loss']:.2f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "| chance | | | 0.8% | 3.9% | 0.8% | 0.8% | 0.8% | 3.9% | 4.14 |"])
+        ))  # fmt: skip
+    chance = ("chance", "", "", "0.8%", "3.9%", "0.8%", "0.8%", "0.8%", "3.9%", "4.14")
+    return tables.markdown(heads, [*lines, chance])
 
 
 def plot(results: dict[str, dict[str, Any]], seconds: dict[str, float], path: Path) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, tables
 from benchmarks.harness import MIB, ROOT, Result, ratio
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -46,8 +46,6 @@ def table(store: Path) -> str:
         f"{facts['device']}; details and charts in "
         f"[{store.stem}.md](benchmarks/results/{store.stem}.md).",
         "",
-        "| job | faster | memory | measured by `python -m benchmarks.run` |",
-        "|---|---|---|---|",
     ]
     lines = []
     for name, section in sorted(sections.items()):
@@ -58,11 +56,12 @@ def table(store: Path) -> str:
             if mine is None or peer is None:
                 continue
             bound = next((r for r in group if r.role == "bound" and r.seconds), None)
-            lines.append(
-                f"| {mine.headline}, against {peer.contender} | {_faster(mine, peer, bound)} | "
-                f"{_memory(mine, peer)} | `{name}`, {facts['date']} |"
-            )
-    return "\n".join(heading + lines) if lines else ""
+            lines.append([
+                f"{mine.headline}, against {peer.contender}", _faster(mine, peer, bound),
+                _memory(mine, peer), f"`{name}`, {facts['date']}",
+            ])  # fmt: skip
+    heads = ["job", "faster", "memory", "measured by `python -m benchmarks.run`"]
+    return "\n".join([*heading, tables.markdown(heads, lines)]) if lines else ""
 
 
 def text(results: Path = RESULTS) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.harness import MIB, Result, ratio
 
 Sections = dict[str, dict[str, Any]]
@@ -98,23 +99,15 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 def table(results: Sequence[Result]) -> str:
     """For the terminal: a table per job."""
     jobs = dict.fromkeys(r.job for r in results)
-    return "\n\n".join(f"{job}\n{_table([r for r in results if r.job == job])}" for job in jobs)
-
-
-def _table(results: Sequence[Result]) -> str:
-    lines = rows(results)
-    widths = [max(len(row[c]) for row in lines) for c in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in lines
+    return "\n\n".join(
+        f"{job}\n{tables.aligned(rows([r for r in results if r.job == job]))}" for job in jobs
     )
 
 
 def markdown(results: Sequence[Result]) -> str:
     """For the page."""
-    head, *rest = ([cell.replace("|", "\\|") for cell in row] for row in rows(results))
-    lines = [head, ["---"] * len(head), *rest]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    head, *rest = rows(results)
+    return tables.markdown(head, rest)
 
 
 def page(sections: Sections, charts: Mapping[str, Sequence[str]]) -> str:

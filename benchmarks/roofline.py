@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import bench_training_step as bench
-from benchmarks import harness, report
+from benchmarks import harness, report, tables
 from benchmarks.run import RESULTS, THREADS
 from musiclm_fast.training import cost
 
@@ -72,7 +72,7 @@ def table_of_steps(devices: Sequence[cost.Device]) -> str:
         *(f"{name} {p}, ms" for name in names for p in cost.VALUE_BYTES),
     ]
     heads += [f"{name}, measured ms" for name in names if seen[name]]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for name, case in {**bench.CASES, **bench.ON_GPU}.items():
         step = case.counted()
         ops = cost.step_ops(step)
@@ -88,20 +88,20 @@ def table_of_steps(devices: Sequence[cost.Device]) -> str:
                 found = seen[device].get(name)
                 row.append("" if found is None else f"{1e3 * found:.4g}")
         lines.append(row)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.markdown(heads, lines)
 
 
 def table_of_ops(case: str, device: cost.Device) -> str:
     """A row per op of a case: operations, bytes, and which of the two bounds it on a device."""
-    lines = ["| op | GFLOP | MB | at least, ms | bound by |", "|---|---|---|---|---|"]
+    lines = []
     for op in cost.step_ops({**bench.CASES, **bench.ON_GPU}[case].counted()):
         seconds = cost.seconds([op], device)
         moving = op.traffic / device.bandwidth >= seconds
-        lines.append(
-            f"| {op.name} | {op.operations / 1e9:.3g} | {op.traffic / 1e6:.3g} | "
-            f"{1e3 * seconds:.3g} | {'memory' if moving else 'arithmetic'} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            op.name, f"{op.operations / 1e9:.3g}", f"{op.traffic / 1e6:.3g}",
+            f"{1e3 * seconds:.3g}", "memory" if moving else "arithmetic",
+        ])  # fmt: skip
+    return tables.markdown(["op", "GFLOP", "MB", "at least, ms", "bound by"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import report, tables
 from benchmarks.harness import (
     MODES,
     PARITY_FAILED,
@@ -253,15 +253,15 @@ def compare_with(revision: str, wanted: Sequence[str], settings: Settings, round
                 ["git", "worktree", "remove", "--force", str(Path(folder) / "source")],
                 cwd=ROOT, capture_output=True,
             )  # fmt: skip
-    lines = [f"| job | case | contender | {revision} s | here s | {revision} / here |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = []
     for (job, case, contender), (before, now) in seconds.items():
         if before and now:
             ratios = [a / b for a, b in zip(before, now, strict=True)]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            times = f"{statistics.median(before):.4g} | {statistics.median(now):.4g}"
-            lines.append(f"| {job} | {case} | {contender} | {times} | {spread} |")
-    print("\n".join(lines))
+            times = [f"{statistics.median(s):.4g}" for s in (before, now)]
+            lines.append([job, case, contender, *times, spread])
+    heads = ["job", "case", "contender", f"{revision} s", "here s", f"{revision} / here"]
+    print(tables.markdown(heads, lines))
     return 0
 
 
