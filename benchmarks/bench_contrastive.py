@@ -58,7 +58,7 @@ def ours(
 
 
 def theirs(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
-    """The live reference's module on the same latents."""
+    """Upstream's module on the same latents."""
     from tests.reference import live
 
     package = live.load().musiclm

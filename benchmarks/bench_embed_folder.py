@@ -1,6 +1,6 @@
 """Embedding a folder of recordings: read each file, embed windows of 10 s every second, average.
 
-Ours is ``MuLaN.embed_audio`` on each file; the live reference embeds the same windows, which are
+Ours is ``MuLaN.embed_audio`` on each file; upstream embeds the same windows, which are
 read and cut for it here (it has no such function), and its latents are averaged. Both have equal
 weights and a spectrogram of window 400 of 512, hop 160, at 16 kHz.
 """
@@ -51,7 +51,7 @@ def folder(size: Size) -> Path:
 
 
 def build(kind: str, size: Size, device: str) -> torch.nn.Module:
-    """MuLaN of the live reference or of this package, with equal weights."""
+    """MuLaN of upstream or of this package, with equal weights."""
     import musiclm_fast
 
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def in_a_new_interpreter(*arguments: str) -> dict[str, float]:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Ours and the live reference, in turn."""
+    """Ours and upstream, in turn."""
     from benchmarks import bench_training_step as bench
 
     name, case = next(iter(settings.pick(bench.CASES, gpu=bench.ON_GPU, tiny=bench.TINY).items()))

@@ -1,8 +1,8 @@
-"""How time and memory grow with seconds of audio: live reference against ours.
+"""How time and memory grow with seconds of audio: upstream against ours.
 
 ``python -m benchmarks.bench_growth --output docs`` runs the audio tower, forward and backward in
 training mode on one clip of 5, 10, 20 and 40 s, prints a table and writes ``growth.md`` and
-``growth.png``. The reference is run to ``--reference-limit`` seconds (it needs 6 GB at 20 s);
+``growth.png``. Upstream is run to ``--upstream-limit`` seconds (it needs 6 GB at 20 s);
 beyond, its figures are extrapolated by a parabola through its measured ones, since its bias is a
 tensor of patches x patches, and marked so.
 """
@@ -25,8 +25,8 @@ def measure(
     lengths: tuple[float, ...], limit: float, rounds: int
 ) -> dict[str, dict[float, tuple[float, float]]]:
     """``{contender: {seconds of audio: (median seconds, MiB)}}``, in turn at each length."""
-    towers = {kind: build(kind) for kind in ("ours", "reference")}
-    towers["ours"].load_state_dict(towers["reference"].state_dict())
+    towers = {kind: build(kind) for kind in ("ours", "upstream")}
+    towers["ours"].load_state_dict(towers["upstream"].state_dict())
     found: dict[str, dict[float, tuple[float, float]]] = {kind: {} for kind in towers}
     for seconds in lengths:
         wav = torch.randn(1, int(seconds * 16_000))
@@ -34,7 +34,7 @@ def measure(
         runs = {kind: step(towers[kind], wav) for kind in kinds}
         if len(runs) == 2:
             torch.testing.assert_close(
-                runs["ours"](), runs["reference"](), atol=2e-4, rtol=2e-4
+                runs["ours"](), runs["upstream"](), atol=2e-4, rtol=2e-4
             )  # nothing is timed unless they agree
         times = harness.interleave(runs, rounds=rounds, warmup=0 if len(runs) == 2 else 1)
         for kind in kinds:
@@ -59,13 +59,13 @@ def table(found: dict[str, dict[float, tuple[float, float]]], guessed: dict[floa
     lines = []
     for seconds, (time, memory) in found["ours"].items():
         mark = "*" if seconds in guessed else ""
-        their_time, their_memory = {**found["reference"], **guessed}[seconds]
+        their_time, their_memory = {**found["upstream"], **guessed}[seconds]
         lines.append((
             f"{seconds:g} s", f"{time:.2f} s", f"{their_time:.2f} s{mark}",
             f"{their_time / time:.1f}x{mark}", f"{memory:.0f} MiB",
             f"{their_memory:,.0f} MiB{mark}", f"{their_memory / memory:.1f}x{mark}",
         ))  # fmt: skip
-    heads = ("audio", "ours", "reference", "faster", "ours", "reference", "less")
+    heads = ("audio", "ours", "upstream", "faster", "ours", "upstream", "less")
     return tables.markdown(heads, lines)
 
 
@@ -81,17 +81,17 @@ def plot(
     for index, (axis, label) in enumerate(
         zip(axes, ("seconds, forward and backward", "peak memory, MiB"), strict=True)
     ):
-        for kind, colour in (("reference", "tab:red"), ("ours", "tab:blue")):
+        for kind, colour in (("upstream", "tab:red"), ("ours", "tab:blue")):
             points = found[kind]
             axis.plot(
                 list(points), [p[index] for p in points.values()], "o-", color=colour, label=kind
             )
         if guessed:
-            last = max(found["reference"])
-            beyond = {last: found["reference"][last], **guessed}
+            last = max(found["upstream"])
+            beyond = {last: found["upstream"][last], **guessed}
             axis.plot(
                 list(beyond), [p[index] for p in beyond.values()], "o--", color="tab:red",
-                markerfacecolor="none", label="reference, extrapolated",
+                markerfacecolor="none", label="upstream, extrapolated",
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="seconds of audio, one clip", ylabel=label)
         axis.set_xticks(list(found["ours"]), [f"{s:g}" for s in found["ours"]])
@@ -105,12 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds per length")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--reference-limit", type=float, default=20.0, metavar="SECONDS")
+    parser.add_argument("--upstream-limit", type=float, default=20.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, help="folder of growth.md and growth.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = measure(LENGTHS, arguments.reference_limit, arguments.rounds)
-    guessed = extrapolated(found["reference"], LENGTHS)
+    found = measure(LENGTHS, arguments.upstream_limit, arguments.rounds)
+    guessed = extrapolated(found["upstream"], LENGTHS)
     text = table(found, guessed)
     print(f"\n{text}")
     if arguments.output:
@@ -119,8 +119,9 @@ def main() -> None:
         facts = ", ".join(f"{k} {v}" for k, v in harness.environment().items())
         (arguments.output / "growth.md").write_text(
             "# Growth with seconds of audio\n\nAudio tower (dim 512, depth 6, n_fft 512, hop 160, "
-            "patch dropout 0.25), one clip, forward and backward in training mode, in turn in one "
-            f"run.\n\n{text}\n\n\\* extrapolated by a parabola through the measured lengths.\n\n"
+            "patch dropout 0.25), one clip, forward and backward in training mode, interleaved in "
+            f"one run.\n\n{text}\n\n"
+            "\\* extrapolated by a parabola through the measured lengths.\n\n"
             f"![time and memory against seconds of audio](growth.png)\n\n{facts}\n"
         )
 

@@ -2,14 +2,13 @@
 
     python -m benchmarks.bench_learning --seeds 0 1 2 --output demo-output/learning
 
-trains the demo's recipe once per seed, then once with the reference's default front end for as many
-minutes of training, and writes ``learning.md`` and ``learning.png``. What is measured: zero-shot
-accuracy at pitches that no training note has, at a whole octave that is held out, and with a single
-sentence unseen in training in place of three. A run that was stopped goes on; ``--run mulan 0``
-trains one alone.
+trains the demo's recipe once per seed, then once with upstream's default front end for as many
+minutes, and writes ``learning.md`` and ``learning.png``. It measures zero-shot accuracy at held-out
+pitches, at a held-out octave, and with one unseen sentence instead of three. The same command
+resumes a stopped run; ``--run mulan 0`` trains one model alone.
 
-Minutes are steps times the time of a step, which is measured first, both front ends in turn, so
-that runs may share the machine with others.
+Minutes are steps times the time of a step. That time is measured first, both front ends
+interleaved, so the training runs may share the machine with other work.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]
 
 
 def recipe(front_end: str, seed: int, seconds: dict[str, float]) -> DemoConfig:
-    """The recipe; with the reference's front end as many steps as take the same time."""
+    """The recipe; with upstream's front end as many steps as take the same time."""
     steps = round(RECIPE.steps * seconds["mulan"] / seconds[front_end])
     return replace(RECIPE, front_end=front_end, seed=seed, steps=steps)
 
@@ -102,17 +101,17 @@ def described(data: Notes) -> str:
     pitches = {name: len(set(data.notes.pitch[part])) for name, part in data.parts.items()}
     return (
         f"Notes of all {c.instruments} General MIDI instruments, {len(data.notes):,} clips of "
-        f"{c.clip_seconds:g} s; training has {len(data.parts['train']):,} at {pitches['train']} "
-        f"pitches, {pitches['held-out pitches']} pitches between them and "
+        f"{c.clip_seconds:g} s. Training has {len(data.parts['train']):,} at {pitches['train']} "
+        f"pitches; {pitches['held-out pitches']} pitches between them and "
         f"{pitches['held-out octave']} in one octave are held out. A MuLaN of dim {c.dim}, "
         f"{c.depth} audio and {c.text_depth} text blocks, patches of {c.patch_size[0]} x "
-        f"{c.patch_size[1]} (16 x 16 with the reference's front end), {c.steps:,} steps of "
+        f"{c.patch_size[1]} (16 x 16 with upstream's front end), {c.steps:,} steps of "
         f"{c.batch_size} pairs, AdamW at {c.learning_rate:g} with a cosine; notes detuned by up to "
         f"{c.detune_cents:g} cents, up to {c.extra_words} random words around captions, "
         f"temperature capped at {c.max_temperature:g} (`DemoConfig`). Prompts are three sentences "
         "that no training caption has. Minutes are steps times the median time of a step, two "
-        "threads, both front ends measured in turn on a quiet machine; the reference's front end "
-        "gets as many minutes."
+        "threads, both front ends interleaved on a quiet machine. Upstream's front end trains for "
+        "as many minutes."
     )
 
 

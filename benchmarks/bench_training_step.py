@@ -1,9 +1,9 @@
-"""A whole training step of MuLaN, forward, backward and optimizer: live reference against ours.
+"""A whole training step of MuLaN, forward, backward and optimizer: upstream against ours.
 
-The case "README" is the configuration of the reference's README: clips of 1,024 samples, batch 8.
+The case "README" is the configuration of upstream's README: clips of 1,024 samples, batch 8.
 The others are clips of 10 and 30 s at 16 kHz (window 400 of 512, hop 160). Texts have 256 tokens.
 Loss and gradients are compared first. Beside both run the matrix products of the towers' blocks
-alone: those of the reference's step, the bound that the issue of a faster step is measured by, and
+alone: those of upstream's step, the bound that the issue of a faster step is measured by, and
 those that ours has left (its last text block computes the class token alone). Memory is the peak of
 forward and backward; the optimizer's state is apart.
 
@@ -81,7 +81,7 @@ MODES = {
 
 
 def build(kind: str, case: Case, device: str = "cpu") -> torch.nn.Module:
-    """MuLaN of the live reference or of this package, with equal weights."""
+    """MuLaN of upstream or of this package, with equal weights."""
     torch.manual_seed(0)
     if kind == OURS:
         import musiclm_fast as package
@@ -151,7 +151,7 @@ def step(
 
 
 def products(step: cost.Step, all_of_them: bool) -> Callable[[], Any]:
-    """Only the matrix products of both towers' blocks, forward and backward: of the reference's
+    """Only the matrix products of both towers' blocks, forward and backward: of upstream's
     step (``all_of_them``), or of ours, whose last text block computes the class token alone."""
     text = dataclasses.replace(step.text, reads="all") if all_of_them else step.text
     wanted = cost.products(step.audio, step.batch, step.audio_tokens)
@@ -239,7 +239,7 @@ def apart(kind: str, case: Case, timed: bool = True, mode: str = "") -> tuple[fl
 
 @functools.cache
 def check(case: Case, device: str) -> None:
-    """Loss and gradients agree with the reference's.
+    """Loss and gradients agree with upstream's.
 
     Raises:
         AssertionError: they do not.
@@ -349,7 +349,7 @@ def results(settings: Settings) -> list[Result]:
         axes = (
             {"pairs of a batch": case.batch} if settings.mode == "gpu" and case.dim == 512 else {}
         )
-        # Values are compared on clips that the reference can afford.
+        # Values are compared on clips that upstream can afford.
         small = case
         if settings.mode != "full" and case.samples > 3 * SAMPLE_HZ:
             small = dataclasses.replace(case, samples=3 * SAMPLE_HZ, batch=2)
@@ -370,7 +370,7 @@ def results(settings: Settings) -> list[Result]:
                            "ours" if kind == OURS else "peer")  # fmt: skip
             try:
                 most = largest_batch(kind, case, settings.device, mode, limit)
-            except ImportError as error:  # the reference is not installed
+            except ImportError as error:  # upstream is not installed
                 found.append(dataclasses.replace(known, reason=str(error)))
             else:
                 found.append(dataclasses.replace(known, note=f"{most} pairs fit"))

@@ -1,4 +1,4 @@
-"""What a fresh process finds imported: torch, this package and the live reference, ten seconds of
+"""What a fresh process finds imported: torch, this package and upstream, ten seconds of
 work that :func:`benchmarks.harness.in_fresh_process` does once and then forks. Nothing may compute
 here: a process forked from one that has threads hangs in its first parallel loop."""
 

@@ -112,7 +112,7 @@ def measure(
 def oracle(
     theirs: Callable[[], torch.nn.Module], ours: Callable[[], torch.nn.Module]
 ) -> tuple[torch.nn.Module, contextlib.AbstractContextManager[None]]:
-    """The model that ours is held against, and the context to run it in: the live reference's, or
+    """The model that ours is held against, and the context to run it in: upstream's, or
     where that is not installed (a machine with a GPU and no network may lack it) one of ours on the
     ops' torch definitions."""
     from musiclm_fast.ops import use_backend

@@ -25,7 +25,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _settle(threads: int) -> None:
-    # The reference prints and warns in the midst of what is a table here.
+    # Upstream prints and warns; that would land in the middle of a table.
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -16,7 +16,7 @@ class Settings:
     """What a benchmark is asked for.
 
     Args:
-        mode: ``"quick"`` (float32, eager, slow reference jobs once), ``"full"`` (every peer and
+        mode: ``"quick"`` (float32, eager, slow upstream jobs once), ``"full"`` (every peer and
             mode) or ``"gpu"``.
         device: ``"cpu"`` or ``"cuda"``.
         tiny: the smallest sizes that still run every line, to test a benchmark and not the code.

@@ -73,7 +73,7 @@ def one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def imports_uncollected() -> Iterator[None]:
     """No garbage collection of what is imported inside."""
-    # Else each collection before a run walks the reference's imports, a quarter of a second.
+    # Otherwise each collection before a run walks upstream's imports, a quarter of a second.
     gc.collect()
     gc.freeze()
     try:

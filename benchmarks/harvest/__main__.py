@@ -7,7 +7,7 @@
 
 Needs torch, Triton, pytest and numpy, and no network. Every stage is a process of its own with a
 deadline of its own; its results are on disk as soon as they are there, and one that fails or is cut
-off is named with its error while the others go on. What else a stage can use (the reference's
+off is named with its error while the others go on. What else a stage can use (upstream's
 packages, peers, ncu, compute-sanitizer) it uses if it is there and names if it is not.
 
 Writes into the output folder: harvest.json (all figures), harvest.md (tables), summary.txt (what is
@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function
     "contrastive": (kernels.contrastive, 70),
     "spectrogram": (kernels.spectrogram, 40),
     "step": (models.step, 80),
-    "step_reference": (models.step_reference, 80),
+    "step_upstream": (models.step_upstream, 80),
     "generation": (models.generation, 60),
     "counters": (kernels.counters, 70),
     "flex": (kernels.flex, 60),

@@ -132,7 +132,7 @@ BF16, COMPILED = " (bf16)", " (bf16, torch.compile)"
 STEPS = {  # stage -> who, and batch, width and mode of each case
     "step": (bench_training_step.OURS, [(64, 512, BF16), (64, 512, ""), (4, 512, BF16),
                                         (64, 768, BF16)]),
-    "step_reference": (bench_training_step.THEIRS, [(4, 512, BF16), (4, 512, ""), (16, 512, BF16),
+    "step_upstream": (bench_training_step.THEIRS, [(4, 512, BF16), (4, 512, ""), (16, 512, BF16),
                                                     (64, 512, BF16)]),
     "step_compiled": (bench_training_step.OURS, [(64, 512, COMPILED)]),
     "step_captured": (bench_training_step.OURS, [(64, 512, BF16)]),
@@ -177,6 +177,6 @@ def all_cases(tiny: bool = False) -> list[Case]:
     """Every case of every stage, in the stages' order."""
     return [
         *card(tiny), *attention(tiny), *contrastive(tiny), *spectrogram(tiny),
-        *steps(tiny, "step"), *steps(tiny, "step_reference"), *generation(tiny),
+        *steps(tiny, "step"), *steps(tiny, "step_upstream"), *generation(tiny),
         *attention(tiny, "flex"), *steps(tiny, "step_captured"), *steps(tiny, "step_compiled"),
     ]  # fmt: skip

@@ -42,8 +42,8 @@ def step(stage: Stage) -> None:
     _steps(stage, "step")
 
 
-def step_reference(stage: Stage) -> None:
-    """The same of the live reference."""
+def step_upstream(stage: Stage) -> None:
+    """The same of upstream."""
     try:
         from tests.reference import live
 
@@ -51,7 +51,7 @@ def step_reference(stage: Stage) -> None:
     except ImportError as error:
         stage.note("musiclm-pytorch", f"left out: {error}")
         return
-    _steps(stage, "step_reference")
+    _steps(stage, "step_upstream")
 
 
 def step_compiled(stage: Stage) -> None:

@@ -118,8 +118,8 @@ def missing_tools() -> list[str]:
         if shutil.which(tool) is None:
             lines.append(f"no {tool}: stage {stage} has nothing to say")
     for package, what in (
-        ("musiclm-pytorch", "the reference's step"),
-        ("audiolm-pytorch", "the reference's generation"),
+        ("musiclm-pytorch", "upstream's step"),
+        ("audiolm-pytorch", "upstream's generation"),
         ("torchaudio", "its spectrogram"),
         ("siglip-kernel", "its loss"), ("inf-cl", "its loss"), ("memeff", "its loss"),
     ):  # fmt: skip

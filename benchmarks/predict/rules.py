@@ -136,7 +136,7 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
 
 @functools.cache
 def _step_kernels(who: str, mode: str, sizes: Any) -> list[Kernel]:
-    # The reference's masks read a truth value that must not hold.
+    # Upstream's masks read a truth value that must not hold.
     # On a GPU its Adam takes torch's default there, all tensors of a kind at once.
     ours = who == bench_training_step.OURS
     foreach = mock.patch.dict(bench_training_step.ADAM, {} if ours else {"foreach": True})
@@ -207,6 +207,6 @@ def of_generation(case: Case, contender: str, card: Card) -> Prediction:
 RULES: dict[str, Callable[[Case, str, Card], Prediction]] = {
     "card": of_card, "attention": of_attention, "flex": of_attention,
     "contrastive": of_contrastive, "spectrogram": of_spectrogram, "step": of_step,
-    "step_reference": of_step, "step_compiled": of_step, "step_captured": of_step,
+    "step_upstream": of_step, "step_compiled": of_step, "step_captured": of_step,
     "generation": of_generation,
 }  # fmt: skip

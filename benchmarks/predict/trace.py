@@ -107,7 +107,7 @@ class _Scalars(TorchDispatchMode):
             return self.truth if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.equal.default:
             return self.truth
-        if func is torch.ops.aten.masked_select.default:  # the reference's diagonal of a square
+        if func is torch.ops.aten.masked_select.default:  # upstream's diagonal of a square
             return args[0].new_empty(args[0].numel() // args[0].shape[-1])
         return func(*args, **(kwargs or {}))
 
