@@ -1,7 +1,7 @@
 """The audio tower, forward and backward in training mode: upstream against ours.
 
-A case for each length of audio; beside both the bound, the matrix products alone, and the peak
-memory of a fresh process each. Outputs and gradients are compared first.
+One case per length of audio. The bound is the time of the matrix products alone. Peak memory is
+that of a fresh process. Outputs and gradients are compared first.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def check(seconds: float, batch: int) -> None:
 
 
 def contender(kind: str, wav: torch.Tensor) -> Callable[[], Any]:
-    """A step of the tower, where this machine has the memory for it."""
-    if kind == "upstream":  # 6 GB at 20 s, by the square of the length
+    """A step of the tower, if this machine has the memory for it."""
+    if kind == "upstream":  # 6 GB at 20 s, quadratic in the length
         harness.need_memory(6.4e9 * len(wav) * (wav.shape[1] / SAMPLE_HZ / 20) ** 2)
     return step(build(kind), wav)
 

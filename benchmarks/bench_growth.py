@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.bench_growth --output docs`` runs the audio tower, forward and backward in
 training mode on one clip of 5, 10, 20 and 40 s, prints a table and writes ``growth.md`` and
-``growth.png``. Upstream is run to ``--upstream-limit`` seconds (it needs 6 GB at 20 s);
-beyond, its figures are extrapolated by a parabola through its measured ones, since its bias is a
-tensor of patches x patches, and marked so.
+``growth.png``. Upstream is run to ``--upstream-limit`` seconds (it needs 6 GB at 20 s).
+Its longer figures are extrapolated by a parabola, since its bias is a tensor of patches x patches,
+and marked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LENGTHS = (5.0, 10.0, 20.0, 40.0)
 def measure(
     lengths: tuple[float, ...], limit: float, rounds: int
 ) -> dict[str, dict[float, tuple[float, float]]]:
-    """``{contender: {seconds of audio: (median seconds, MiB)}}``, in turn at each length."""
+    """``{contender: {seconds of audio: (median seconds, MiB)}}``, interleaved at each length."""
     towers = {kind: build(kind) for kind in ("ours", "upstream")}
     towers["ours"].load_state_dict(towers["upstream"].state_dict())
     found: dict[str, dict[float, tuple[float, float]]] = {kind: {} for kind in towers}
@@ -35,7 +35,7 @@ def measure(
         if len(runs) == 2:
             torch.testing.assert_close(
                 runs["ours"](), runs["upstream"](), atol=2e-4, rtol=2e-4
-            )  # nothing is timed unless they agree
+            )  # before any timing
         times = harness.interleave(runs, rounds=rounds, warmup=0 if len(runs) == 2 else 1)
         for kind in kinds:
             needed = harness.in_fresh_process(peak, kind, seconds, 1)
@@ -48,7 +48,7 @@ def measure(
 def extrapolated(
     measured: dict[float, tuple[float, float]], lengths: tuple[float, ...]
 ) -> dict[float, tuple[float, float]]:
-    """A parabola through the last three measured lengths, at those that were not measured."""
+    """A parabola through the last three measured lengths, evaluated at the unmeasured ones."""
     known = sorted(measured)[-3:]
     fits = [np.polyfit(known, [measured[s][i] for s in known], len(known) - 1) for i in (0, 1)]
     missing = [s for s in lengths if s not in measured]

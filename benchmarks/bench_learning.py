@@ -33,7 +33,7 @@ FRONT_ENDS = ("mulan", "reference")
 
 
 def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]:
-    """Median time of a training step with each front end, in turn."""
+    """Median time of a training step with each front end, interleaved."""
     file = folder / "step_seconds.json"
     if not file.exists():
         runs = {name: DemoRun(replace(RECIPE, front_end=name), data, folder) for name in FRONT_ENDS}
@@ -45,13 +45,13 @@ def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]
 
 
 def recipe(front_end: str, seed: int, seconds: dict[str, float]) -> DemoConfig:
-    """The recipe; with upstream's front end as many steps as take the same time."""
+    """The recipe; with upstream's front end, as many steps as fit in the same time."""
     steps = round(RECIPE.steps * seconds["mulan"] / seconds[front_end])
     return replace(RECIPE, front_end=front_end, seed=seed, steps=steps)
 
 
 def train(config: DemoConfig, data: Notes, folder: Path) -> dict[str, Any]:
-    """Train, or go on, or read the finished run's results."""
+    """Train, resume, or read the finished run's results."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "learning.json"
     if file.exists():
@@ -71,7 +71,7 @@ def train(config: DemoConfig, data: Notes, folder: Path) -> dict[str, Any]:
 
 
 def by_sentence(run: DemoRun) -> dict[str, dict[int, float]]:
-    """Accuracy at held-out pitches when each label has one sentence alone, the mean over forms.
+    """Accuracy at held-out pitches with one sentence per label, the mean over forms.
 
     With the instrument's name, and with its other names (training has those in other forms).
     """

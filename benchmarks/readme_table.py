@@ -1,7 +1,7 @@
-"""README's table of results, from the files in ``results/``, so that it cannot drift.
+"""Writes README's table of results from the files in ``results/``.
 
-    python -m benchmarks.readme_table           # writes it between the markers in README.md
-    python -m benchmarks.readme_table --check   # exit status 1 where it is not up to date
+    python -m benchmarks.readme_table           # write it between the markers in README.md
+    python -m benchmarks.readme_table --check   # exit status 1 if it is out of date
 
 A row is a case with a headline: ours against the first peer of that case.
 """
@@ -33,13 +33,13 @@ def _faster(mine: Result, peer: Result, bound: Result | None) -> str:
 def _memory(mine: Result, peer: Result) -> str:
     if mine.memory is None or peer.memory is None:
         return ""
-    # Less than a MiB beyond what is held is next to nothing, and no ratio.
+    # Below one MiB a ratio means nothing.
     less = f"{peer.memory / mine.memory:.1f}x less: " if mine.memory >= MIB else ""
     return f"{less}{mine.memory / MIB:,.0f} MiB, not {peer.memory / MIB:,.0f}"
 
 
 def table(store: Path) -> str:
-    """The table of one device; "" where no case has a headline."""
+    """The table of one device; "" if no case has a headline."""
     sections: report.Sections = json.loads(store.read_text())
     facts = next(iter(sections.values()))["facts"]
     heading = [
@@ -65,7 +65,7 @@ def table(store: Path) -> str:
 
 
 def text(results: Path = RESULTS) -> str:
-    """What stands between the markers: a table per device."""
+    """The text between the markers: a table per device."""
     stores = [
         s for s in sorted(results.glob("*.json")) if not s.stem.endswith(("-full", "-predicted"))
     ]
@@ -76,7 +76,7 @@ def insert(readme: str, content: str) -> str:
     """README with ``content`` between the markers.
 
     Raises:
-        ValueError: a marker is missing, or stands there twice.
+        ValueError: a marker is missing or occurs twice.
     """
     for marker in (BEGIN, END):
         if readme.count(marker) != 1:

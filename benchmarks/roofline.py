@@ -1,11 +1,11 @@
-"""The cost model beside what was measured: operations, bytes, predicted and measured seconds.
+"""Compares the cost model with measurements: operations, bytes, predicted and measured seconds.
 
     python -m benchmarks.roofline                       # the steps of bench_training_step
     python -m benchmarks.roofline --ops "10 s x 2"      # every op of one step
 
 A step takes at least the sum over its ops of the longer of operations / rate and bytes / bandwidth
 (``musiclm_fast.training.cost``). NVIDIA's rates are those of its data sheets; this processor's are
-measured: one product of 2,048 x 2,048, and a copy of 256 MB. What was measured on a device comes
+measured: one product of 2,048 x 2,048, and a copy of 256 MB. Measured times of a device come
 from ``results/<device>.json``.
 """
 
@@ -30,7 +30,7 @@ def this_processor(rounds: int = 5) -> cost.Device:
     square = torch.randn(2048, 2048)
     half = square.bfloat16()
     source, target = torch.ones(2**26), torch.empty(2**26)
-    elements = torch.ones(2**16)  # lies in the cache
+    elements = torch.ones(2**16)  # fits in the cache
 
     def arithmetic() -> None:
         for _ in range(1000):
@@ -62,7 +62,7 @@ def measured(device: str) -> dict[str, float]:
 
 
 def table_of_steps(devices: Sequence[cost.Device]) -> str:
-    """A row per case: operations, bytes, predicted seconds per device, and what was measured."""
+    """A row per case: operations, bytes, predicted and measured seconds per device."""
     names = [device.name for device in devices]
     seen = {device.name: measured(device.name) for device in devices}
     heads = [
@@ -92,7 +92,7 @@ def table_of_steps(devices: Sequence[cost.Device]) -> str:
 
 
 def table_of_ops(case: str, device: cost.Device) -> str:
-    """A row per op of a case: operations, bytes, and which of the two bounds it on a device."""
+    """A row per op of a case: operations, bytes, and the one that bounds it on a device."""
     lines = []
     for op in cost.step_ops({**bench.CASES, **bench.ON_GPU}[case].counted()):
         seconds = cost.seconds([op], device)

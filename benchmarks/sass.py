@@ -4,9 +4,9 @@
     python -m benchmarks.sass --kernel forward      those whose name holds it
 
 The launches of a call are recorded on meta tensors, compiled for sm_90 with the assembler that
-Triton ships, and disassembled. A loop is what a backward branch encloses. Counts are instructions
+Triton ships, and disassembled. A backward branch encloses a loop. Counts are instructions
 of one warp in one turn; ``an element`` divides those of all warps' threads by the tile that a turn
-works on. Blocks an SM are what registers, shared memory and warps allow.
+works on. Blocks an SM are limited by registers, shared memory and warps.
 """
 
 from __future__ import annotations

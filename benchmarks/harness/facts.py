@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# Not resolved: `--base` runs this folder beside another commit's package, by a link.
+# Not resolved: `--base` links this folder next to another commit's package.
 ROOT = Path(__file__).absolute().parents[2]
 
 
@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
         ]
         device = f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads"
     commit = _git("rev-parse", "--short", "HEAD")
-    # The results of earlier benchmarks of a run are no change of what is measured.
+    # Results of earlier benchmarks of the run do not change the measured code.
     if _git("diff", "HEAD", "--stat", "--", ".", ":(exclude)benchmarks/results"):
         commit += "-dirty"
     versions = {}

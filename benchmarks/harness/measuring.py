@@ -28,14 +28,14 @@ def measure(
     axes: Mapping[str, float] | None = None,
     headline: str = "",
 ) -> list[Result]:
-    """Check parity, then time the contenders in turn.
+    """Check parity, then time the contenders, interleaved.
 
-    Where ``check`` raises AssertionError no speed is reported: ours is listed with its message, the
+    If ``check`` raises AssertionError, no speed is reported: ours is listed with its message, the
     others with "not timed". A contender that cannot be built or fails in its first run is listed
-    with the reason; ours raises, unless memory is short.
+    with the reason. Ours raises instead, except when out of memory.
 
     Args:
-        headline: names the case in README's table, where the first of ours meets the first peer.
+        headline: names the case in README's table: the first of ours against the first peer.
     """
     if settings.case not in case:
         return []
@@ -63,11 +63,11 @@ def measure(
     absent: dict[str, str] = {}
 
     def attempt(name: str, work: Callable[[], Any]) -> Any:
-        # what work returns; a peer that raises is out, with the reason
+        # the result of work; a peer that raises is excluded, with the reason
         try:
             return work()
         except Exception as error:
-            # A smaller device than a case is made for is no error of ours.
+            # A device with too little memory for a case is no error of ours.
             if contenders[name].role == "ours" and not isinstance(error, torch.OutOfMemoryError):
                 raise
             absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -112,9 +112,8 @@ def measure(
 def oracle(
     theirs: Callable[[], torch.nn.Module], ours: Callable[[], torch.nn.Module]
 ) -> tuple[torch.nn.Module, contextlib.AbstractContextManager[None]]:
-    """The model that ours is held against, and the context to run it in: upstream's, or
-    where that is not installed (a machine with a GPU and no network may lack it) one of ours on the
-    ops' torch definitions."""
+    """The model that ours is compared with, and its context: upstream's or, if that is not
+    installed (as on a GPU machine without a network), one of ours on the ops' references."""
     from musiclm_fast.ops import use_backend
 
     try:
@@ -133,12 +132,12 @@ def measure_against_copy(
     settings: Settings,
     headline: str,
 ) -> list[Result]:
-    """An op that memory bounds, on one thread: the C++ kernel, the torch path, and a copy of as
-    much memory.
+    """A memory-bound op on one thread: the C++ kernel, the torch path, and a copy of as much
+    memory.
 
     Args:
-        step: of the inputs and a backend; its run returns gradients by name.
-        small: inputs whose gradients are first held against the definition in float64.
+        step: takes the inputs and a backend; its run returns gradients by name.
+        small: inputs whose gradients are first compared with the float64 reference.
         values: float32 values that a step must read or write.
     """
 

@@ -16,7 +16,7 @@ MIB = 1024 * 1024
 
 
 def need_memory(needed: float) -> None:
-    """For what would take the machine down.
+    """Refuse a case that would exhaust the machine.
 
     Raises:
         MemoryError: fewer bytes than ``needed`` are available.
@@ -29,7 +29,7 @@ def need_memory(needed: float) -> None:
 def high_water() -> int:
     """Peak resident memory of this process so far, in bytes.
 
-    Of its own memory: getrusage's figure starts at that of the process that started this one.
+    getrusage's figure would start at the parent process's peak.
     """
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -44,14 +44,14 @@ def current() -> int:
 def extra_memory(build: Callable[[], Callable[[], Any]]) -> int:
     """High-water mark of ``build()()`` over what is resident once it is built, in bytes.
 
-    Call it once, in a fresh process (:func:`in_fresh_process`): what an earlier run left resident
-    would hide what this one needs.
+    Call it once, in a fresh process (:func:`in_fresh_process`): memory that an earlier run left
+    resident would hide this one's.
     """
     run = build()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc: what was freed is resident no more
+    with contextlib.suppress(OSError, AttributeError):  # glibc: return freed memory
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
     before = current()
     run()
     return max(0, high_water() - before)
@@ -60,8 +60,8 @@ def extra_memory(build: Callable[[], Callable[[], Any]]) -> int:
 def gpu_memory(
     build: Callable[[], Callable[[], Any]], between: Callable[[], Any] = lambda: None
 ) -> int:
-    """Peak memory of the second ``build()()`` on the GPU over what is held before, in bytes: the
-    first compiles and fills caches. ``between`` lets go of what the first left, such as gradients.
+    """Peak memory of the second ``build()()`` on the GPU over the memory held before, in bytes.
+    The first compiles and fills caches. ``between`` frees what the first left, such as gradients.
     """
     run = build()
     run()
@@ -71,7 +71,7 @@ def gpu_memory(
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
-    """Peak memory of a call on the GPU over what is held before, in bytes."""
+    """Peak memory of a call on the GPU over the memory held before, in bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

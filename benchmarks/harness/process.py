@@ -13,10 +13,10 @@ import torch
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function(*arguments)`` returns, or raises, in a process where nothing has run yet.
+    """What ``function(*arguments)`` returns, or raises, in a fresh process.
 
-    It is forked from a server that has imported what :mod:`benchmarks.preload` names and has no
-    threads; a fork of this process would not do. torch gets as many threads there as here.
+    It is forked from a server that has imported :mod:`benchmarks.preload` and has no threads. A
+    fork of this process would inherit its state. torch gets as many threads there as here.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for, what it times, and what it found."""
+"""The settings of a benchmark, its contenders and its results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MODES = ("quick", "full", "gpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a benchmark is asked for.
+    """The settings of a benchmark.
 
     Args:
         mode: ``"quick"`` (float32, eager, slow upstream jobs once), ``"full"`` (every peer and
             mode) or ``"gpu"``.
         device: ``"cpu"`` or ``"cuda"``.
-        tiny: the smallest sizes that still run every line, to test a benchmark and not the code.
-        only_ours: leave the peers out, as a comparison of two commits does.
-        case: measure only cases whose name holds this text.
+        tiny: the smallest sizes that still run every line, to test the benchmark itself.
+        only_ours: without peers, to compare two commits.
+        case: measure only cases whose name contains this text.
     """
 
     mode: str = "quick"
@@ -40,16 +40,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed.
+    """A candidate to be timed.
 
     Args:
-        build: makes what is run; raises where it cannot, and the reason is listed.
-        memory: peak memory of one run in bytes, measured apart; None where it is not measured.
+        build: makes the callable to run; if it raises, the reason is listed.
+        memory: peak memory of one run in bytes, measured separately; None if not measured.
         operations: floating-point operations of one run; traffic: bytes that it must move.
-        once: too slow to repeat; runs in the first round alone, without a warm-up.
-        apart: for what is slow and large: seconds and peak memory in bytes of one run in a process
-            of its own, which takes the place of ``build`` and ``memory``.
-        role: ``"ours"``, ``"peer"``, or ``"bound"``: a part of the work that nobody can do without.
+        once: too slow to repeat; runs in the first round only, without a warm-up.
+        apart: for slow and large runs: seconds and peak memory in bytes of one run in a fresh
+            process, instead of ``build`` and ``memory``.
+        role: ``"ours"``, ``"peer"``, or ``"bound"``: work that every implementation must do.
     """
 
     build: Callable[[], Callable[[], Any]]
@@ -68,15 +68,15 @@ class Result:
     Args:
         job: the op or whole job.
         case: its shape, in words.
-        contender: who ran it, and in which mode.
+        contender: its name, with its mode.
         role: as in :class:`Contender`.
-        seconds: of each interleaved round; empty where it did not run.
-        operations, traffic: floating-point operations and bytes of one run, where they are counted.
-        memory: peak memory in bytes beyond what is held before, where it was measured.
+        seconds: of each interleaved round; empty if it did not run.
+        operations, traffic: floating-point operations and bytes of one run, if counted.
+        memory: peak memory in bytes beyond the memory held before, if measured.
         reason: why it did not run.
-        note: what was found, where that is not a time.
-        axes: numbers that a chart may be drawn over, such as seconds of audio or pairs of a batch.
-        headline: of ours: what README's table of results calls this case; "" leaves it out there.
+        note: a finding other than a time.
+        axes: x values for charts, such as seconds of audio or pairs of a batch.
+        headline: of ours: the name of this case in README's table; "" leaves it out.
     """
 
     job: str

@@ -27,7 +27,7 @@ class Timing:
 def interleave(
     contenders: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
 ) -> dict[str, Timing]:
-    """Time the contenders in turn, A B A B ..., so that a drifting machine slows all alike."""
+    """Time the contenders interleaved, A B A B ...: drift of the machine affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + rounds):
         for name, run in contenders.items():
@@ -38,8 +38,8 @@ def interleave(
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
-    """Median, least and greatest of the ratio round by round; of one that ran once to each round
-    of the other."""
+    """Median, minimum and maximum of the ratio per round; a contender that ran once is compared
+    with each round of the other."""
     a, b = slow.seconds, fast.seconds
     if len(a) != len(b) and min(len(a), len(b)) == 1:
         a, b = a * max(1, len(b) // len(a)), b * max(1, len(a) // len(b))
@@ -48,7 +48,7 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one run, to the end of what it started on a GPU."""
+    """Seconds of one run, including its work on a GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

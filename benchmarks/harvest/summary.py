@@ -13,12 +13,12 @@ Found = dict[str, dict[str, Any]]  # stage -> rows, problem, seconds
 
 
 def failed(stage: dict[str, Any]) -> bool:
-    """Whether a stage did not finish, or found something wrong."""
+    """Whether a stage did not finish, or found an error."""
     return bool(stage["problem"]) or any(row["failed"] for row in stage["rows"])
 
 
 def stage_line(name: str, stage: dict[str, Any]) -> str:
-    """A stage's end, in one line."""
+    """The result of a stage, in one line."""
     wrong = [f"{r['case']} {r['contender']}: {r['failed']}" for r in stage["rows"] if r["failed"]]
     parts = [f"== {name}: {stage['seconds']:.0f} s"]
     if stage.get("left_out"):
@@ -72,8 +72,8 @@ HEADS = (
 
 
 def text(found: Found, device: str) -> str:
-    """The short table: what failed, then every case with its share of the card's ceiling, what was
-    predicted and the ratio to the peers."""
+    """The short table: failures, then every case with its share of the card's ceiling, its
+    prediction and the ratio to the peers."""
     wrong = [stage_line(name, stage) for name, stage in found.items() if failed(stage)]
     lines = ["", "what failed", *(wrong or ["nothing"]), ""]
     if not device:
@@ -101,7 +101,7 @@ def _ceilings(rows: dict[tuple[str, str], Row]) -> tuple[float | None, float | N
 
 
 def _parity(found: Found) -> dict[str, str]:
-    """Op -> what its tests and its repeated runs said."""
+    """Op -> result of its tests and its repeated runs."""
     said: dict[str, str] = {}
     for op in ("attention", "contrastive", "spectrogram"):
         rows = [
@@ -114,7 +114,7 @@ def _parity(found: Found) -> dict[str, str]:
         elif any("passed" in r.note for r in rows):
             said[op] = "green"
         elif rows:
-            said[op] = "bits alone"  # the tests were cut off, or not asked for
+            said[op] = "bits alone"  # the tests were cut off, or not selected
     steps = [r for r in found.get("step", {"rows": []})["rows"] if "small step" in r["case"]]
     if steps:
         said["MuLaN"] = "wrong" if any(r["failed"] for r in steps) else "green"
@@ -123,13 +123,13 @@ def _parity(found: Found) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Table:
-    """What the short table is made from.
+    """The figures of the short table.
 
     Args:
         rows: by case and contender.
         predicted: likewise.
         ceilings: TFLOP/s and GB/s of this card.
-        checked: what parity said, by the first word of a case.
+        checked: result of parity, by the first word of a case.
     """
 
     rows: dict[tuple[str, str], Row]
@@ -162,7 +162,7 @@ class Table:
         return "", ""
 
     def _predicted(self, row: Row) -> tuple[str, str]:
-        """Of the kernels' own time where both know it, else of the whole call's."""
+        """The kernels' own time if both have it, else the whole call's."""
         guess = self.predicted.get((row.case, row.contender))
         if guess is None:
             return "", ""

@@ -23,8 +23,8 @@ from benchmarks.predict.stored import RESULTS, Prediction, read
 
 
 def predictions(card: Card) -> tuple[list[Prediction], dict[str, int]]:
-    """Of every case and contender, in the harvest's order; and how many specialisations of Triton
-    kernels each stage has that none before has."""
+    """Predictions of every case and contender, in the harvest's order; and the number of new
+    specialisations of Triton kernels in each stage."""
     codes.clear()
     found = []
     compiled: dict[str, int] = {}
@@ -38,7 +38,7 @@ def predictions(card: Card) -> tuple[list[Prediction], dict[str, int]]:
 
 
 def rounded(p: Prediction) -> Prediction:
-    """With as many digits as mean something."""
+    """Rounded to four digits."""
 
     def four(x: float | None) -> float | None:
         return None if x is None else float(f"{x:.4g}")
@@ -48,7 +48,7 @@ def rounded(p: Prediction) -> Prediction:
 
 
 def make(name: str) -> dict[str, Any]:
-    """What the file of a card holds."""
+    """The content of a card's file."""
     found, compiled = predictions(CARDS[name])
     found = [rounded(p) for p in found]
     return {
@@ -62,7 +62,7 @@ def make(name: str) -> dict[str, Any]:
 
 
 def add_other(stored: dict[str, Any], name: str) -> None:
-    """Put what another Triton changes into a file's content: kernels' ms that differ by 1%."""
+    """Add the kernels' ms that differ by 1% with this Triton to a file's content."""
     changed = []
     for p, before in zip(predictions(CARDS[name])[0], read(stored), strict=True):
         if p.kernels_ms and abs(p.kernels_ms / before.kernels_ms - 1) > 0.01:

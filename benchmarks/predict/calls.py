@@ -13,7 +13,7 @@ from benchmarks.predict.trace import Kernel
 
 
 def host_ms(kernels: Sequence[Kernel]) -> float:
-    """What the CPU needs to launch a call's kernels."""
+    """CPU time to launch a call's kernels."""
     microseconds = 0.0
     for k in kernels:
         if k.launch is None:
@@ -26,7 +26,7 @@ def host_ms(kernels: Sequence[Kernel]) -> float:
 
 
 def call(case: str, contender: str, kernels: Sequence[Kernel], card: Card) -> Prediction:
-    """A call of these kernels."""
+    """The prediction of a call from its kernels."""
     found = costs(kernels, card)
     launches = sum(c.launches for c in found)
     busy = sum(c.ms * c.launches for c in found)
@@ -73,11 +73,11 @@ def simple(
     case: Case, contender: str, seconds: float, launches: int, bound: str, how: str,
     operators: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """A figure from a rate."""
+    """A prediction from a rate."""
     host = (launches if operators is None else operators) * MODEL.operator_us / 1e3
     return total(case.name, contender, 1e3 * seconds, launches, host, how, bound)
 
 
 def none(case: Case, contender: str, reason: str) -> Prediction:
-    """No figure."""
+    """A case without a prediction."""
     return Prediction(case.name, contender, None, None, None, "", f"no prediction: {reason}")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from benchmarks.predict.launches import TARGET, Launch, compile_launch, cuda_usage, cuobjdump
 
-# Of one SM of an H100 or H200: CUDA C++ Programming Guide, technical specifications, 9.0.
+# One SM of an H100 or H200: CUDA C++ Programming Guide, technical specifications, 9.0.
 REGISTERS, SHARED_BYTES, WARPS, BLOCKS = 65_536, 228 * 1024, 64, 32
-RESERVED_BYTES = 1024  # of shared memory, that the system takes for each block
+RESERVED_BYTES = 1024  # of shared memory, reserved for each block
 
-# What an instruction is, by its opcode up to the first full stop; the first that matches.
+# The kind of an instruction, by its opcode up to the first full stop; the first match counts.
 KINDS = {
     "tensor": r"[HIDQ](G)?MMA",
     "float": r"(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)$",
@@ -31,7 +31,7 @@ KINDS = {
     "control": r"(BRA|BRX|BSSY|BSYNC|EXIT|RET|CALL|NOP|YIELD|BREAK|NANOSLEEP)",
     "uniform": r"(U[A-Z0-9]+|R2UR|VOTEU|S2UR)$",
     "imad": r"IMAD",
-    "integer": r".*",  # and comparisons, selections, moves: the pipe of half rate
+    "integer": r".*",  # and comparisons, selections, moves: the half-rate pipe
 }
 
 
@@ -50,7 +50,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads to."""
+        """Target address of a branch."""
         found = re.search(r"\b0x([0-9a-f]+)", self.operands)
         return int(found[1], 16) if found and self.opcode.split(".")[0] == "BRA" else None
 
@@ -62,7 +62,7 @@ def _kind(stem: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """Instructions ``[begin, end]`` that a branch backwards encloses.
+    """Instructions ``[begin, end]`` that a backward branch encloses.
 
     Args:
         begin, end: addresses of its first and last instruction.
@@ -83,7 +83,7 @@ class Loop:
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """A compiled kernel: its loops by address, the rest, and what a program takes.
+    """A compiled kernel: its loops by address, the rest, and a program's resources.
 
     Args:
         name: of the kernel.
@@ -114,15 +114,15 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*
 
 
 def instructions(text: str) -> list[Instruction]:
-    """Of a disassembly of one function."""
+    """The instructions in the disassembly of one function."""
     return [Instruction(int(at, 16), op, rest.strip()) for at, op, rest in LINE.findall(text)]
 
 
 def loops(found: Sequence[Instruction]) -> tuple[tuple[Loop, ...], tuple[Instruction, ...]]:
     """The loops, and the instructions in none.
 
-    Branches back to one place are one loop. The branch to itself at the end of a kernel, and the
-    filling after it, are no part of either.
+    Branches back to the same address form one loop. The branch to itself at the end of a kernel and
+    the padding after it belong to neither.
     """
     ends: dict[int, int] = {}
     last = None
@@ -156,7 +156,7 @@ def counts(found: Sequence[Instruction]) -> Counter[str]:
 
 
 def code(launch: Launch) -> Code:
-    """A launch's kernel, compiled for ``TARGET`` and taken apart."""
+    """A launch's kernel, compiled for ``TARGET`` and disassembled."""
     compiled = compile_launch(launch, TARGET)
     cubin = compiled.asm["cubin"]
     usage = next(iter(cuda_usage(cubin).values()))

@@ -28,7 +28,7 @@ def outside_cycles(code: Code) -> dict[str, float]:
 
 
 def cycles(loop: Iterable[Instruction]) -> dict[str, float]:
-    """Cycles for which one warp's instructions hold its scheduler's pipes."""
+    """Cycles for which one warp's instructions occupy its scheduler's pipes."""
     found: dict[str, float] = {"issue": 0.0}
     for instruction in loop:
         found["issue"] += 1
@@ -44,8 +44,8 @@ def cycles(loop: Iterable[Instruction]) -> dict[str, float]:
 
 
 def _wavefronts(instruction: Instruction) -> int:
-    # of 128 bytes; where a warp's threads read 16 bytes each of shared memory, as products of
-    # float32 do, half of them read what others read
+    # of 128 bytes. If each thread of a warp reads 16 bytes of shared memory, as in float32
+    # products, half of them read the same data as others.
     suffixes = instruction.opcode.split(".")[1:]
     if instruction.kind in ("global", "cp.async", "generic", "local"):
         return 4 if "128" in suffixes else 2 if "64" in suffixes else 1
@@ -64,7 +64,7 @@ def _tensor_operations(instruction: Instruction) -> float:
 
 
 def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
-    """How often a program goes through each loop: a rule for each kernel."""
+    """How many turns of each loop a program runs: a rule per kernel."""
     a = launch.arguments
     outer = [loop for loop in code.loops if loop.depth == 0]
     name = launch.kernel.__name__
@@ -77,24 +77,24 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
     if name == "backward_q_kernel":
         whole = a["keys"] // a["BLOCK_N"]
         return [(outer[0], whole), (outer[-1], float(a["keys"] % a["BLOCK_N"] > 0))]
-    if name == "index_kernel":  # a program goes through one of its two loops
+    if name == "index_kernel":  # a program runs one of its two loops
         return [(outer[0], math.ceil(a["queries"] / a["BLOCK"]))]
     if name == "table_gradient_kernel":
-        # Chains of one, so the inner loop once a turn, and in those turns alone whose BLOCK_R
-        # offsets lead to a query: from a key of a grid, R of the 2R + 1 do.
+        # Chains of one: the inner loop runs once a turn, only in turns whose BLOCK_R offsets lead
+        # to a query. From a key of a grid, R of the 2R + 1 do.
         count = math.ceil(a["pairs_per_part"] / a["BLOCK_J"])
         found = min(1.0, (a["radius"] + a["BLOCK_R"]) / (2 * a["radius"] + 1))
         return [(loop, count * (found if loop.depth else 1.0)) for loop in code.loops]
     if name == "table_edges_kernel":
         return [(outer[0], math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
     if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):
-        # gradient_kernel's first loop is that of bounded similarities, which the harvest's are
+        # gradient_kernel's first loop is for bounded similarities, as in the harvest
         return [(outer[0], math.ceil(math.ceil(a["columns"] / a["BLOCK_N"]) / a["SPLITS"]))]
     raise ValueError(f"no rule for the loops of {name}")
 
 
 def worked(name: str, loop: Loop) -> list[Instruction]:
-    """Instructions of a turn: in ``SKIPPED`` kernels, without what the longest jump passes over."""
+    """Instructions of a turn: in ``SKIPPED`` kernels, without those that the longest jump skips."""
     if name not in SKIPPED:
         return list(loop.own)
     jumps = [
@@ -131,7 +131,7 @@ def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
         if pipe == "issue":
             share = min(MODEL.issue, MODEL.warp_issue * resident)
         seconds[pipe] = programs * warps * number / card.clock / share
-    if min(code.blocks, programs) == 1:  # no other program multiplies meanwhile
+    if min(code.blocks, programs) == 1:  # no other program overlaps its products
         seconds["issue"] += seconds.get("tensor", 0.0)
     seconds["bandwidth"] = traffic / card.bandwidth
     seconds["launch"] = MODEL.kernel_us / 1e6
@@ -158,8 +158,8 @@ def code_of(launch: Launch) -> Code:
 
 
 def moved(kernel: Kernel) -> float:
-    """Bytes of a kernel: of its tensors each once. One that works on a band has the band's share of
-    q, k, v and their gradients; table_edges_kernel passes over dS."""
+    """Bytes of a kernel: its tensors, each once. A kernel of a band moves the band's share of q, k,
+    v and their gradients; table_edges_kernel does not read dS."""
     if kernel.launch is None or "ds" not in kernel.launch.arguments:
         return kernel.traffic
     a = kernel.launch.arguments
@@ -176,7 +176,7 @@ def moved(kernel: Kernel) -> float:
 
 
 def costs(kernels: Sequence[Kernel], card: Card) -> list[Cost]:
-    """Of each kernel of a call."""
+    """The cost of each kernel of a call."""
     found = []
     for k in kernels:
         if k.launch is not None:

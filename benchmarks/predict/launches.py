@@ -27,7 +27,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's, with what it is asked for where one kernel serves several ends."""
+        """The kernel's name, with the requested outputs of kernels that have several."""
         ends = {"logsumexp_kernel": ["positive"], "sigmoid_kernel": ["LOSS", "GRADIENT"]}
         name = self.kernel.__name__
         asked = [
@@ -39,7 +39,7 @@ class Launch:
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel for an architecture, specialised as its launcher would."""
+    """Triton's compiled kernel for an architecture, specialised like its launcher would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,7 +104,7 @@ def cuobjdump(binary: bytes, option: str) -> str:
 
 
 def cuda_usage(binary: bytes) -> dict[str, dict[str, int]]:
-    """By kernel of a cubin or an object file: registers, stack, local memory, where spills go."""
+    """By kernel of a cubin or an object file: registers, stack, local memory (spills)."""
     report = cuobjdump(binary, "--dump-resource-usage")
     functions = re.findall(r"Function (\S+):\n(.+)", report)
     return {
@@ -114,7 +114,7 @@ def cuda_usage(binary: bytes) -> dict[str, dict[str, int]]:
 
 
 def tile(launch: Launch) -> int:
-    """Elements that one turn of a launch's innermost loop works on: the product of its two blocks;
-    0 of kernels that have none."""
+    """Elements that one turn of a launch's innermost loop works on: the product of its two block
+    sizes; 0 for kernels without them."""
     sizes = [launch.arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N")]
     return sizes[0] * sizes[1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU, nominal and as it is known to run.
+    """A GPU: nominal and sustained rates.
 
     Args:
         sms, clock: multiprocessors; Hz that a long product sustains.
@@ -77,10 +77,10 @@ PIPES = {
     "cp.async": ("memory", 4), "shuffle": ("memory", 4),
 }  # fmt: skip
 TENSOR_CYCLE = 1024  # bf16 operations a cycle of one scheduler's tensor core: 4,096 an SM
-SKIPPED = ("table_edges_kernel", "logsumexp_kernel+positive")  # a branch passes most of a turn
+SKIPPED = ("table_edges_kernel", "logsumexp_kernel+positive")  # a branch skips most of a turn
 # Peers' TFLOP/s forward and backward at D = 64, by length. Forward, flash and cuDNN: the project's
 # review read them off the FlashAttention-3 paper's curves for an H100, of FlashAttention-2 (282 to
-# 318; 1,024 lies between) and of FlashAttention-3, which cuDNN is taken to equal. Backward: the
+# 318; 1,024 lies between) and of FlashAttention-3; cuDNN is assumed to equal it. Backward: the
 # review's 0.6 ms for flash at 1,024, and the rest assumed around it. Nothing is published for a
 # learned table in FlexAttention or for torch's attention with a bias on an H100: assumed.
 PUBLISHED: dict[str, dict[int, tuple[float, float]]] = {

@@ -78,8 +78,8 @@ def _published_attention(case: Case, contender: str, card: Card) -> Prediction:
         seconds = batch * pairs / ATOMICS
         extra = f" + {batch * pairs / 1e6:.0f} M atomic additions, {1e3 * seconds:.3g} ms"
     elif contender == "SDPA + bias":
-        # the bias gathered (float32), rounded; backward its gradient of each sample is written,
-        # summed, and scattered into the table
+        # Forward: gather the bias in float32 and round it. Backward: write its gradient of each
+        # sample, sum, and scatter into the table.
         if forward:
             nbytes = pairs * (4 + 4 + half + half) + length**2 * 8 * 4
             launches = 8
@@ -123,7 +123,7 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
         return simple(case, contender, case.traffic / card.bandwidth, 1, "bandwidth", how)
     if contender == "ours":
         values = SPECTROGRAM_MS[shape["n_fft"]]
-        # The backward transforms the frames again and adds their gradients: twice the forward.
+        # The backward transforms the frames again and sums their gradients: twice the forward.
         ms = values * (3 if gradient else 1)
         how = f"the review's estimate of the forward, {values:.3g} ms" + (
             ", and twice that for the backward" if gradient else ""
@@ -137,12 +137,12 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
 @functools.cache
 def _step_kernels(who: str, mode: str, sizes: Any) -> list[Kernel]:
     # Upstream's masks read a truth value that must not hold.
-    # On a GPU its Adam takes torch's default there, all tensors of a kind at once.
+    # On a GPU its Adam uses torch's default, which updates all tensors at once.
     ours = who == bench_training_step.OURS
     foreach = mock.patch.dict(bench_training_step.ADAM, {} if ours else {"foreach": True})
     with trace.gpu(truth=ours), foreach:
         run = bench_training_step.step(who, sizes, "cpu", mode)
-        trace.trace(run)  # makes the optimizer's moments
+        trace.trace(run)  # allocates the optimizer's moments
         return trace.trace(run)
 
 
@@ -163,13 +163,13 @@ def of_step(case: Case, contender: str, card: Card) -> Prediction:
 
 
 def _compiled_step(case: Case, contender: str, kernels: Sequence[Kernel], card: Card) -> Prediction:
-    # Products and Triton kernels of the eager step; of the rest, what the roofline's ops move.
+    # Products and Triton kernels of the eager step; for the rest, the bytes of the roofline's ops.
     kept = [k for k in kernels if k.launch is not None or k.operations]
     found = costs(kept, card)
     step = case.shape["sizes"].counted()
     ops = [op for op in cost.step_ops(step) if not op.matrix]
     rest = 0.5 * sum(op.traffic for op in ops) / card.bandwidth  # bf16, the counts are float32
-    fused = (len(kernels) - len(kept)) // 3  # kernels that are left of three: assumed
+    fused = (len(kernels) - len(kept)) // 3  # assumed: one kernel remains of three
     busy = sum(c.ms * c.launches for c in found) + 1e3 * rest
     launches = sum(c.launches for c in found) + fused
     host = host_ms(kept)
@@ -180,7 +180,7 @@ def _compiled_step(case: Case, contender: str, kernels: Sequence[Kernel], card: 
 def of_generation(case: Case, contender: str, card: Card) -> Prediction:
     ours = contender == "ours"
     few, more, tokens = 2, 6, case.shape["tokens"]
-    # Ours reads whether no row has ended: yes. Theirs checks its masks: no.
+    # Ours reads whether all rows run on: true. Upstream reads checks of its masks: false.
     with trace.gpu(truth=ours):
         theirs, mine = bench_generation.pair()
         generate = bench_generation.ours_generate if ours else bench_generation.theirs_generate

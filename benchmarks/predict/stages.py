@@ -34,7 +34,7 @@ def stage_seconds(
 
     Args:
         stages: the predictions of each.
-        specialisations: of Triton kernels that no case of a stage before has.
+        specialisations: new ones of Triton kernels in each stage.
     """
     budgets = {case.stage: case.budget for case in cases.all_cases()}
     found = {}

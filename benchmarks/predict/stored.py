@@ -16,12 +16,12 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a launch needs on a card.
+    """The cost of a launch on a card.
 
     Args:
-        name: of the kernel; launches: how many like it.
-        ms: of one; bound: by what.
-        how: the product that makes it, for a reader to check.
+        name: of the kernel; launches: number of equal ones.
+        ms: of one; bound: the limit.
+        how: the factors of the time, for a reader to check.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Prediction:
         ms: of one call between events; kernels_ms: of its kernels; launches: their number.
         bound: ``tensor``, ``issue``, ``integer``, ``float``, ``mufu``, ``memory`` (instructions),
             ``bandwidth``, ``launch`` (many short kernels) or ``host``.
-        how: what it is made of; without a figure, the reason.
-        kernels: its Triton kernels, those that cost the same as one.
+        how: the parts of the time; without a figure, the reason.
+        kernels: its Triton kernels, equal ones merged.
     """
 
     case: str
