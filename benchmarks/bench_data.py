@@ -134,7 +134,7 @@ def long_files(suffix: str, count: int, seconds: int) -> Path:
 
 
 def decode_whole(table: Path, clip: int) -> None:
-    """A loader without seeking: read each file, resample it, take a part."""
+    """What a loader without seeking does: read each file, resample it, take a part."""
     from musiclm_fast.models.sound import read_sound
 
     for path in sorted(table.parent.rglob("*.*")):

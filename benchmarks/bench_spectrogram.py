@@ -96,7 +96,7 @@ def output_bytes(n_fft: int) -> int:
 
 
 def load_torchaudio() -> None:
-    """Make torchaudio importable with any build of torch."""
+    """Make torchaudio importable beside any build of torch."""
     from tests.reference import live
 
     live.load()

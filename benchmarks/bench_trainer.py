@@ -31,7 +31,7 @@ def pairs(case: bench.Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def trainer(model: torch.nn.Module, case: bench.Case, device: str, folder: Path) -> Any:
-    """A trainer on that dataset, repeated, with its log in ``folder``."""
+    """A trainer on that dataset, over and over, with its log in ``folder``."""
     from musiclm_fast.training.trainer import MuLaNTrainer
 
     return MuLaNTrainer(

@@ -8,7 +8,7 @@ from musiclm_fast import MuLaN, audiolm
 
 IMPORTED = (MuLaN, audiolm.SemanticTransformer)
 
-with contextlib.suppress(ImportError):  # not installed: the benchmark that needs it says so
+with contextlib.suppress(ImportError):  # not installed: who asks for it is told
     from tests.reference import live
 
     live.load()

@@ -5,7 +5,7 @@
 
 A step takes at least the sum over its ops of the longer of operations / rate and bytes / bandwidth
 (``musiclm_fast.training.cost``). NVIDIA's rates are those of its data sheets; this processor's are
-measured: one product of 2,048 x 2,048, and a copy of 256 MB. Measured times of a device come
+measured: one product of 2,048 x 2,048, and a copy of 256 MB. What was measured on a device comes
 from ``results/<device>.json``.
 """
 
