@@ -1,5 +1,5 @@
-# Every target makes what it needs from a fresh clone: an environment in .venv from the lock, the live
-# reference, the compiled library. `make help` lists the targets.
+# Every target makes what it needs from a fresh clone: an environment in .venv from the lock, upstream,
+# the compiled library. `make help` lists the targets.
 #
 #   PYTHON=python3.12    interpreter that .venv is made from (3.11 to 3.13)
 #   MAX_JOBS=1           compiler processes
@@ -36,9 +36,9 @@ $(STAMPS)/venv:
 	$(PIP) install --quiet --upgrade pip
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/dev: requirements/dev.txt requirements/reference.txt requirements/demo.txt requirements/triton.txt | $(STAMPS)/venv
+$(STAMPS)/dev: requirements/dev.txt requirements/upstream.txt requirements/demo.txt requirements/triton.txt | $(STAMPS)/venv
 	$(PIP) install --quiet --no-compile -r requirements/dev.txt
-	$(PIP) install --quiet --no-compile --no-deps -r requirements/reference.txt -r requirements/demo.txt
+	$(PIP) install --quiet --no-compile --no-deps -r requirements/upstream.txt -r requirements/demo.txt
 	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install --quiet --no-compile -r requirements/triton.txt
 	touch $@
 
@@ -55,11 +55,18 @@ READY := $(STAMPS)/library
 
 # ---- tests
 
+SCHEMA = $(VENV)/bin/check-jsonschema --builtin-schema
+
 .PHONY: lint
-lint: $(STAMPS)/dev  ## ruff and mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+lint: $(STAMPS)/dev  ## ruff, mypy, codespell, workflows and forms; pre-commit runs the same
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
+	$(VENV)/bin/zizmor --quiet --offline --strict-collection .github
+	$(SCHEMA) vendor.github-workflows .github/workflows/tests.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 .PHONY: test
 test: $(READY)  ## the tests, under 15 minutes on two cores
@@ -105,7 +112,7 @@ gpu-bare: $(READY)  ## both, and the GPU tests, where only torch 2.11, Triton 3.
 BENCH ?=
 
 .PHONY: bench
-bench: $(READY)  ## CPU benchmarks against the live reference, about eight minutes on two cores
+bench: $(READY)  ## CPU benchmarks against upstream, about eight minutes on two cores
 	$(PY) -m benchmarks.run $(BENCH)
 
 .PHONY: bench-full

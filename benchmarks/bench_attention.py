@@ -1,10 +1,10 @@
 """Attention on the CPU, forward and backward: the C++ kernel, SDPA with a learned bias that is
-materialised, FlexAttention with the learned table, and the definition.
+materialised, FlexAttention with the learned table, and the reference.
 
-Gradients of q, k, v and the table on all sides; the others gather the bias from the table in each
-pass. Operations are those of the seven matrix products; traffic is q, k, v, the output and their
-gradients, read or written once each pass. One large product runs beside them: the rate that the
-processor reaches. Output and gradients are first held against the float64 definition.
+All compute the gradients of q, k, v and the table; the peers gather the bias from the table in each
+pass. Operations are those of the seven matrix products. Traffic is q, k, v, the output and their
+gradients, read or written once each pass. One large product is timed too: the rate that the
+processor reaches. Output and gradients are first compared with the float64 reference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRIDS = {256: (16, 16), 512: (16, 32), 744: (16, 62), 1024: (16, 64), 2048: (16,
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """q, k, v and the table of a grid; codes per sample where patches are dropped."""
+    """q, k, v and the table of a grid; codes per sample if patches are dropped."""
     generator = torch.Generator().manual_seed(0)
     grid = GRIDS[length]
     codes, columns = grid_codes(*grid), len(grid_offsets(*grid))
@@ -58,7 +58,7 @@ def ours(**arguments: Any) -> Tensor:
 
 
 def operations(length: int) -> float:
-    """Of the seven products that a fused forward and backward need."""
+    """Operations of the seven products that a fused forward and backward need."""
     return 7 * 2.0 * BATCH * HEADS * length * length * HEAD_DIM
 
 
@@ -93,7 +93,7 @@ def check_parity(arguments: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, **codes: Tensor) -> Tensor:
-    """FlexAttention, whose score function reads the table; compiled, as it must be."""
+    """FlexAttention, whose score function reads the table; it needs torch.compile."""
     radius = bias_table.shape[1] // 2
     q_codes, k_codes = codes["q_codes"], codes["k_codes"]
 
@@ -131,7 +131,7 @@ MEASURED = ("ours", "SDPA and learned bias")  # whose memory is compared
 
 def memory(length: int, name: str) -> int:
     """Extra peak memory of a step in bytes, its gradients included; call in a fresh process."""
-    step(FUNCTIONS[name], inputs(256))()  # threads and code pages are there
+    step(FUNCTIONS[name], inputs(256))()  # warms up
     return harness.extra_memory(lambda: step(FUNCTIONS[name], inputs(length)))
 
 

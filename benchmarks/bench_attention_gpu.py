@@ -3,14 +3,14 @@
 For each length, forward and backward of
 
 ours, shared       one set of codes for the batch; the backward includes the table's gradient
-ours, per sample   codes of its own for each sample, as patch dropout makes them
+ours, per sample   one set of codes per sample, as with patch dropout
 ours, QK norm      the same with the l2-norm of queries and keys and its learned scales
-flash              torch's flash attention without a bias: the ceiling
+flash              torch's flash attention without a bias: the upper limit
 SDPA + bias        torch's attention with the bias gathered into an (H, N, N) tensor
 FlexAttention      compiled, with the table read by its score function
 
-Output and gradients are compared with the float64 reference first: without agreement there is no
-row. Operations are the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
+Output and gradients are compared with the float64 reference first. No row is reported unless they
+agree. Operations are the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
 backward, for every contender. Runs without a network.
 """
 
@@ -30,7 +30,7 @@ from musiclm_fast.ops import attention, grid_codes
 from musiclm_fast.ops.attention.reference import attention_reference, offset_bias
 
 HEADS, HEAD_DIM, HEIGHT = 8, 64, 16
-TOKENS = 32_768  # samples times length, whatever the length
+TOKENS = 32_768  # samples times length
 LENGTHS = (512, 1024, 2048)
 Inputs = dict[str, Any]
 
@@ -39,7 +39,7 @@ def make_inputs(
     batch: int, length: int, heads: int, device: str, dtype: torch.dtype, per_sample: bool,
     qk_norm: bool,
 ) -> Inputs:  # fmt: skip
-    """Arguments of the op for patches of a grid, a quarter of them dropped where per sample."""
+    """Arguments of the op for patches of a grid; a quarter of them is dropped if per sample."""
     width = -(-(length * 4 // 3 if per_sample else length) // HEIGHT)
     radius = (HEIGHT - 1) * (2 * width - 1) + width
     inputs = testing.attention_inputs(
@@ -80,7 +80,7 @@ def sdpa_with_bias(inputs: Inputs) -> torch.Tensor:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)  # each length its own code
+    return torch.compile(flex_attention, dynamic=False)  # one compilation per length
 
 
 def flex(inputs: Inputs) -> torch.Tensor:
@@ -95,7 +95,7 @@ def flex(inputs: Inputs) -> torch.Tensor:
 
 
 def check_parity(length: int, device: str, dtype: torch.dtype) -> None:
-    """Raise AssertionError where ours is not as exact as the same-dtype torch path."""
+    """Raise AssertionError if ours is less accurate than the same-dtype torch path."""
     for per_sample in (False, True):
         inputs = make_inputs(2, length, 2, device, dtype, per_sample, qk_norm=per_sample)
         wide = testing.to_float64(inputs)
@@ -116,7 +116,7 @@ def check_parity(length: int, device: str, dtype: torch.dtype) -> None:
 def contenders(batch: int, length: int, heads: int, device: str, dtype: torch.dtype) -> Mapping[
     str, tuple[Callable[[Inputs], torch.Tensor], Inputs]
 ]:  # fmt: skip
-    """Name -> function and its inputs; those that the device cannot run are absent."""
+    """Name -> function and its inputs; without those that the device cannot run."""
     shared, own, norm = (
         make_inputs(batch, length, heads, device, dtype, *options)
         for options in ((False, False), (True, False), (True, True))
@@ -137,7 +137,7 @@ def measure(
     length: int, tokens: int = TOKENS, heads: int = HEADS, device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16, rounds: int = 7, repeats: int = 10,
 ) -> list[Result]:  # fmt: skip
-    """Both directions of one length; memory is that of the two together.
+    """Both directions of one length; memory is that of both together.
 
     Raises:
         AssertionError: values disagree.
@@ -209,8 +209,8 @@ def _peak(run: Callable[[], Any], device: str) -> int | None:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Each direction of each length on a GPU; on a CPU a small one in Triton's interpreter, to run
-    these lines."""
+    """Each direction of each length on a GPU; on a CPU a small one in Triton's interpreter, as a
+    test of this code."""
     if settings.mode != "gpu":
         return []
     sizes: dict[str, Any] = dict(tokens=TOKENS, heads=HEADS, dtype=torch.bfloat16)

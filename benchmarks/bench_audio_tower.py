@@ -1,7 +1,7 @@
-"""The audio tower, forward and backward in training mode: live reference against ours.
+"""The audio tower, forward and backward in training mode: upstream against ours.
 
-A case for each length of audio; beside both the bound, the matrix products alone, and the peak
-memory of a fresh process each. Outputs and gradients are compared first.
+One case per length of audio. The bound is the time of the matrix products alone. Peak memory is
+that of a fresh process. Outputs and gradients are compared first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FRONT = dict(spec_n_fft=512, spec_win_length=400, spec_hop_length=160)
 
 
 def build(kind: str) -> torch.nn.Module:
-    """The tower of the live reference or of this package, with equal weights."""
+    """The tower of upstream or of this package, with equal weights."""
     torch.manual_seed(0)
     if kind == "ours":
         from musiclm_fast import AudioSpectrogramTransformer
@@ -92,13 +92,13 @@ def peak(kind: str, seconds: float, batch: int) -> int:
 
 
 def check(seconds: float, batch: int) -> None:
-    """Output and gradients are the reference's.
+    """Output and gradients are upstream's.
 
     Raises:
         AssertionError: they are not.
     """
     wav = torch.randn(batch, int(seconds * SAMPLE_HZ))
-    ours, theirs = build("ours"), build("reference")
+    ours, theirs = build("ours"), build("upstream")
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(step(ours, wav)(), step(theirs, wav)(), atol=2e-4, rtol=2e-4)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -109,8 +109,8 @@ def check(seconds: float, batch: int) -> None:
 
 
 def contender(kind: str, wav: torch.Tensor) -> Callable[[], Any]:
-    """A step of the tower, where this machine has the memory for it."""
-    if kind == "reference":  # 6 GB at 20 s, by the square of the length
+    """A step of the tower, if this machine has the memory for it."""
+    if kind == "upstream":  # 6 GB at 20 s, quadratic in the length
         harness.need_memory(6.4e9 * len(wav) * (wav.shape[1] / SAMPLE_HZ / 20) ** 2)
     return step(build(kind), wav)
 
@@ -128,7 +128,7 @@ def results(settings: Settings) -> list[Result]:
         wav = torch.randn(batch, int(seconds * SAMPLE_HZ))
         operations = products(seconds, batch)[1]
         contenders = {}
-        for name, kind in (("ours", "ours"), ("musiclm-pytorch", "reference")):
+        for name, kind in (("ours", "ours"), ("musiclm-pytorch", "upstream")):
             contenders[name] = Contender(
                 functools.partial(contender, kind, wav),
                 memory=functools.partial(harness.in_fresh_process, peak, kind, seconds, batch),
@@ -138,7 +138,7 @@ def results(settings: Settings) -> list[Result]:
         contenders["matrix products alone"] = Contender(
             lambda s=seconds, b=batch: products(s, b)[0], role="bound"
         )
-        # The reference is four times slower on 20 s than on 10: values are compared on 3.
+        # Upstream is four times slower on 20 s than on 10: values are compared on 3.
         found += harness.measure(
             "audio tower, forward and backward", f"{seconds} s x {batch}", contenders, settings,
             check=functools.partial(check, min(seconds, 3), batch), rounds=3,

@@ -1,17 +1,17 @@
 """Contrastive losses, forward and backward, d = 128: time, and memory beyond the inputs'.
 
 On a CPU: B = 8,192 in float32, ours against the live musiclm-pytorch (compiled kernels against its
-modules), decoupled and sigmoid; in full mode softmax too. Beside them stands the bound: four
-products of B x B x d by torch.mm and two exponentials of B x B by torch.exp, in pieces that stay in
-the cache, of the size that is fastest here. Ours can be above it where its own products are faster
-than torch's; the sigmoid loss also does with three products and one exponential.
+modules), decoupled and sigmoid; in full mode softmax too. The bound is the time of four products of
+B x B x d by torch.mm and two exponentials of B x B by torch.exp, in tiles that fit in the cache, of
+the fastest size. Ours exceeds it if its own products are faster than torch's; the sigmoid loss also
+needs only three products and one exponential.
 
 On a GPU: B = 65,536 in bfloat16, ours against siglip-kernel (sigmoid), inf-cl and memeff (softmax)
 and against torch with the similarities in memory. A peer that is not installed (``pip install
 --no-deps -r requirements/peers.txt``), computes something else or does not run is listed with the
 reason. The goal on an H100 is 25 ms and 200 MB.
 
-Loss and gradients of B = 512 are compared with the float64 definition first: without it no row.
+Loss and gradients of B = 512 are compared with the float64 reference first.
 Operations are four products for every contender.
 """
 
@@ -29,7 +29,7 @@ from musiclm_fast import testing
 from musiclm_fast.ops import contrastive_loss
 
 DEPTH = 128
-SIZES = {"cpu": 8192, "cuda": 65536}  # that are quoted
+SIZES = {"cpu": 8192, "cuda": 65536}  # the quoted sizes
 KINDS = ("decoupled", "sigmoid", "softmax")
 OURS, THEIRS = "ours", "musiclm-pytorch"
 GOAL = "goal on an H100: 25 ms, 200 MB"
@@ -58,7 +58,7 @@ def ours(
 
 
 def theirs(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
-    """The live reference's module on the same latents."""
+    """Upstream's module on the same latents."""
     from tests.upstream import live
 
     package = live.load().musiclm
@@ -74,7 +74,7 @@ def theirs(kind: str, batch: int, dtype: torch.dtype, device: str) -> Step:
 
 
 def bound(batch: int) -> Step:
-    """Four products and two exponentials of B x B, in square pieces of the fastest size."""
+    """Four products and two exponentials of B x B, in square tiles of the fastest size."""
 
     def pieces(side: int) -> Step:
         rows, columns = torch.randn(2, side, DEPTH)
@@ -100,7 +100,7 @@ def bound(batch: int) -> Step:
 
 
 def peer(name: str, batch: int) -> Step:
-    """Another package's step, compared with the definition first.
+    """Another package's step, compared with the reference first.
 
     Raises:
         Exception: it is not installed, computes something else or does not run.
@@ -117,7 +117,7 @@ def peer(name: str, batch: int) -> Step:
 
 
 def check_parity(kind: str, dtype: torch.dtype, device: str, backend: str | None) -> None:
-    """Raise unless loss and gradients of a small batch agree with the float64 definition.
+    """Raise unless loss and gradients of a small batch agree with the float64 reference.
 
     Raises:
         AssertionError: naming what differs.
@@ -138,7 +138,7 @@ def peak(name: str, kind: str, batch: int) -> int:
     build = ours if name == OURS else theirs
 
     def prepare() -> Step:
-        build(kind, 64, torch.float32, "cpu")()  # threads and code pages are there
+        build(kind, 64, torch.float32, "cpu")()  # warms up
         return build(kind, batch, torch.float32, "cpu")
 
     return harness.extra_memory(prepare)
@@ -171,7 +171,7 @@ def on_cpu(kind: str, batch: int, settings: Settings) -> list[Result]:
 
 
 def on_gpu(kind: str, batch: int, settings: Settings) -> list[Result]:
-    """On a CPU the kernels run in Triton's interpreter: to run these lines."""
+    """On a CPU the kernels run in Triton's interpreter, as a test of this code."""
     device = settings.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     builds: dict[str, Callable[[], Step]] = {
@@ -207,7 +207,7 @@ def headline(kind: str, batch: int, shown: int) -> str:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Each kind of loss, at the size that is quoted and at a quarter of it, for the charts."""
+    """Each kind of loss, at the quoted size and at a quarter of it, for the charts."""
     kinds = settings.pick(KINDS[:2], full=KINDS, gpu=KINDS)
     measure, sizes = on_cpu, [SIZES["cpu"] // 4, SIZES["cpu"]]
     if settings.mode == "gpu":

@@ -1,9 +1,9 @@
-"""Captioned sounds: how long a collection takes to open, a batch to draw, and a step to get it.
+"""Captioned sounds: time to open a collection, to draw a batch, and to wait for it in a step.
 
-Three questions. How long until 20,000 small files, as files with a manifest or in shards, are
-indexed (the goal is 30 s). What a batch of ten-second clips out of minute-long files costs, by
-format, against decoding whole files (``data convert`` makes the last kind). What share of a
-training step of the demo's model is spent waiting for its batch (the goal is 5%).
+It measures: the time to index 20,000 small files, with a manifest or in shards (goal: 30 s); the
+time of a batch of ten-second clips from minute-long files, by format, against decoding whole files
+(``data convert`` writes the last format); the share of a training step of the demo's model that
+waits for its batch (goal: 5%).
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ QUICK = False  # not part of `make bench`; ask for it by name
 
 
 def new_folder() -> Path:
-    """A folder that goes away with this process."""
+    """A folder that is deleted when this process ends."""
     path = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
 
 def sound(seconds: float, hz: int = HZ, channels: int = 1) -> np.ndarray:
-    """A tone whose pitch wanders: louder at low frequencies, as music is."""
+    """A tone whose pitch wanders: louder at low frequencies, like music."""
     raw = np.random.default_rng(0).normal(size=(round(seconds * hz), channels))
     return (0.4 * np.sin(np.cumsum(0.1 + 0.1 * raw, axis=0))).astype(np.float32)
 
 
 @functools.cache
 def small_files(count: int, seconds: float) -> Path:
-    """So many short wav files with a manifest, and the same in ``shards``."""
+    """``count`` short wav files with a manifest, and the same in ``shards``."""
     import soundfile
 
     folder = new_folder()
@@ -111,7 +111,7 @@ def indexing(count: int, settings: Settings) -> list[Result]:
 
 @functools.cache
 def long_files(suffix: str, count: int, seconds: int) -> Path:
-    """Stereo files at 44.1 kHz; ``converted`` is what ``data convert`` makes of them."""
+    """Stereo files at 44.1 kHz; ``converted``: the output of ``data convert``."""
     import soundfile
 
     from musiclm_fast.datasets.convert import convert_data
@@ -169,7 +169,7 @@ def drawing(suffix: str, settings: Settings) -> list[Result]:
 
 
 class Waiting:
-    """Batches, and the seconds that their taker waited for them."""
+    """Batches, and the seconds that the consumer waited for them."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches, self.seconds = batches, 0.0
@@ -246,7 +246,7 @@ def loading(settings: Settings) -> list[Result]:
 
 
 def results(settings: Settings) -> list[Result]:
-    """On a CPU, whatever the device: reading sounds is a CPU's work."""
+    """Runs on the CPU in every mode: it reads sounds."""
     settings = dataclasses.replace(settings, device="cpu")
     count = settings.pick(20_000, tiny=4)
     found = indexing(count, settings)

@@ -1,10 +1,10 @@
 """One token through all layers (dim 512, depth 6, cross attention), in float32 on the CPU.
 
-Parity with the definition first. Then, in turn and on one thread: the C++ kernel and the torch
-path for 1, 2, 8 and 16 rows with 64 and 1,024 tokens in the cache. Beside them stands the bound:
-the time to read the packed weights and the cache once at the rate at which this machine, in the
-same rounds, sums as much memory. Counted: 4 bytes per weight and per cached key and value; 2
-operations per weight and row, and 4 per row, head, key and unit of a head.
+Parity with the reference is checked first. Then the C++ kernel and the torch path are interleaved
+on one thread, for 1, 2, 8 and 16 rows with 64 and 1,024 tokens in the cache. The bound is the time
+to read the packed weights and the cache once, at the rate at which this machine sums as much memory
+in the same rounds. Counted: 4 bytes per weight and per cached key and value; 2 operations per
+weight and row, and 4 per row, head, key and unit of a head.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_call(rows: int, length: int) -> dict[str, Any]:
 
 
 def check(weights: DecodeWeights) -> None:
-    """Both backends against the definition in float64, by the tolerance rule."""
+    """Both backends against the float64 reference, by the tolerance rule."""
     call = make_call(4, 100)
     transformer = make_transformer().double()
     wide = {n: v.double() if n in FLOATS else v for n, v in call.items()}

@@ -1,8 +1,8 @@
 """Embedding a folder of recordings: read each file, embed windows of 10 s every second, average.
 
-Ours is ``MuLaN.embed_audio`` on each file; the live reference embeds the same windows, which are
-read and cut for it here (it has no such function), and its latents are averaged. Both have equal
-weights and a spectrogram of window 400 of 512, hop 160, at 16 kHz.
+Ours is ``MuLaN.embed_audio`` on each file; upstream has no such function, so the benchmark reads
+and cuts the same windows for it and averages its latents. Both have equal weights and a spectrogram
+of window 400 of 512, hop 160, at 16 kHz.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WINDOW, STRIDE = 10, 1  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Recordings of so many seconds, and the audio tower's width and depth."""
+    """Number and seconds of the recordings, and the audio tower's width and depth."""
 
     files: int
     seconds: int
@@ -38,7 +38,7 @@ class Size:
 
 
 def folder(size: Size) -> Path:
-    """A folder of noise, which goes away with this process."""
+    """A folder of noise, deleted when this process ends."""
     import soundfile
 
     path = Path(tempfile.mkdtemp())
@@ -51,7 +51,7 @@ def folder(size: Size) -> Path:
 
 
 def build(kind: str, size: Size, device: str) -> torch.nn.Module:
-    """MuLaN of the live reference or of this package, with equal weights."""
+    """MuLaN of upstream or of this package, with equal weights."""
     import musiclm_fast
 
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def _theirs(model: torch.nn.Module, file: Path, device: str) -> Tensor:
     last = max(0, len(wav) - WINDOW * HZ)
     starts = [*range(0, last, STRIDE * HZ), last]
     clips = torch.stack([wav[start : start + WINDOW * HZ] for start in starts]).to(device)
-    # In portions: at 16 windows its position bias alone takes 13 GB.
+    # In chunks: at 16 windows its position bias alone takes 13 GB.
     latents = torch.cat([model.get_audio_latents(part) for part in clips.split(2)])
     return F.normalize(latents.sum(dim=0), dim=0)
 
@@ -114,7 +114,7 @@ def peak(kind: str, size: Size) -> int:
 
 
 def check(size: Size, device: str) -> None:
-    """Both embed a recording alike.
+    """Both embed a recording equally.
 
     Raises:
         AssertionError: they do not.
@@ -132,7 +132,7 @@ def check(size: Size, device: str) -> None:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Recordings of 12 s; on a GPU, of a minute."""
+    """Recordings of 12 s; on a GPU, of one minute."""
     size = settings.pick(
         Size(1, 12), full=Size(4, 30), gpu=Size(2, 60), tiny=Size(1, 10, dim=64, depth=2)
     )

@@ -1,8 +1,8 @@
-"""What the first training step costs in a new process: imports, construction, compiled kernels.
+"""Time of the first training step in a new process: imports, construction, compiled kernels.
 
 Each row is a fresh interpreter; its time runs from the start of that interpreter to the end of the
-first step of MuLaN. On a GPU once with an empty cache of Triton's kernels, then with the cache that
-this left behind. The second step of the same process stands beside it.
+first step of MuLaN. On a GPU it runs with an empty cache of Triton's kernels, then with the filled
+cache. The second step of the same process is a case of its own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _process_start() -> float:
 
 
 def in_a_new_interpreter(*arguments: str) -> dict[str, float]:
-    """What :func:`first_step` says there: here the imports count."""
+    """The seconds of :func:`first_step` in a fresh interpreter, imports included."""
     command = [sys.executable, "-m", "benchmarks.bench_first_call", *arguments]
     done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -61,7 +61,7 @@ def in_a_new_interpreter(*arguments: str) -> dict[str, float]:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Ours and the live reference, in turn."""
+    """Ours, then upstream."""
     from benchmarks import bench_training_step as bench
 
     name, case = next(iter(settings.pick(bench.CASES, gpu=bench.ON_GPU, tiny=bench.TINY).items()))
@@ -75,7 +75,7 @@ def results(settings: Settings) -> list[Result]:
             os.environ["TRITON_CACHE_DIR"] = cache
             for state in caches:
                 times: dict[str, list[float]] = {"first": [], "second": []}
-                # An empty cache is empty once.
+                # The cache is empty only once.
                 for _ in range(1 if state.startswith("empty") else settings.pick(1, full=3, gpu=3)):
                     told = in_a_new_interpreter(kind, asked, settings.device)
                     for which, seconds in told.items():

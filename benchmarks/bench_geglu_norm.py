@@ -1,6 +1,6 @@
 """GEGLU and the norm after it, forward and backward: 2 x 1,024 tokens, hidden 1,365 of 1,376.
 
-Gradients are compared with the float64 definition first. Then, in turn and on one thread: the C++
+Gradients are compared with the float64 reference first. Then, interleaved on one thread: the C++
 kernel, the torch path on the padded width, and the bound: a copy of as much memory. Counted: x
 twice, its gradient, the output and its gradient.
 """

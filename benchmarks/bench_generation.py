@@ -1,10 +1,10 @@
 """Generation of the semantic stage, against audiolm-pytorch: dim 512, depth 6, guidance 3 from
-texts' embeddings, on one thread; in full mode also eight samples at once.
+text embeddings, on one thread; in full mode also eight samples at once.
 
-Parity first: both draw the same tokens from the same noise, or nothing is timed.
+Parity is checked first: both draw the same tokens from the same noise.
 
-Guidance needs a condition that can be hidden. audiolm-pytorch hides it in its semantic stage for
-texts alone, not for given embeddings, so its T5 is replaced by given embeddings, in both.
+Guidance needs a condition that can be dropped. audiolm-pytorch's semantic stage drops it for texts,
+not for given embeddings, so given embeddings replace its T5, in both.
 
 Reading every weight once per token bounds the step: 80 MB at dim 512, depth 6.
 """
@@ -24,7 +24,7 @@ EMBEDS = torch.randn(1, 8, 512, generator=torch.Generator().manual_seed(0))
 
 
 def pair() -> tuple[Any, Any]:
-    """audiolm-pytorch's stage and ours with equal weights, both hiding the condition's embeds."""
+    """audiolm-pytorch's stage and ours with equal weights, both able to drop the condition."""
     from musiclm_fast.audiolm import SemanticTransformer
     from tests.upstream import live
 
@@ -38,7 +38,7 @@ def pair() -> tuple[Any, Any]:
 
 
 def theirs_generate(model: Any, length: int, seed: int = 0) -> torch.Tensor:
-    """What their wrapper's loop does, on texts, so that guidance hides the condition."""
+    """The loop of their wrapper on texts, so that guidance drops the condition."""
     from audiolm_pytorch.audiolm_pytorch import gumbel_sample, top_k
 
     torch.manual_seed(seed)

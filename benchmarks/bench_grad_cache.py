@@ -1,12 +1,11 @@
 """Gradient caching: a step of 1,024 one-second clips in the memory of a step of 64.
 
 MuLaN (dim 512, depth 6, the ``"mulan"`` log-mel front end at 16 kHz, texts of 32 tokens, training
-mode) on the CPU: the peak memory that each step needs beyond the model and its batch, and its
-time, each step once in a process of its own. The plain step of 64 clips is the measure; the cached
-step of 16 such chunks should need no more, but for the latents. In quick mode dim 128, depth 2.
+mode) on the CPU: peak memory beyond the model and its batch, and time, each step once in its own
+process. The cached step of 16 chunks of 64 should need no more memory than the plain step of 64
+clips, except for the latents. In quick mode dim 128, depth 2.
 
-Loss and gradients of the cached step are compared with the plain step's first, in float64: without
-agreement there is no row.
+Loss and gradients of the cached step are compared with the plain step's first, in float64.
 """
 
 from __future__ import annotations
@@ -71,12 +70,12 @@ def check_parity() -> None:
 
 
 def measured(how: str, dim: int, depth: int, clips: int, chunk: int) -> dict[str, float]:
-    """Bytes and seconds of one step, plain or cached; for a process of its own."""
+    """Bytes and seconds of one step, plain or cached; call in a fresh process."""
     seconds = 0.0
 
     def build() -> Callable[[], None]:
         model = make(dim, depth)
-        step(model, *batch_of(2), None)  # gradients and libraries are there before
+        step(model, *batch_of(2), None)  # warms up
         wavs, texts = batch_of(clips)
 
         def run() -> None:

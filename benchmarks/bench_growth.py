@@ -1,10 +1,10 @@
-"""How time and memory grow with seconds of audio: live reference against ours.
+"""How time and memory grow with seconds of audio: upstream against ours.
 
 ``python -m benchmarks.bench_growth --output docs`` runs the audio tower, forward and backward in
 training mode on one clip of 5, 10, 20 and 40 s, prints a table and writes ``growth.md`` and
-``growth.png``. The reference is run to ``--reference-limit`` seconds (it needs 6 GB at 20 s);
-beyond, its figures are extrapolated by a parabola through its measured ones, since its bias is a
-tensor of patches x patches, and marked so.
+``growth.png``. Upstream is run to ``--upstream-limit`` seconds (it needs 6 GB at 20 s).
+Its longer figures are extrapolated by a parabola, since its bias is a tensor of patches x patches,
+and marked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from benchmarks.bench_audio_tower import build, peak, step
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)
@@ -24,9 +24,9 @@ LENGTHS = (5.0, 10.0, 20.0, 40.0)
 def measure(
     lengths: tuple[float, ...], limit: float, rounds: int
 ) -> dict[str, dict[float, tuple[float, float]]]:
-    """``{contender: {seconds of audio: (median seconds, MiB)}}``, in turn at each length."""
-    towers = {kind: build(kind) for kind in ("ours", "reference")}
-    towers["ours"].load_state_dict(towers["reference"].state_dict())
+    """``{contender: {seconds of audio: (median seconds, MiB)}}``, interleaved at each length."""
+    towers = {kind: build(kind) for kind in ("ours", "upstream")}
+    towers["ours"].load_state_dict(towers["upstream"].state_dict())
     found: dict[str, dict[float, tuple[float, float]]] = {kind: {} for kind in towers}
     for seconds in lengths:
         wav = torch.randn(1, int(seconds * 16_000))
@@ -34,8 +34,8 @@ def measure(
         runs = {kind: step(towers[kind], wav) for kind in kinds}
         if len(runs) == 2:
             torch.testing.assert_close(
-                runs["ours"](), runs["reference"](), atol=2e-4, rtol=2e-4
-            )  # nothing is timed unless they agree
+                runs["ours"](), runs["upstream"](), atol=2e-4, rtol=2e-4
+            )  # before any timing
         times = harness.interleave(runs, rounds=rounds, warmup=0 if len(runs) == 2 else 1)
         for kind in kinds:
             needed = harness.in_fresh_process(peak, kind, seconds, 1)
@@ -48,7 +48,7 @@ def measure(
 def extrapolated(
     measured: dict[float, tuple[float, float]], lengths: tuple[float, ...]
 ) -> dict[float, tuple[float, float]]:
-    """A parabola through the last three measured lengths, at those that were not measured."""
+    """A parabola through the last three measured lengths, evaluated at the unmeasured ones."""
     known = sorted(measured)[-3:]
     fits = [np.polyfit(known, [measured[s][i] for s in known], len(known) - 1) for i in (0, 1)]
     missing = [s for s in lengths if s not in measured]
@@ -56,20 +56,17 @@ def extrapolated(
 
 
 def table(found: dict[str, dict[float, tuple[float, float]]], guessed: dict[float, tuple]) -> str:
-    lines = [
-        "| audio | ours | reference | faster | ours | reference | less |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for seconds, (time, memory) in found["ours"].items():
         mark = "*" if seconds in guessed else ""
-        their_time, their_memory = {**found["reference"], **guessed}[seconds]
-        cells = (
+        their_time, their_memory = {**found["upstream"], **guessed}[seconds]
+        lines.append((
             f"{seconds:g} s", f"{time:.2f} s", f"{their_time:.2f} s{mark}",
             f"{their_time / time:.1f}x{mark}", f"{memory:.0f} MiB",
             f"{their_memory:,.0f} MiB{mark}", f"{their_memory / memory:.1f}x{mark}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    heads = ("audio", "ours", "upstream", "faster", "ours", "upstream", "less")
+    return tables.markdown(heads, lines)
 
 
 def plot(
@@ -84,17 +81,17 @@ def plot(
     for index, (axis, label) in enumerate(
         zip(axes, ("seconds, forward and backward", "peak memory, MiB"), strict=True)
     ):
-        for kind, colour in (("reference", "tab:red"), ("ours", "tab:blue")):
+        for kind, colour in (("upstream", "tab:red"), ("ours", "tab:blue")):
             points = found[kind]
             axis.plot(
                 list(points), [p[index] for p in points.values()], "o-", color=colour, label=kind
             )
         if guessed:
-            last = max(found["reference"])
-            beyond = {last: found["reference"][last], **guessed}
+            last = max(found["upstream"])
+            beyond = {last: found["upstream"][last], **guessed}
             axis.plot(
                 list(beyond), [p[index] for p in beyond.values()], "o--", color="tab:red",
-                markerfacecolor="none", label="reference, extrapolated",
+                markerfacecolor="none", label="upstream, extrapolated",
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="seconds of audio, one clip", ylabel=label)
         axis.set_xticks(list(found["ours"]), [f"{s:g}" for s in found["ours"]])
@@ -108,12 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds per length")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--reference-limit", type=float, default=20.0, metavar="SECONDS")
+    parser.add_argument("--upstream-limit", type=float, default=20.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, help="folder of growth.md and growth.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = measure(LENGTHS, arguments.reference_limit, arguments.rounds)
-    guessed = extrapolated(found["reference"], LENGTHS)
+    found = measure(LENGTHS, arguments.upstream_limit, arguments.rounds)
+    guessed = extrapolated(found["upstream"], LENGTHS)
     text = table(found, guessed)
     print(f"\n{text}")
     if arguments.output:
@@ -122,8 +119,9 @@ def main() -> None:
         facts = ", ".join(f"{k} {v}" for k, v in harness.environment().items())
         (arguments.output / "growth.md").write_text(
             "# Growth with seconds of audio\n\nAudio tower (dim 512, depth 6, n_fft 512, hop 160, "
-            "patch dropout 0.25), one clip, forward and backward in training mode, in turn in one "
-            f"run.\n\n{text}\n\n\\* extrapolated by a parabola through the measured lengths.\n\n"
+            "patch dropout 0.25), one clip, forward and backward in training mode, interleaved in "
+            f"one run.\n\n{text}\n\n"
+            "\\* extrapolated by a parabola through the measured lengths.\n\n"
             f"![time and memory against seconds of audio](growth.png)\n\n{facts}\n"
         )
 

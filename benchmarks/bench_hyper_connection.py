@@ -1,6 +1,6 @@
 """Residual streams, forward and backward: the training step's 2 x 1,024 tokens, 4 streams, dim 512.
 
-Loss and gradients are compared with the float64 definition first. Then, in turn and on one thread:
+Loss and gradients are compared with the float64 reference first. Then, interleaved on one thread:
 the C++ kernel, the torch path, and the bound: a copy of as much memory. Counted: the streams, the
 branch's input and output and their gradients, each read or written once in each direction.
 """

@@ -2,14 +2,13 @@
 
     python -m benchmarks.bench_learning --seeds 0 1 2 --output demo-output/learning
 
-trains the demo's recipe once per seed, then once with the reference's default front end for as many
-minutes of training, and writes ``learning.md`` and ``learning.png``. What is measured: zero-shot
-accuracy at pitches that no training note has, at a whole octave that is held out, and with a single
-sentence unseen in training in place of three. A run that was stopped goes on; ``--run mulan 0``
-trains one alone.
+trains the demo's recipe once per seed, then once with upstream's default front end for as many
+minutes, and writes ``learning.md`` and ``learning.png``. It measures zero-shot accuracy at held-out
+pitches, at a held-out octave, and with one unseen sentence instead of three. The same command
+resumes a stopped run; ``--run mulan 0`` trains one model alone.
 
-Minutes are steps times the time of a step, which is measured first, both front ends in turn, so
-that runs may share the machine with others.
+Minutes are steps times the time of a step. That time is measured first, both front ends
+interleaved, so the training runs may share the machine with other work.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, tables
 from musiclm_fast._plotting import pyplot
 from musiclm_fast.demo.instruments import PROMPT_TEMPLATES, zero_shot_prompts
 from musiclm_fast.demo.mulan_run import DemoConfig, DemoRun, Notes
@@ -34,7 +33,7 @@ FRONT_ENDS = ("mulan", "reference")
 
 
 def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]:
-    """Median time of a training step with each front end, in turn."""
+    """Median time of a training step with each front end, interleaved."""
     file = folder / "step_seconds.json"
     if not file.exists():
         runs = {name: DemoRun(replace(RECIPE, front_end=name), data, folder) for name in FRONT_ENDS}
@@ -46,13 +45,13 @@ def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]
 
 
 def recipe(front_end: str, seed: int, seconds: dict[str, float]) -> DemoConfig:
-    """The recipe; with the reference's front end as many steps as take the same time."""
+    """The recipe; with upstream's front end, as many steps as fit in the same time."""
     steps = round(RECIPE.steps * seconds["mulan"] / seconds[front_end])
     return replace(RECIPE, front_end=front_end, seed=seed, steps=steps)
 
 
 def train(config: DemoConfig, data: Notes, folder: Path) -> dict[str, Any]:
-    """Train, or go on, or read the finished run's results."""
+    """Train, resume, or read the finished run's results."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "learning.json"
     if file.exists():
@@ -72,7 +71,7 @@ def train(config: DemoConfig, data: Notes, folder: Path) -> dict[str, Any]:
 
 
 def by_sentence(run: DemoRun) -> dict[str, dict[int, float]]:
-    """Accuracy at held-out pitches when each label has one sentence alone, the mean over forms.
+    """Accuracy at held-out pitches with one sentence per label, the mean over forms.
 
     With the instrument's name, and with its other names (training has those in other forms).
     """
@@ -102,40 +101,39 @@ def described(data: Notes) -> str:
     pitches = {name: len(set(data.notes.pitch[part])) for name, part in data.parts.items()}
     return (
         f"Notes of all {c.instruments} General MIDI instruments, {len(data.notes):,} clips of "
-        f"{c.clip_seconds:g} s; training has {len(data.parts['train']):,} at {pitches['train']} "
-        f"pitches, {pitches['held-out pitches']} pitches between them and "
+        f"{c.clip_seconds:g} s. Training has {len(data.parts['train']):,} at {pitches['train']} "
+        f"pitches; {pitches['held-out pitches']} pitches between them and "
         f"{pitches['held-out octave']} in one octave are held out. A MuLaN of dim {c.dim}, "
         f"{c.depth} audio and {c.text_depth} text blocks, patches of {c.patch_size[0]} x "
-        f"{c.patch_size[1]} (16 x 16 with the reference's front end), {c.steps:,} steps of "
+        f"{c.patch_size[1]} (16 x 16 with upstream's front end), {c.steps:,} steps of "
         f"{c.batch_size} pairs, AdamW at {c.learning_rate:g} with a cosine; notes detuned by up to "
         f"{c.detune_cents:g} cents, up to {c.extra_words} random words around captions, "
         f"temperature capped at {c.max_temperature:g} (`DemoConfig`). Prompts are three sentences "
         "that no training caption has. Minutes are steps times the median time of a step, two "
-        "threads, both front ends measured in turn on a quiet machine; the reference's front end "
-        "gets as many minutes."
+        "threads, both front ends interleaved on a quiet machine. Upstream's front end trains for "
+        "as many minutes."
     )
 
 
 def table(results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
-    lines = [
-        "| front end, seed | minutes | steps | held-out pitches, top-1 | top-5 "
-        "| one unseen sentence, top-1 | with a synonym "
-        "| held-out octave, top-1 | top-5 | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "front end, seed", "minutes", "steps", "held-out pitches, top-1", "top-5",
+        "one unseen sentence, top-1", "with a synonym", "held-out octave, top-1", "top-5", "loss",
+    )  # fmt: skip
+    lines = []
     for name, result in results.items():
         held, octave = (
             result["accuracy"][part] for part in ("held-out pitches", "held-out octave")
         )
         minutes = result["steps"] * seconds[name.split(",")[0]] / 60
         sentence = result["one unseen sentence"]
-        cells = (
+        lines.append((
             name, f"{minutes:.1f}", str(result["steps"]), f"{held['1']:.1%}", f"{held['5']:.1%}",
             f"{sentence['name']['1']:.1%}", f"{sentence['synonym']['1']:.1%}",
             f"{octave['1']:.1%}", f"{octave['5']:.1%}", f"{result['loss']:.2f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "| chance | | | 0.8% | 3.9% | 0.8% | 0.8% | 0.8% | 3.9% | 4.14 |"])
+        ))  # fmt: skip
+    chance = ("chance", "", "", "0.8%", "3.9%", "0.8%", "0.8%", "0.8%", "3.9%", "4.14")
+    return tables.markdown(heads, [*lines, chance])
 
 
 def plot(results: dict[str, dict[str, Any]], seconds: dict[str, float], path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Clips of different lengths in one batch, against as many seconds in clips of equal length.
+"""Clips of different lengths in one batch, against clips of equal length with the same total.
 
 ``python -m benchmarks.bench_lengths`` runs the audio tower (mulan front end), forward and backward
-in training mode, on clips of 1, 3, ..., 29 s (``--every 2``): as the tower runs them, padded to the
-longest (``--padded``), and with all clips as long as their mean. Embeddings are compared with those
-of clips alone first.
+in training mode, on clips of 1, 3, ..., 29 s (``--every 2``): as the tower groups them, padded to
+the longest (``--padded``), and with all clips of the mean length. Embeddings are first compared
+with those of single clips.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUICK = False  # not part of `make bench`; ask for it by name
 
 
 def step(tower: torch.nn.Module, clips: list[Tensor], spread: float) -> Callable[[], Any]:
-    """A forward and backward pass; clips that differ by more than ``spread`` run apart."""
+    """A forward and backward pass; lengths that differ by more than ``spread`` run apart."""
 
     def run() -> Tensor:
         audio._SPREAD, before = spread, audio._SPREAD
@@ -42,7 +42,7 @@ def step(tower: torch.nn.Module, clips: list[Tensor], spread: float) -> Callable
 
 
 def check(tower: torch.nn.Module, clips: list[Tensor]) -> None:
-    """A clip's embedding does not depend on those beside it.
+    """A clip's embedding does not depend on the rest of its batch.
 
     Raises:
         AssertionError: it does.
@@ -55,7 +55,7 @@ def check(tower: torch.nn.Module, clips: list[Tensor]) -> None:
 
 
 def results(settings: Settings) -> list[Result]:
-    """15 clips of 1, 3, ..., 29 s against as many of 15 s; padded ones too where there is time."""
+    """15 clips of 1, 3, ..., 29 s against 15 of 15 s; padded ones too in full mode."""
     if settings.mode == "gpu":
         return []
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """A training step of the semantic stage: live audiolm-pytorch against ours.
 
 1,024 tokens, batch 2 (8 on a GPU), dim 512, depth 6, conditioned on given embeddings, forward,
-backward and Adam. Loss and gradients are compared first, in evaluation mode: dropout draws other
-numbers here. Weights are equal.
+backward and Adam. Loss and gradients are compared first, in evaluation mode, since dropout draws
+different numbers in each. Weights are equal.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def peak(kind: str, size: Size) -> int:
 
     def prepare() -> Callable[[], Any]:
         model = build(kind, size, "cpu")
-        gradients(model, dataclasses.replace(size, tokens=8), "cpu")()  # threads, code pages
+        gradients(model, dataclasses.replace(size, tokens=8), "cpu")()  # warms up
         model.zero_grad(set_to_none=True)
         return gradients(model, size, "cpu")
 

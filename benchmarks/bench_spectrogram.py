@@ -1,7 +1,7 @@
 """The spectrogram op against torchaudio's chain, 64 clips of 10 s at 16 kHz.
 
-Traffic is what cannot be avoided, waveform read and spectrogram written; operations are those of
-the transform. Parity is checked first; memory is that of a fresh process.
+Traffic is the minimum: waveform read, spectrogram written. Operations are those of the transform.
+Parity is checked first. Memory is that of a fresh process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CONTENDERS: dict[str, Callable[..., Tensor]] = {"ours": ours, "torchaudio": torc
 
 
 def operations(n_fft: int) -> float:
-    """Floating-point operations of the transform of one frame, as our kernels do it."""
+    """Floating-point operations of the transform of one frame, as our kernels compute it."""
     taps = FRONT_ENDS[n_fft]["win_length"]
     if taps < 64:  # folded: two sums of taps / 2 terms for every pair of bins
         return 2.0 * 2 * (taps // 2 + 1) * (n_fft // 4 + 1)
@@ -86,7 +86,7 @@ def memory(name: str, n_fft: int) -> int:
         load_torchaudio()
     run = CONTENDERS[name]
     wav = torch.randn(CLIPS, SAMPLES)
-    run(n_fft, wav[:1, :4000])  # threads, tables and code pages are there
+    run(n_fft, wav[:1, :4000])  # warms up
     return harness.extra_memory(lambda: lambda: run(n_fft, wav))
 
 
@@ -103,7 +103,7 @@ def load_torchaudio() -> None:
 
 
 def check_parity(n_fft: int, options: dict[str, bool]) -> None:
-    """One clip's values, or gradient, are torchaudio's; of log-mel the op's definition's, since
+    """One clip's values, or gradient, are torchaudio's; of log-mel the op's reference's, since
     their chain has no masks after the logarithm.
 
     Raises:

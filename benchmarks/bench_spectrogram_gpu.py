@@ -6,14 +6,13 @@ axes masked:
 
 ours              the CUDA kernels
 copy              a copy of as many bytes as must be moved (waveform read, spectrogram written)
-torchaudio        its Spectrogram, mel filters, logarithm and masks, where it can be imported
-torch             the op's definition, the same steps in torch
-torch (compiled)  that, through torch.compile
+torchaudio        its Spectrogram, mel filters, logarithm and masks, if it can be imported
+torch             the op's reference
+torch (compiled)  the reference under torch.compile
 
-Values and gradient are compared with the float64 definition first: without agreement there is no
-speed. Masks, window and filters lie on the device beforehand, for every contender. Goals: 70% of
-the copy's bandwidth at 24 of 128, 50% at 400 of 512, and a fifth of torchaudio's time. Runs without
-a network.
+Values and gradient are compared with the float64 reference first. Masks, window and filters are on
+the device beforehand, for every contender. Goals: 70% of the copy's bandwidth at 24 of 128, 50% at
+400 of 512, and a fifth of torchaudio's time. Runs without a network.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from musiclm_fast import testing
 from musiclm_fast.ops import mel_filters, spectrogram
 
 VARIANTS = ("values", "values and gradient", "log-mel")
-REPEATS = 10  # runs that are timed together: one is shorter than what a timer costs
+REPEATS = 10  # runs timed together: one is shorter than the timer's overhead
 Run = Callable[[], Any]
 
 
@@ -63,7 +62,7 @@ def traffic(clips: int, samples: int, n_fft: int, variant: str) -> float:
 
 
 def check_parity(n_fft: int, samples: int, device: str, backend: str, log_mel: bool) -> None:
-    """Raise AssertionError where ours is not as exact as the same-dtype torch path."""
+    """Raise AssertionError if ours is less accurate than the same-dtype torch path."""
     wav = torch.randn(2, samples, generator=torch.Generator().manual_seed(1)).to(device)
     given = options(n_fft, samples, device, log_mel)
     found = []
@@ -83,7 +82,7 @@ def check_parity(n_fft: int, samples: int, device: str, backend: str, log_mel: b
         weights = torch.sin(torch.arange(out.numel(), device=device)).view(out.shape).to(dtype)
         found.append((out.detach(), *torch.autograd.grad(out, signal, weights)))
     testing.assert_close_to_oracle("values", *(f[0] for f in found))
-    if not log_mel:  # the derivative of the logarithm of a faint band is noise in any float32
+    if not log_mel:  # the derivative of the logarithm of a faint band is noise in float32
         testing.assert_close_to_oracle("gradient", *(f[1] for f in found))
 
 
@@ -140,7 +139,7 @@ def contenders(
     def torchaudio() -> Run:
         try:
             import torchaudio  # noqa: F401
-        except (ImportError, OSError):  # its binary may want another torch
+        except (ImportError, OSError):  # its binary may need another torch
             common.load_torchaudio()
         return run(functools.partial(torchaudio_chain, given=given))
 
@@ -182,8 +181,8 @@ def _repeat(times: int, run: Run) -> None:
 
 
 def results(settings: Settings) -> list[Result]:
-    """Every front end and variant on a GPU; on a CPU tiny ones of the C++ kernel, to run these
-    lines."""
+    """Every front end and variant on a GPU; on a CPU tiny ones of the C++ kernel, as a test of
+    this code."""
     if settings.mode != "gpu":
         return []
     backend = "cuda" if settings.device == "cuda" else "cpp"

@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_tokenizer.py --benchmark-group-by=param:kind,param:caches
 
-"fresh" empties both word caches before every round. Four words of five are whole words of the
-vocabulary, the fifth is two of them run together, which no cache has seen.
+"fresh" empties both word caches before every round. Four of five words are in the vocabulary. The
+fifth joins two of them, so that no cache holds it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _texts(kind: str) -> list[str]:
     match kind:
         case "ascii":
             return _captions(200)
-        case "accents":  # every text has to go through ftfy
+        case "accents":  # so that every text goes through ftfy
             return [text.replace("e", "\u00e9", 2) for text in _captions(200)]
         case "few_words":
             words = ["calm", "piano", "guitar", "drums", "slow", "it's", "loud", "&", "strings"]

@@ -1,9 +1,9 @@
-"""A step of MuLaNTrainer with its logging on, against the bare step: what the trainer adds.
+"""A step of MuLaNTrainer with its logging on, against the bare step: the trainer's overhead.
 
-The bare step is forward, backward, clipping of gradients and the optimizer on a batch that lies
-there; the trainer also draws, collates and checks its batch, logs, and shows its progress. Both
-train equal models on the case "README" of bench_training_step (batch 64 of 10 s clips on a GPU), in
-turn. The goal is 3%.
+The bare step is forward, backward, clipping of gradients and the optimizer on one fixed batch; the
+trainer also draws, collates and checks its batch, logs, and shows its progress. Both train equal
+models on the case "README" of bench_training_step (on a GPU batch 64 of 10 s clips), interleaved.
+The goal is 3%.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def bare(model: torch.nn.Module, case: bench.Case, device: str) -> Callable[[], 
 
 
 def check(case: bench.Case, device: str) -> None:
-    """A step of either, with nothing masked or dropped, leads to the same loss.
+    """Both reach the same loss after a step without masks and dropout.
 
     Raises:
         AssertionError: it does not.

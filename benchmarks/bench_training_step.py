@@ -1,11 +1,10 @@
-"""A whole training step of MuLaN, forward, backward and optimizer: live reference against ours.
+"""A whole training step of MuLaN, forward, backward and optimizer: upstream against ours.
 
-The case "README" is the configuration of the reference's README: clips of 1,024 samples, batch 8.
+The case "README" is the configuration of upstream's README: clips of 1,024 samples, batch 8.
 The others are clips of 10 and 30 s at 16 kHz (window 400 of 512, hop 160). Texts have 256 tokens.
-Loss and gradients are compared first. Beside both run the matrix products of the towers' blocks
-alone: those of the reference's step, the bound that the issue of a faster step is measured by, and
-those that ours has left (its last text block computes the class token alone). Memory is the peak of
-forward and backward; the optimizer's state is apart.
+Loss and gradients are compared first. Two bounds are timed: the matrix products of the towers'
+blocks alone in upstream's step, and those in ours (its last text block computes the class token
+alone). Memory is the peak of forward and backward, without the optimizer's state.
 
 On a GPU also: the largest batch that fits, and the share of the device's peak at dim 768 and 1,024.
 """
@@ -81,7 +80,7 @@ MODES = {
 
 
 def build(kind: str, case: Case, device: str = "cpu") -> torch.nn.Module:
-    """MuLaN of the live reference or of this package, with equal weights."""
+    """MuLaN of upstream or of this package, with equal weights."""
     torch.manual_seed(0)
     if kind == OURS:
         import musiclm_fast as package
@@ -114,7 +113,7 @@ def gradients(
     """Forward and backward, with the same masks and dropped patches each time."""
     dtype, compiled = MODES[mode]
     forward = torch.compile(model) if compiled else model
-    # One pair has no negatives: where the batch is one, the cosine stands for the loss.
+    # One pair has no negatives: for a batch of one the loss is the cosine.
     alone = len(batch["wavs"]) == 1
     device = batch["wavs"].device.type
 
@@ -151,7 +150,7 @@ def step(
 
 
 def products(step: cost.Step, all_of_them: bool) -> Callable[[], Any]:
-    """Only the matrix products of both towers' blocks, forward and backward: of the reference's
+    """Only the matrix products of both towers' blocks, forward and backward: of upstream's
     step (``all_of_them``), or of ours, whose last text block computes the class token alone."""
     text = dataclasses.replace(step.text, reads="all") if all_of_them else step.text
     wanted = cost.products(step.audio, step.batch, step.audio_tokens)
@@ -161,8 +160,8 @@ def products(step: cost.Step, all_of_them: bool) -> Callable[[], Any]:
 
 
 def _runs(p: cost.Product) -> list[Callable[[], Any]]:
-    """One run per block. Attention is computed for a few heads at once, whose scores stay near the
-    cache, into memory that is there."""
+    """One run per block. Attention is computed for a few heads at once, whose scores fit in the
+    cache, into preallocated memory."""
     if not p.keys:
         a, w = torch.randn(p.rows, p.inner), torch.randn(p.columns, p.inner)
         grad = torch.randn(p.rows, p.columns)
@@ -197,7 +196,7 @@ def peak(model: torch.nn.Module, case: Case, mode: str) -> int:
     def prepare() -> Callable[[], Any]:
         samples = max(16 * case.hop_length, 1024)
         short = dataclasses.replace(case, samples=samples, batch=2, text_tokens=8)
-        gradients(model, inputs(short), mode)()  # threads and code pages are there
+        gradients(model, inputs(short), mode)()  # warms up
         model.zero_grad(set_to_none=True)
         return gradients(model, inputs(case), mode)
 
@@ -232,14 +231,14 @@ def memory(kind: str, case: Case, device: str, mode: str) -> int:
 
 
 def apart(kind: str, case: Case, timed: bool = True, mode: str = "") -> tuple[float, int]:
-    """What :func:`alone` says in a process of its own."""
+    """:func:`alone` in a fresh process."""
     seconds, used = harness.in_fresh_process(alone, kind, case, timed, mode)
     return seconds, used
 
 
 @functools.cache
 def check(case: Case, device: str) -> None:
-    """Loss and gradients agree with the reference's.
+    """Loss and gradients agree with upstream's.
 
     Raises:
         AssertionError: they do not.
@@ -267,8 +266,8 @@ def check(case: Case, device: str) -> None:
 
 
 def modes(kind: str, case: Case, settings: Settings) -> list[str]:
-    """What to run ``kind`` in. On a GPU compiling is kept to the batches where it is wanted: ten
-    minutes are all there are."""
+    """The modes of ``kind``. On a GPU only some batches are compiled, to stay within ten
+    minutes."""
     if settings.mode != "gpu":
         return settings.pick([""], full=list(MODES))
     if case.dim > 512:
@@ -279,7 +278,7 @@ def modes(kind: str, case: Case, settings: Settings) -> list[str]:
 
 
 def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
-    """Both in each mode that is asked for, and the products alone."""
+    """Both in each mode, and the products alone."""
     device = settings.device
     counted = case.counted()
     operations = sum(op.operations for op in cost.step_ops(counted))
@@ -289,7 +288,7 @@ def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
         for mode in modes(kind, case, settings):
             found[kind + mode] = Contender(
                 functools.partial(step, kind, case, device, mode),
-                # On a CPU the compiler's own memory would be in the peak.
+                # On a CPU the peak would include the compiler's memory.
                 memory=None
                 if device == "cpu" and MODES[mode][1]
                 else functools.partial(memory, kind, case, device, mode),
@@ -349,14 +348,14 @@ def results(settings: Settings) -> list[Result]:
         axes = (
             {"pairs of a batch": case.batch} if settings.mode == "gpu" and case.dim == 512 else {}
         )
-        # Values are compared on clips that the reference can afford.
+        # Values are compared on clips that upstream can afford.
         small = case
         if settings.mode != "full" and case.samples > 3 * SAMPLE_HZ:
             small = dataclasses.replace(case, samples=3 * SAMPLE_HZ, batch=2)
         found += harness.measure(
             JOB, name, contenders(case, settings), settings,
             check=functools.partial(check, small, settings.device),
-            # The check has run both; what is compiled is so in the first round.
+            # The check has run both. The first round compiles.
             rounds=settings.pick(3, gpu=5), warmup=settings.pick(0, full=1, gpu=1), axes=axes,
             headline=f"MuLaN training step, {HEADLINES.get(name, name)}",
         )  # fmt: skip
@@ -370,7 +369,7 @@ def results(settings: Settings) -> list[Result]:
                            "ours" if kind == OURS else "peer")  # fmt: skip
             try:
                 most = largest_batch(kind, case, settings.device, mode, limit)
-            except ImportError as error:  # the reference is not installed
+            except ImportError as error:  # upstream is not installed
                 found.append(dataclasses.replace(known, reason=str(error)))
             else:
                 found.append(dataclasses.replace(known, note=f"{most} pairs fit"))

@@ -1,7 +1,7 @@
-"""The fused contrastive losses of others, as steps of one form: loss and gradients of a batch.
+"""The peers' fused contrastive losses behind one interface: loss and gradients of a batch.
 
-They are packages for CUDA GPUs: ``pip install --no-deps -r requirements/peers.txt``. What each
-computes differs from ours in little: siglip-kernel learns ln(temperature); memeff's temperature is
+They are packages for CUDA GPUs: ``pip install --no-deps -r requirements/peers.txt``. Each
+differs slightly from ours: siglip-kernel learns ln(temperature); memeff's temperature is
 a constant; inf-cl computes one direction, in float32, so the symmetric loss takes it twice.
 """
 
@@ -74,7 +74,7 @@ PEERS: dict[str, tuple[str, Callable[[dict[str, Any]], Step]]] = {
 
 
 def version(name: str) -> str:
-    """Of an installed peer.
+    """The step of an installed peer.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -83,8 +83,8 @@ def version(name: str) -> str:
 
 
 def check(name: str, step: Step, oracle: Tensor, gradients: dict[str, Tensor]) -> None:
-    """Raise unless a peer computes the loss that ours is compared in: within 3%, which bfloat16
-    latents and sums of other orders explain and another loss does not.
+    """Raise unless a peer computes the loss that ours computes: within 3%, the effect of bfloat16
+    latents and of another summation order.
 
     Raises:
         AssertionError: naming what differs.

@@ -1,6 +1,6 @@
-"""What a fresh process finds imported: torch, this package and the live reference, ten seconds of
-work that :func:`benchmarks.harness.in_fresh_process` does once and then forks. Nothing may compute
-here: a process forked from one that has threads hangs in its first parallel loop."""
+"""Imports for a fresh process: torch, this package and upstream. They take ten seconds;
+:func:`benchmarks.harness.in_fresh_process` imports them once and then forks. Nothing may compute
+here: a process forked from one with threads hangs in its first parallel loop."""
 
 import contextlib
 

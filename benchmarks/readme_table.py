@@ -1,7 +1,7 @@
-"""README's table of results, from the files in ``results/``, so that it cannot drift.
+"""Writes README's table of results from the files in ``results/``.
 
-    python -m benchmarks.readme_table           # writes it between the markers in README.md
-    python -m benchmarks.readme_table --check   # exit status 1 where it is not up to date
+    python -m benchmarks.readme_table           # write it between the markers in README.md
+    python -m benchmarks.readme_table --check   # exit status 1 if it is out of date
 
 A row is a case with a headline: ours against the first peer of that case.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, tables
 from benchmarks.harness import MIB, ROOT, Result, ratio
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -33,21 +33,19 @@ def _faster(mine: Result, peer: Result, bound: Result | None) -> str:
 def _memory(mine: Result, peer: Result) -> str:
     if mine.memory is None or peer.memory is None:
         return ""
-    # Less than a MiB beyond what is held is next to nothing, and no ratio.
+    # Below one MiB a ratio means nothing.
     less = f"{peer.memory / mine.memory:.1f}x less: " if mine.memory >= MIB else ""
     return f"{less}{mine.memory / MIB:,.0f} MiB, not {peer.memory / MIB:,.0f}"
 
 
 def table(store: Path) -> str:
-    """The table of one device; "" where no case has a headline."""
+    """The table of one device; "" if no case has a headline."""
     sections: report.Sections = json.loads(store.read_text())
     facts = next(iter(sections.values()))["facts"]
     heading = [
         f"{facts['device']}; details and charts in "
         f"[{store.stem}.md](benchmarks/results/{store.stem}.md).",
         "",
-        "| job | faster | memory | measured by `python -m benchmarks.run` |",
-        "|---|---|---|---|",
     ]
     lines = []
     for name, section in sorted(sections.items()):
@@ -58,15 +56,16 @@ def table(store: Path) -> str:
             if mine is None or peer is None:
                 continue
             bound = next((r for r in group if r.role == "bound" and r.seconds), None)
-            lines.append(
-                f"| {mine.headline}, against {peer.contender} | {_faster(mine, peer, bound)} | "
-                f"{_memory(mine, peer)} | `{name}`, {facts['date']} |"
-            )
-    return "\n".join(heading + lines) if lines else ""
+            lines.append([
+                f"{mine.headline}, against {peer.contender}", _faster(mine, peer, bound),
+                _memory(mine, peer), f"`{name}`, {facts['date']}",
+            ])  # fmt: skip
+    heads = ["job", "faster", "memory", "measured by `python -m benchmarks.run`"]
+    return "\n".join([*heading, tables.markdown(heads, lines)]) if lines else ""
 
 
 def text(results: Path = RESULTS) -> str:
-    """What stands between the markers: a table per device."""
+    """The text between the markers: a table per device."""
     stores = [
         s for s in sorted(results.glob("*.json")) if not s.stem.endswith(("-full", "-predicted"))
     ]
@@ -77,7 +76,7 @@ def insert(readme: str, content: str) -> str:
     """README with ``content`` between the markers.
 
     Raises:
-        ValueError: a marker is missing, or stands there twice.
+        ValueError: a marker is missing or occurs twice.
     """
     for marker in (BEGIN, END):
         if readme.count(marker) != 1:

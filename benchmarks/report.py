@@ -1,8 +1,8 @@
-"""What the benchmarks found, as a table for the terminal, a page and charts.
+"""Reports results as a table for the terminal, a page and charts.
 
 A store ``results/<device>.json`` maps a benchmark's name to its section: ``facts`` (device,
-versions, commit, date, command), ``results`` and the seconds that it took. :func:`write` puts the
-page ``<device>.md`` and the charts ``<device>-<name>-*.png`` beside it.
+versions, commit, date, command), ``results`` and its seconds. :func:`write` also writes the
+page ``<device>.md`` and the charts ``<device>-<name>-*.png``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.harness import MIB, Result, ratio
 
 Sections = dict[str, dict[str, Any]]
@@ -43,8 +44,8 @@ def cases(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def ours_of(results: Sequence[Result], like: Result) -> Result | None:
-    """Ours that a peer is compared with: of the mode that the peer's name ends in, in brackets,
-    if there is one, else the first."""
+    """The result of ours that a peer is compared with: the one whose name ends in the same mode in
+    brackets, else the first."""
     mine = [r for r in results if r.ours and r.seconds]
     mode = re.search(r"\(.*\)$", like.contender)
     same = [r for r in mine if mode and r.contender.endswith(mode.group())]
@@ -53,7 +54,7 @@ def ours_of(results: Sequence[Result], like: Result) -> Result | None:
 
 def speedup(results: Sequence[Result], other: Result) -> str:
     """How many times faster ours is than ``other``, with its spread; of a bound, how much of it
-    ours reaches; "" where there is no ratio."""
+    ours reaches; "" without a ratio."""
     mine = ours_of(results, other)
     if mine is None or other.ours or not other.seconds:
         return ""
@@ -64,7 +65,7 @@ def speedup(results: Sequence[Result], other: Result) -> str:
 
 
 def milliseconds(r: Result) -> str:
-    """Median, and the least and greatest where there is more than one round."""
+    """Median; with more than one round also the minimum and maximum."""
     median = number(1e3 * r.timing.median)
     if len(r.seconds) == 1:
         return median
@@ -72,7 +73,7 @@ def milliseconds(r: Result) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits, or more where they are before the point."""
+    """Three digits, or all digits of the integer part."""
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
@@ -98,23 +99,15 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
 def table(results: Sequence[Result]) -> str:
     """For the terminal: a table per job."""
     jobs = dict.fromkeys(r.job for r in results)
-    return "\n\n".join(f"{job}\n{_table([r for r in results if r.job == job])}" for job in jobs)
-
-
-def _table(results: Sequence[Result]) -> str:
-    lines = rows(results)
-    widths = [max(len(row[c]) for row in lines) for c in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in lines
+    return "\n\n".join(
+        f"{job}\n{tables.aligned(rows([r for r in results if r.job == job]))}" for job in jobs
     )
 
 
 def markdown(results: Sequence[Result]) -> str:
     """For the page."""
-    head, *rest = ([cell.replace("|", "\\|") for cell in row] for row in rows(results))
-    lines = [head, ["---"] * len(head), *rest]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    head, *rest = rows(results)
+    return tables.markdown(head, rest)
 
 
 def page(sections: Sections, charts: Mapping[str, Sequence[str]]) -> str:
@@ -157,13 +150,13 @@ def write(sections: Sections, store: Path, new: str) -> None:
 
 
 def _charts(name: str, store: Path) -> list[str]:
-    # a benchmark's charts that are there, its bars first
+    # the existing charts of a benchmark, its bars first
     found = [path.name for path in store.parent.glob(f"{store.stem}-{name}-*.png")]
     return sorted(found, key=lambda file: (not file.endswith("-bars.png"), file))
 
 
 def _replace(path: Path, text: str) -> None:
-    # whole or not at all
+    # atomic
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
@@ -173,7 +166,7 @@ def draw(name: str, section: Mapping[str, Any], store: Path) -> list[str]:
     """The charts of a benchmark: bars against peers, and time and memory over each axis.
 
     Returns:
-        Their file names; none where there is nothing to compare or matplotlib is absent.
+        Their file names; none if there is nothing to compare or matplotlib is not installed.
     """
     try:
         import matplotlib

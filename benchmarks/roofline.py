@@ -1,4 +1,4 @@
-"""The cost model beside what was measured: operations, bytes, predicted and measured seconds.
+"""Compares the cost model with measurements: operations, bytes, predicted and measured seconds.
 
     python -m benchmarks.roofline                       # the steps of bench_training_step
     python -m benchmarks.roofline --ops "10 s x 2"      # every op of one step
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import bench_training_step as bench
-from benchmarks import harness, report
+from benchmarks import harness, report, tables
 from benchmarks.run import RESULTS, THREADS
 from musiclm_fast import cost
 
@@ -30,7 +30,7 @@ def this_processor(rounds: int = 5) -> cost.Device:
     square = torch.randn(2048, 2048)
     half = square.bfloat16()
     source, target = torch.ones(2**26), torch.empty(2**26)
-    elements = torch.ones(2**16)  # lies in the cache
+    elements = torch.ones(2**16)  # fits in the cache
 
     def arithmetic() -> None:
         for _ in range(1000):
@@ -62,7 +62,7 @@ def measured(device: str) -> dict[str, float]:
 
 
 def table_of_steps(devices: Sequence[cost.Device]) -> str:
-    """A row per case: operations, bytes, predicted seconds per device, and what was measured."""
+    """A row per case: operations, bytes, predicted and measured seconds per device."""
     names = [device.name for device in devices]
     seen = {device.name: measured(device.name) for device in devices}
     heads = [
@@ -72,7 +72,7 @@ def table_of_steps(devices: Sequence[cost.Device]) -> str:
         *(f"{name} {p}, ms" for name in names for p in cost.VALUE_BYTES),
     ]
     heads += [f"{name}, measured ms" for name in names if seen[name]]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for name, case in {**bench.CASES, **bench.ON_GPU}.items():
         step = case.counted()
         ops = cost.step_ops(step)
@@ -88,20 +88,20 @@ def table_of_steps(devices: Sequence[cost.Device]) -> str:
                 found = seen[device].get(name)
                 row.append("" if found is None else f"{1e3 * found:.4g}")
         lines.append(row)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.markdown(heads, lines)
 
 
 def table_of_ops(case: str, device: cost.Device) -> str:
-    """A row per op of a case: operations, bytes, and which of the two bounds it on a device."""
-    lines = ["| op | GFLOP | MB | at least, ms | bound by |", "|---|---|---|---|---|"]
+    """A row per op of a case: operations, bytes, and the one that bounds it on a device."""
+    lines = []
     for op in cost.step_ops({**bench.CASES, **bench.ON_GPU}[case].counted()):
         seconds = cost.seconds([op], device)
         moving = op.traffic / device.bandwidth >= seconds
-        lines.append(
-            f"| {op.name} | {op.operations / 1e9:.3g} | {op.traffic / 1e6:.3g} | "
-            f"{1e3 * seconds:.3g} | {'memory' if moving else 'arithmetic'} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            op.name, f"{op.operations / 1e9:.3g}", f"{op.traffic / 1e6:.3g}",
+            f"{1e3 * seconds:.3g}", "memory" if moving else "arithmetic",
+        ])  # fmt: skip
+    return tables.markdown(["op", "GFLOP", "MB", "at least, ms", "bound by"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

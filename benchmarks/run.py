@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes what they found: a table, JSON, ``results/<device>.md``, charts.
+"""Runs the benchmarks and writes their results: a table, JSON, ``results/<device>.md``, charts.
 
     python -m benchmarks.run                       # quick mode, on the CPU: eight minutes
     python -m benchmarks.run spectrogram           # one file; the others' results stay
@@ -8,9 +8,8 @@
     python -m benchmarks.run --base HEAD~3         # this tree against another commit, ours alone
     python -m benchmarks.run --tiny --output DIR   # smallest sizes: does every benchmark run?
 
-Each file runs in a process of its own. One that fails is named at the end, and the exit status is
-then 1; what the others found is kept. ``--resume`` leaves out what is already in the results for
-this commit.
+Each file runs in its own process. If one fails, it is named at the end, the results of the others
+are kept, and the exit status is 1. ``--resume`` skips files with results of this commit.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import report, tables
 from benchmarks.harness import (
     MODES,
     PARITY_FAILED,
@@ -44,12 +43,12 @@ from benchmarks.harness import (
 
 RESULTS = ROOT / "benchmarks" / "results"
 HERE = ROOT / "benchmarks"
-THREADS = 2  # of torch on a CPU: what the figures are quoted for
+THREADS = 2  # of torch on a CPU, for all quoted figures
 
 
 def names() -> list[str]:
     """Every benchmark of the suite: ``bench_<name>.py`` with ``results``, or a pytest-benchmark
-    suite that fills ``extra_info``. Others are reports of their own."""
+    suite that fills ``extra_info``. Others write their own reports."""
     offered = ("def results(", "benchmark.extra_info")
     return sorted(
         path.stem.removeprefix("bench_")
@@ -59,8 +58,8 @@ def names() -> list[str]:
 
 
 def default_names(mode: str) -> list[str]:
-    """What runs where no name is given: in quick mode not what says ``QUICK = False``, since ten
-    minutes are all there are; files for a GPU in its mode alone."""
+    """The files to run without a name: in quick mode not those with ``QUICK = False``, which take
+    too long; files for a GPU only in its mode."""
     found = []
     for name in names():
         for_a_gpu = name.endswith("_gpu")
@@ -71,8 +70,8 @@ def default_names(mode: str) -> list[str]:
 
 
 def run_here(name: str, settings: Settings) -> list[Result]:
-    """Results of one benchmark, in this process: of its ``results``, or where the file has none, of
-    it as a pytest-benchmark suite."""
+    """Results of one benchmark, in this process: of its ``results``, or of the file as a
+    pytest-benchmark suite."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -84,8 +83,8 @@ def run_here(name: str, settings: Settings) -> list[Result]:
 
 
 def run_suite(path: Path, settings: Settings) -> list[Result]:
-    """Results of a pytest-benchmark suite, whose tests say in ``benchmark.extra_info`` what a
-    :class:`Result` needs: job, case, contender and role, and what else they count.
+    """Results of a pytest-benchmark suite, whose tests fill ``benchmark.extra_info`` with the
+    fields of a :class:`Result`: job, case, contender, role and others.
 
     Raises:
         RuntimeError: a test failed.
@@ -98,7 +97,7 @@ def run_suite(path: Path, settings: Settings) -> list[Result]:
         command += [f"--benchmark-json={out}", "--benchmark-disable-gc"]
         if settings.tiny:
             command.append("--benchmark-min-rounds=1")
-        # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
+        # pytest-benchmark measures nothing in a worker of pytest-xdist.
         environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
         if done.returncode:
@@ -109,13 +108,13 @@ def run_suite(path: Path, settings: Settings) -> list[Result]:
 
 
 def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any]:
-    """One benchmark's section of the results, from a process of its own.
+    """One benchmark's section of the results, from a fresh process.
 
     Args:
         root: the folder whose ``benchmarks`` and ``musiclm_fast`` run.
 
     Raises:
-        RuntimeError: it failed; with the end of what it wrote.
+        RuntimeError: it failed; with the end of its output.
     """
     if settings.mode != "gpu" and root == ROOT:
         try:
@@ -123,14 +122,14 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
         except Exception as error:
             raise RuntimeError(f"{name}: {''.join(traceback.format_exception(error))}") from None
         return found
-    # A GPU's driver does not survive a fork, and another tree needs imports of its own.
+    # A GPU's driver does not survive a fork, and another tree needs its own imports.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "section.json"
         asked = json.dumps(dataclasses.asdict(settings))
         command = [sys.executable, "-m", "benchmarks.run", "--worker", name, asked, str(out)]
         environ = {**os.environ, "PYTHONPATH": str(root)}
         if settings.mode == "gpu" and settings.device == "cpu":
-            environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels, line by line
+            environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels, interpreted
         done = subprocess.run(
             command,
             cwd=root,
@@ -146,7 +145,7 @@ def run_apart(name: str, settings: Settings, root: Path = ROOT) -> dict[str, Any
 
 
 def section_of(name: str, settings: Settings) -> dict[str, Any]:
-    """What the process of one benchmark does: run it, and say what must be known of its results."""
+    """The work of one benchmark's process: its results and the facts about them."""
     results = run_here(name, settings)
     facts = environment()
     facts["command"] = f"python -m benchmarks.run {name} --mode {settings.mode}"
@@ -192,7 +191,7 @@ def run_all(wanted: Sequence[str], settings: Settings, output: Path, resume: boo
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A section with some cases measured anew; alone where the others are another commit's."""
+    """A section with some cases replaced; only the new ones if the others are of another commit."""
     if before["facts"]["commit"] != now["facts"]["commit"]:
         return now
     anew = {(r["job"], r["case"]) for r in now["results"]}
@@ -202,7 +201,7 @@ def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def base_tree(revision: str, folder: Path) -> Path:
-    """A folder where this tree's benchmarks meet the package of another commit, built.
+    """A folder with this tree's benchmarks and the built package of another commit.
 
     Raises:
         RuntimeError: there is no such commit, or its library does not build.
@@ -218,7 +217,7 @@ def base_tree(revision: str, folder: Path) -> Path:
     same = subprocess.run(
         ["git", "diff", "--quiet", revision, "--", "csrc", "CMakeLists.txt", "setup.py"], cwd=ROOT
     )
-    if same.returncode == 0:  # the same library: no need to compile it again
+    if same.returncode == 0:  # the same library
         for built in (ROOT / "musiclm_fast").glob("*.so"):
             shutil.copy2(built, source / "musiclm_fast")
     else:
@@ -231,9 +230,9 @@ def base_tree(revision: str, folder: Path) -> Path:
 
 
 def compare_with(revision: str, wanted: Sequence[str], settings: Settings, rounds: int) -> int:
-    """Time ours at another commit and here in turn, in fresh processes; print the ratios.
+    """Time ours at another commit and here, interleaved, in fresh processes; print the ratios.
 
-    The benchmarks are this tree's at both: that commit's package must have what they call.
+    Both run this tree's benchmarks: that commit's package must have the functions that they call.
     """
     settings = dataclasses.replace(settings, only_ours=True)
     seconds: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
@@ -253,20 +252,20 @@ def compare_with(revision: str, wanted: Sequence[str], settings: Settings, round
                 ["git", "worktree", "remove", "--force", str(Path(folder) / "source")],
                 cwd=ROOT, capture_output=True,
             )  # fmt: skip
-    lines = [f"| job | case | contender | {revision} s | here s | {revision} / here |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = []
     for (job, case, contender), (before, now) in seconds.items():
         if before and now:
             ratios = [a / b for a, b in zip(before, now, strict=True)]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            times = f"{statistics.median(before):.4g} | {statistics.median(now):.4g}"
-            lines.append(f"| {job} | {case} | {contender} | {times} | {spread} |")
-    print("\n".join(lines))
+            times = [f"{statistics.median(s):.4g}" for s in (before, now)]
+            lines.append([job, case, contender, *times, spread])
+    heads = ["job", "case", "contender", f"{revision} s", "here s", f"{revision} / here"]
+    print(tables.markdown(heads, lines))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run the command line; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -278,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases that hold this")
     parser.add_argument("--base", metavar="REV", help="compare with this commit")
     parser.add_argument("--rounds", type=int, default=3, help="of --base (default 3)")
-    parser.add_argument("--resume", action="store_true", help="leave out what this commit has")
+    parser.add_argument("--resume", action="store_true", help="skip files that this commit has")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

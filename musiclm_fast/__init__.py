@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from musiclm_fast._version import __version__
+
 if TYPE_CHECKING:
     from musiclm_fast.interop.alias import install_as_reference
     from musiclm_fast.interop.convert import from_reference
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from musiclm_fast.models.text_tower import TextTransformer
     from musiclm_fast.musiclm.musiclm import MusicLM
     from musiclm_fast.training.mulan import MuLaNTrainer
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AudioSpectrogramTransformer": "models.audio_tower",
@@ -52,6 +52,7 @@ __all__ = [
     "SigmoidContrastiveLearning",
     "SoftmaxContrastiveLearning",
     "TextTransformer",
+    "__version__",
     "from_reference",
     "install_as_reference",
 ]

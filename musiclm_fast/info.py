@@ -32,9 +32,8 @@ def collect() -> dict[str, Any]:
     """
     import torch
 
-    import musiclm_fast
-    import musiclm_fast.ops
     from musiclm_fast import _dispatch, _extension
+    from musiclm_fast._version import __version__
 
     packages = {}
     for name in _PACKAGES:
@@ -49,7 +48,7 @@ def collect() -> dict[str, Any]:
         ops[op] = {name: "available" if ok else reason for name, (ok, reason) in states}
     cuda = torch.cuda.is_available()
     return {
-        "version": musiclm_fast.__version__,
+        "version": __version__,
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": packages,

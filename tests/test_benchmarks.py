@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness, readme_table, report, roofline, run
+from benchmarks import harness, readme_table, report, roofline, run, tables
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import cost
 
@@ -189,6 +189,14 @@ def test_table_states_rates_ratios_and_reasons() -> None:
     assert cells[3:] == ["2", "4", "2"]  # TFLOP/s, GB/s, MiB
 
 
+def test_tables() -> None:
+    assert tables.markdown(["a", "b"], [["x|y", ""]]) == "| a | b |\n| --- | --- |\n| x\\|y |  |"
+    rows = [["", "ms"], ["a heading as long as it likes"], ["  one", "1.25"], ["  fourteen", "2"]]
+    assert tables.aligned(rows).splitlines() == [
+        "            ms", "a heading as long as it likes", "  one       1.25", "  fourteen  2",
+    ]  # fmt: skip
+
+
 def test_sections_are_merged_and_written_with_charts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +259,7 @@ def test_readme_table_holds_the_headlines(tmp_path: Path) -> None:
     store.write_text(json.dumps({"one": section(results())}))
     told = readme_table.text(tmp_path)
     assert "| the op, against peer | 3.5x (3.0 to 4.0), 50% of the bound | 5.0x less: 2 MiB" in told
-    assert told.count("\n| ") == 2  # the heading and one row
+    assert told.count("\n| ") == 3  # the heading, its line and one row
     store.write_text(json.dumps({"one": section([])}))
     assert readme_table.text(tmp_path) == ""
     marked = f"a\n{readme_table.BEGIN}\nold\n{readme_table.END}\nb\n"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import musiclm_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(
     folder.name
@@ -130,6 +132,21 @@ def build_wheel(source: Path, **environment: str) -> Path:
     return wheel
 
 
+def test_hooks_are_those_of_make_lint() -> None:
+    yaml = pytest.importorskip("yaml")
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", "lint"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(commands) if line.startswith(".venv/bin/ruff"))
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert commands[first:] == hooks
+
+
 def python_files() -> set[str]:
     files = (ROOT / "musiclm_fast").rglob("*.py")
     return {str(file.relative_to(ROOT)) for file in files}
@@ -141,7 +158,7 @@ def test_pure_wheel(tmp_path: Path) -> None:
     for file in [*(ROOT / "csrc").rglob("*.*"), ROOT / "CMakeLists.txt"]:
         assert (source / file.relative_to(ROOT)).is_file()
     wheel = build_wheel(source, MUSICLM_FAST_BUILD="0")
-    assert re.fullmatch(r"musiclm_fast-[\d.]+-py3-none-any\.whl", wheel.name)
+    assert wheel.name == f"musiclm_fast-{musiclm_fast.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))

@@ -14,9 +14,10 @@ if [ ! -e "$folder/.complete" ]; then
   "$PYTHON" -m venv --clear "$folder"
   pip=("$python" -m pip --disable-pip-version-check install --quiet --no-compile)
   "${pip[@]}" "$TORCH"
-  # This torch brings its own Triton.
   "${pip[@]}" -r <(grep -v '^torch==' requirements/dev.txt)
-  "${pip[@]}" --no-deps -r requirements/reference.txt -r requirements/demo.txt
+  # A build with CUDA brings its own.
+  "$python" -c 'import triton' 2>/dev/null || "${pip[@]}" -r requirements/triton.txt
+  "${pip[@]}" --no-deps -r requirements/upstream.txt -r requirements/demo.txt
   touch "$folder/.complete"
 fi
 "$python" -c "

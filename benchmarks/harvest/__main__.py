@@ -1,18 +1,18 @@
-"""One command for a CUDA GPU that is at hand for minutes: parity, speed, profile, in that order.
+"""Measures all there is to measure on a CUDA GPU in minutes: parity, speed, profile, in that order.
 
     python -m benchmarks.harvest                        # everything, under eight minutes
     python -m benchmarks.harvest --stages card,parity   # some stages
     python -m benchmarks.harvest --deadline 300         # stop starting stages after 300 s
-    TRITON_INTERPRET=1 python -m benchmarks.harvest --tiny   # on a CPU: do these lines run?
+    TRITON_INTERPRET=1 python -m benchmarks.harvest --tiny   # a dry run on a CPU
 
-Needs torch, Triton, pytest and numpy, and no network. Every stage is a process of its own with a
-deadline of its own; its results are on disk as soon as they are there, and one that fails or is cut
-off is named with its error while the others go on. What else a stage can use (the reference's
-packages, peers, ncu, compute-sanitizer) it uses if it is there and names if it is not.
+Needs torch, Triton, pytest and numpy, and no network. Every stage is a process with its own
+deadline. It writes each result to disk at once. A stage that fails or is cut off is named with its
+error, and the others continue. Optional packages and tools (upstream, peers, ncu,
+compute-sanitizer) are used if installed and named if missing.
 
-Writes into the output folder: harvest.json (all figures), harvest.md (tables), summary.txt (what is
-printed at the end, beside what was predicted), profile-step.txt, trace-step.json.gz, ncu.csv, and a
-log per stage.
+Writes into the output folder: harvest.json (all figures), harvest.md (tables), summary.txt (the
+final table, with the predictions), profile-step.txt, trace-step.json.gz, ncu.csv, and a log per
+stage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.harvest import survey as surveying
 from benchmarks.harvest.measuring import LOST, Stage, worker, write
 from benchmarks.harvest.triton_cache import CACHE, report_compilations
 
-STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function, its deadline in s
+STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function, deadline in s
     "card": (kernels.card, 40),
     "library": (checks.library, 120),
     "parity": (checks.parity, 150),
@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function
     "contrastive": (kernels.contrastive, 70),
     "spectrogram": (kernels.spectrogram, 40),
     "step": (models.step, 80),
-    "step_reference": (models.step_reference, 80),
+    "step_upstream": (models.step_upstream, 80),
     "generation": (models.generation, 60),
     "counters": (kernels.counters, 70),
     "flex": (kernels.flex, 60),
@@ -56,7 +56,7 @@ WORKERS = {"one_launch": kernels.one_launch, "small_calls": checks.small_calls}
 
 
 def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, Any]:
-    """A stage in its own process, ended at its deadline with what it has found."""
+    """A stage in its own process, ended at its deadline; its results so far."""
     log = output / f"stage-{name}.log"
     (output / f"stage-{name}.json").unlink(missing_ok=True)
     command = worker(name, output, tiny)
@@ -71,7 +71,7 @@ def run_stage(name: str, output: Path, tiny: bool, limit: float) -> dict[str, An
 
 
 def run_worker(command: list[str], stream: IO[str], log: Path, limit: float) -> str:
-    """A process until it ends, or is ended; what went wrong."""
+    """Wait for a process, or end it at the deadline; what went wrong."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -87,24 +87,24 @@ def run_worker(command: list[str], stream: IO[str], log: Path, limit: float) -> 
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage and what it has started; it has ten seconds to write what it knows."""
+    """End a stage and its child processes; it has ten seconds to write its results."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, sent)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may block it for ever
                 process.wait(10)
-    with contextlib.suppress(ProcessLookupError):  # what the stage started and left
+    with contextlib.suppress(ProcessLookupError):  # child processes that are left
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def rows_of(name: str, output: Path) -> dict[str, Any]:
-    """What a stage has written so far."""
+    """The rows that a stage has written so far."""
     path = output / f"stage-{name}.json"
     return {"rows": json.loads(path.read_text()) if path.exists() else []}
 
 
 def survey(output: Path) -> surveying.Survey:
-    """What is here; in a process of its own, which a broken driver may hang or kill."""
+    """Survey the machine, in a fresh process: a broken driver may hang or kill it."""
     command = worker("survey", output, tiny=False)
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
@@ -117,8 +117,8 @@ def survey(output: Path) -> surveying.Survey:
 
 
 def work(name: str, output: Path, tiny: bool, resume: bool = False) -> int:
-    """The body of a stage's process, or of one that a stage starts: that has no reader of its rows
-    and ends with 1 if one says what is wrong."""
+    """The body of a stage's process, or of one that a stage starts. Nobody reads the rows of the
+    latter: it ends with 1 if one has failed."""
     if name == "survey":
         write(output / "survey.json", json.dumps(vars(surveying.survey())))
         return 0
@@ -141,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=CACHE,
         metavar="FOLDER",
-        help="compiled Triton kernels, taken and left there (default: %(default)s)",
+        help="cache of compiled Triton kernels (default: %(default)s)",
     )
     parser.add_argument("--tiny", action="store_true", help="smallest sizes; also without a GPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def collect(
     args: argparse.Namespace, here: surveying.Survey, start: float
 ) -> dict[str, dict[str, Any]]:
-    """Every stage's result, on disk after each; on Ctrl-C or SIGTERM what there is by then."""
+    """Every stage's result, on disk after each; on Ctrl-C or SIGTERM the results so far."""
     found: dict[str, dict[str, Any]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -212,7 +212,7 @@ def collect(
 
 
 def save(found: dict[str, dict[str, Any]], here: surveying.Survey, output: Path) -> None:
-    """harvest.json and harvest.md."""
+    """Write harvest.json and harvest.md."""
     whole = {"device": here.device, "remarks": here.remarks, "stages": found}
     write(output / "harvest.json", json.dumps(whole, indent=1))
     write(output / "harvest.md", summary.markdown(found, here.device))

@@ -1,7 +1,7 @@
-"""What the stages measure, and the work of each case.
+"""The cases of the stages, and the work of each.
 
 :mod:`benchmarks.harvest.kernels` and :mod:`benchmarks.harvest.models` run them,
-:mod:`benchmarks.predict` predicts them; a figure is found by its case's name and its contender's.
+:mod:`benchmarks.predict` predicts them. The names of a case and a contender identify a figure.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FLASH, CUDNN, SDPA_BIAS, FLEX = "flash", "cuDNN", "SDPA + bias", "FlexAttention"
 
 @dataclass(frozen=True)
 class Case:
-    """One job that contenders are timed at.
+    """A job that contenders are timed at.
 
     Args:
         stage: of the harvest.
         name: the case in words, with its sizes.
-        contenders: who runs it.
-        operations: floating-point operations that it needs; 0 where they are no measure of it.
-        traffic: bytes that it must move; 0 where they are no measure of it.
-        shape: what it is built from, by name.
+        contenders: names of those that run it.
+        operations: floating-point operations that it needs; 0 if they do not bound it.
+        traffic: bytes that it must move; 0 if they do not bound it.
+        shape: its sizes and options, by name.
         budget: seconds for which a contender's calls are repeated.
     """
 
@@ -129,10 +129,10 @@ def spectrogram(tiny: bool) -> list[Case]:
 
 
 BF16, COMPILED = " (bf16)", " (bf16, torch.compile)"
-STEPS = {  # stage -> who, and batch, width and mode of each case
+STEPS = {  # stage -> contender, and batch, width and mode of each case
     "step": (bench_training_step.OURS, [(64, 512, BF16), (64, 512, ""), (4, 512, BF16),
                                         (64, 768, BF16)]),
-    "step_reference": (bench_training_step.THEIRS, [(4, 512, BF16), (4, 512, ""), (16, 512, BF16),
+    "step_upstream": (bench_training_step.THEIRS, [(4, 512, BF16), (4, 512, ""), (16, 512, BF16),
                                                     (64, 512, BF16)]),
     "step_compiled": (bench_training_step.OURS, [(64, 512, COMPILED)]),
     "step_captured": (bench_training_step.OURS, [(64, 512, BF16)]),
@@ -177,6 +177,6 @@ def all_cases(tiny: bool = False) -> list[Case]:
     """Every case of every stage, in the stages' order."""
     return [
         *card(tiny), *attention(tiny), *contrastive(tiny), *spectrogram(tiny),
-        *steps(tiny, "step"), *steps(tiny, "step_reference"), *generation(tiny),
+        *steps(tiny, "step"), *steps(tiny, "step_upstream"), *generation(tiny),
         *attention(tiny, "flex"), *steps(tiny, "step_captured"), *steps(tiny, "step_compiled"),
     ]  # fmt: skip

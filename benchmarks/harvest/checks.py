@@ -25,7 +25,7 @@ DRY_TESTS = "n1 or two-narrow"
 
 
 def library(stage: Stage) -> None:
-    """The compiled library: taken as it is where it has CUDA kernels for this GPU, else built."""
+    """The compiled library: used if it has CUDA kernels for this GPU, else built."""
     status = _extension.extension_status()
     stage.note("as found", status.reason or describe(status.facts))
     if not stage.gpu:
@@ -76,7 +76,7 @@ def parity(stage: Stage) -> None:
         sys.executable, "-m", "tests.parallel", "--report", str(report), "-m", "gpu", "tests/ops",
         *([] if stage.gpu else ["-k", DRY_TESTS]),
     ]  # fmt: skip
-    # At the deadline SIGTERM comes to both: the tests' process then writes its report and ends.
+    # At the deadline both get SIGTERM: the tests' process then writes its report and ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     before = cached_kernels()
     with (stage.output / "parity.log").open("w") as log:
@@ -118,7 +118,7 @@ def bits(stage: Stage) -> None:
 
 
 def small_cases(stage: Stage) -> dict[str, Callable[[], list[torch.Tensor]]]:
-    """Name -> outputs and gradients of a kernel."""
+    """Name -> function that returns outputs and gradients of a kernel."""
     dtype = torch.bfloat16 if stage.gpu else torch.float32
     found: dict[str, Callable[[], list[torch.Tensor]]] = {}
     for causal in (False, True):
@@ -164,10 +164,10 @@ def sanitizer(stage: Stage) -> None:
     for check in ("memcheck", "racecheck"):
         command = [
             tool, "--tool", check, "--error-exitcode", "9", "--launch-timeout", "60",
-            "--report-api-errors", "no",  # torch's look-ups of newer symbols are some
+            "--report-api-errors", "no",  # torch looks up newer symbols, which counts as an error
             *worker("small_calls", stage.output, tiny=True),
         ]  # fmt: skip
-        # Every tensor an allocation of its own: else what overruns one is inside torch's cache.
+        # Every tensor is its own allocation: in torch's cache an overrun would stay undetected.
         environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
         write(stage.output / f"sanitizer-{check}.log", done.stdout + done.stderr)
@@ -177,7 +177,7 @@ def sanitizer(stage: Stage) -> None:
 
 
 def small_calls(stage: Stage) -> None:
-    """What :func:`sanitizer` watches."""
+    """The calls that :func:`sanitizer` checks."""
     for name, run in small_cases(stage).items():
         with stage.attempt(name, "ours"):
             stage.note(name, f"{len(run())} results", "ours")

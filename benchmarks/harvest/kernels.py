@@ -1,4 +1,4 @@
-"""Stages that time kernels: the card's own, attention, the contrastive losses, the spectrogram."""
+"""Stages that time kernels: the card's ceilings, attention, contrastive losses, the spectrogram."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from musiclm_fast.ops.contrastive._triton import MAX_DEPTH
 
 
 def card(stage: Stage) -> None:
-    """Versions, and the ceilings: a copy, a product, a launch."""
+    """Versions, and the card's ceilings: a copy, a product, a launch."""
     for key, value in environment().items():
         stage.note(key, str(value))
     copy, product, launch = cases.card(stage.tiny)
@@ -44,7 +44,7 @@ def card(stage: Stage) -> None:
 
 
 def attention(stage: Stage) -> None:
-    """Attention with a learned bias, forward and backward, beside attention without one."""
+    """Attention with a learned bias, forward and backward, against attention without one."""
     _attention(stage, "attention")
 
 
@@ -85,8 +85,8 @@ def _attention(stage: Stage, name: str) -> None:
 
 
 # Drawn on the CPU, half a second each; kept for the other direction and the other contenders. Each
-# takes leaves of its own: autograd goes back to the stream on which a leaf was first used, and a
-# capture allows no other stream.
+# uses its own leaves: autograd returns to the stream on which a leaf was first used, and a capture
+# allows no other stream.
 _inputs = functools.lru_cache(maxsize=3)(bench_attention_gpu.make_inputs)
 
 
@@ -145,7 +145,7 @@ def loss(shape: dict[str, Any], device: str, peer: str | None = None) -> Run:
 
 
 def spectrogram(stage: Stage) -> None:
-    """The spectrogram with masks beside a copy of as many bytes and torchaudio."""
+    """The spectrogram with masks against a copy of as many bytes and torchaudio."""
     backend = "cuda" if stage.gpu else "cpp"
     for case in cases.spectrogram(stage.tiny):
         for contender in stage.contenders(case):
@@ -156,7 +156,7 @@ def spectrogram(stage: Stage) -> None:
 
 
 def transform(shape: dict[str, Any], device: str, backend: str, contender: str) -> Run:
-    """A case of the spectrogram, with its gradient where that is asked for."""
+    """A case of the spectrogram, with its gradient if the case has one."""
     variant = shape["variant"]
     wav = torch.randn(
         shape["clips"], shape["samples"], device=device, requires_grad="gradient" in variant
@@ -169,7 +169,7 @@ def transform(shape: dict[str, Any], device: str, backend: str, contender: str) 
 COUNTERS = {
     "gpu__time_duration.sum": "ns",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
-    # Cycles, not instructions: one of Hopper's holds the pipe for many.
+    # Cycles, not instructions: one instruction of Hopper holds the pipe for many.
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor %",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue %",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
@@ -187,7 +187,7 @@ COUNTERS = {
 }
 
 
-# By name, among the many small ones of torch. A name of C++ may stand in a namespace.
+# By name, among torch's many small kernels. A C++ name may have a namespace.
 OUR_KERNELS = (
     "(^|[ :])(delta|index|normalize|logsumexp|gradient|sigmoid|fold_margins|mel_ranges"
     "|(forward|backward|table)(_[a-z]+)?)_kernel"
@@ -216,7 +216,7 @@ def counters(stage: Stage) -> None:
             return
         said = done.stdout + done.stderr
         stage.note("ncu", f"no counters: {said[-300:]}")
-        # Some versions profile nothing for one name that they do not know.
+        # Some versions profile nothing if one name is unknown.
         unknown = [name for name in metrics if name.split(".")[0] in said]
         if not unknown:
             return
@@ -238,8 +238,8 @@ def counted(text: str) -> list[tuple[str, str]]:
 
 
 def one_launch(stage: Stage) -> None:
-    """What :func:`counters` profiles: every kernel once, warm; attention last, whose many launches
-    of the same kernels may be cut off."""
+    """The launches that :func:`counters` profiles: every kernel once, warm. Attention is last: its
+    many launches of the same kernels may be cut off."""
     builds: dict[str, Callable[[], Run]] = {}
     backend = "cuda" if stage.gpu else "cpp"
     for case in cases.spectrogram(stage.tiny):

@@ -1,7 +1,7 @@
 """Rows of a stage, and the clocks: CUDA events, CUPTI, a replayed graph.
 
-On a CPU each has a stand-in, so that a dry run runs the same lines: events become the host's clock,
-a replay becomes a plain call, and no kernel is seen. A row of theirs says so.
+On a CPU each has a stand-in, so that a dry run runs the same lines: the host's clock for events, a
+plain call for a replay, and no kernels. Their rows say so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from musiclm_fast._dispatch import BackendError
 from musiclm_fast._files import atomic_file
 
 Run = Callable[[], Any]
-LOST = 77  # exit status of a process whose every call to CUDA fails, after an illegal access
+LOST = 77  # exit status if every call to CUDA fails, as after an illegal access
 STAND_IN = "dry run: host clock, plain call for a replay, no kernel seen"
 
 
@@ -37,15 +37,15 @@ class Row:
     """One figure of a stage.
 
     Args:
-        case: what was run; contender: who ran it.
-        ms: median of one call between CUDA events, so that it holds the gaps of a CPU that
-            launches too slowly; least, most: of all calls.
+        case: its name; contender: who ran it.
+        ms: median of one call between CUDA events, including gaps if the CPU launches too
+            slowly; least, most: of all calls.
         kernels_ms: sum of the kernels' own times of one call, by CUPTI; launches: their number.
         graph_ms: of one call replayed from a CUDA graph, without the cost of launching.
         tflops, gbs: operations and bytes that the case needs, over ``kernels_ms``, else ``ms``.
-        memory: peak bytes of a call beyond what is held before.
-        failed: why there is no time, or what is wrong.
-        note: anything else that was found.
+        memory: peak bytes of a call beyond the memory held before.
+        failed: why there is no time, or the error.
+        note: any other finding.
     """
 
     case: str
@@ -64,13 +64,13 @@ class Row:
 
 
 class Stage:
-    """Where a stage writes its rows: the file is whole after each.
+    """The rows of a stage; the file is complete after each.
 
     Args:
         output: folder of the results.
         name: the stage's.
         tiny: smallest sizes, and few repetitions.
-        resume: go on behind the rows that are there.
+        resume: continue after the existing rows.
     """
 
     def __init__(self, output: Path, name: str, tiny: bool, resume: bool = False) -> None:
@@ -85,14 +85,14 @@ class Stage:
         self._flush()
 
     def contenders(self, case: Case) -> list[str]:
-        """Who is to run a case."""
+        """The contenders of a case."""
         return [
             name for name in case.contenders
             if (name.startswith("ours") or not self.only_ours) and not self.done(case.name, name)
         ]  # fmt: skip
 
     def done(self, case: str, contender: str) -> bool:
-        """Whether the process before this one has a row of it."""
+        """Whether the previous process has written its row."""
         return (case, contender) in self._before
 
     @property
@@ -108,11 +108,11 @@ class Stage:
         return row
 
     def note(self, case: str, text: str, contender: str = "") -> None:
-        """A finding that is no time."""
+        """Add a finding other than a time."""
         self.add(Row(case, contender, note=text))
 
     def fail(self, case: str, text: str, contender: str = "") -> None:
-        """What is wrong: the stage counts as failed, and goes on."""
+        """Add an error: the stage counts as failed, and continues."""
         self.add(Row(case, contender, failed=text))
 
     def _flush(self) -> None:
@@ -120,9 +120,9 @@ class Stage:
 
     @contextlib.contextmanager
     def attempt(self, case: str, contender: str, optional: bool = False) -> Iterator[None]:
-        """A contender that raises is a row with the reason: a failure; a finding where it is
-        ``optional`` (a peer, what is known not to run everywhere) and where a kernel refuses. Where
-        CUDA is lost with it, the process ends, and a fresh one goes on."""
+        """A contender that raises gets a row with the reason: a failure, or a finding if it is
+        ``optional`` (a peer; what does not run everywhere) or if a kernel refuses the call. If CUDA
+        is lost too, the process ends, and a fresh one continues."""
         try:
             yield
         except Exception as error:
@@ -147,7 +147,7 @@ class Stage:
             note: goes into the row.
         """
         if self.gpu and not self.profiled:
-            # CUPTI stays once it is there, and may slow launches: it is there for all alike.
+            # CUPTI stays loaded and may slow launches: load it for all alike.
             self.profiled = True
             with _optional(Row(case.name), "CUPTI"):
                 kernel_table(lambda: None, calls=1)
@@ -176,7 +176,7 @@ class Stage:
 
     def _end_if_lost(self) -> None:
         if self.gpu and _lost():
-            os._exit(LOST)  # a clean end would call CUDA again
+            os._exit(LOST)  # a normal exit would call CUDA again
 
 
 def _lost() -> bool:
@@ -190,7 +190,7 @@ def _lost() -> bool:
 
 @contextlib.contextmanager
 def _optional(row: Row, what: str) -> Iterator[None]:
-    """A clock that fails is a note in the row: what the others say is kept."""
+    """A clock that fails is a note in the row; the other clocks' figures are kept."""
     try:
         yield
     except Exception as error:
@@ -199,7 +199,7 @@ def _optional(row: Row, what: str) -> Iterator[None]:
 
 
 def worker(name: str, output: Path, tiny: bool) -> list[str]:
-    """The command of a process that does a stage's work, or a part of it."""
+    """The command of a process that runs a stage, or a part of it."""
     return [
         sys.executable, "-m", "benchmarks.harvest", "--worker", name, "--output", str(output),
         *(["--tiny"] if tiny else []),
@@ -207,8 +207,8 @@ def worker(name: str, output: Path, tiny: bool) -> list[str]:
 
 
 def tool_for(stage: Stage, name: str, watched: Callable[[Stage], None]) -> str | None:
-    """Path of a tool that watches a worker. Without a GPU the worker's body runs here, without the
-    tool; a row says so, or that the tool is missing."""
+    """Path of a tool that runs a worker. Without a GPU the worker's body runs here, without the
+    tool. A row says so, or that the tool is missing."""
     if not stage.gpu:
         stage.note(name, "dry run: what it would watch runs without it")
         watched(stage)
@@ -220,14 +220,14 @@ def tool_for(stage: Stage, name: str, watched: Callable[[Stage], None]) -> str |
 
 
 def write(path: Path, text: str) -> None:
-    """A file that is whole at any time."""
+    """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def call_times(run: Run, budget: float, gpu: bool) -> list[float]:
-    """Milliseconds of single calls: three to warm up, then as many as ``budget`` seconds hold, 5
-    to 200."""
+    """Milliseconds of single calls: three to warm up, then as many as fit in ``budget`` seconds,
+    5 to 200."""
     if not gpu:
         return [1e3 * timed(run)]
     for _ in range(3):
@@ -254,7 +254,7 @@ def kernel_table(run: Run, calls: int = 3, trace: Path | None = None) -> list[
     Args:
         run: one call.
         calls: how many are profiled.
-        trace: a Chrome trace is written there, with the CPU's side.
+        trace: path of a Chrome trace to write, with the CPU's side.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -268,7 +268,7 @@ def kernel_table(run: Run, calls: int = 3, trace: Path | None = None) -> list[
         profiler.export_chrome_trace(str(trace))
     found: dict[str, list[float]] = {}
     for event in profiler.events() or []:
-        # The span of a named block, such as the optimizer's step, is on the device's side too.
+        # Named spans, such as the optimizer's step, are on the device's side too.
         if "cuda" in str(event.device_type).lower() and not event.is_user_annotation:
             entry = found.setdefault(event.name, [0.0, 0.0])
             entry[0] += event.device_time / 1e3 / calls
@@ -299,10 +299,10 @@ def replay_time(run: Run, gpu: bool, replays: int = 20) -> float:
 
 @contextlib.contextmanager
 def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """What the current stream is given goes into ``graph``.
+    """Capture the current stream's work into ``graph``.
 
     After a capture that fails, torch refuses random numbers ("offset increment outside graph
-    capture") and the allocator does not free its cache when memory is short; both are mended here.
+    capture") and the allocator does not free its cache when memory is short. This repairs both.
     """
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
@@ -313,18 +313,18 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
             yield
     except Exception as error:
         generator.graphsafe_set_state(before)
-        with contextlib.suppress(RuntimeError):  # the capture itself ended well
+        with contextlib.suppress(RuntimeError):  # the capture itself ended normally
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
-        # Of two, what was refused, and the end of the capture that it spoiled, the first is wanted.
+        # Two errors: the refused call, and the end of the capture. The first is the cause.
         raise RuntimeError(str(error.__context__ or error)) from error
 
 
 @contextlib.contextmanager
 def own_stream(gpu: bool) -> Iterator[None]:
-    """A stream of its own: what autograd runs backward on the stream of the forward can then be
-    captured, which it cannot on the default stream. Memory that it kept is given back: another
-    stream could not take it."""
+    """A side stream: autograd runs the backward on the stream of the forward, and the default
+    stream cannot be captured. Its cached memory is freed afterwards: no other stream could use
+    it."""
     if not gpu:
         yield
         return
@@ -334,7 +334,7 @@ def own_stream(gpu: bool) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        with contextlib.suppress(RuntimeError):  # CUDA itself may be what failed
+        with contextlib.suppress(RuntimeError):  # CUDA itself may have failed
             torch.cuda.synchronize()
             gc.collect()
             torch.cuda.empty_cache()

@@ -31,19 +31,19 @@ from musiclm_fast.ops import use_backend
 from musiclm_fast.ops.spectrogram import _cuda
 
 SMALL_STEP = "loss and gradients of a small step"
-TRACE_BYTES = 16 << 20  # a larger trace than this is left out
+TRACE_BYTES = 16 << 20  # a larger trace is left out
 
 
 def step(stage: Stage) -> None:
-    """A training step of MuLaN, ours; of the first case the profile, a trace and what waits for the
-    device."""
+    """A training step of MuLaN, ours; for the first case also the profile, a trace and the calls
+    that wait for the device."""
     if not stage.done(SMALL_STEP, cases.OURS):
         check_step(stage)
     _steps(stage, "step")
 
 
-def step_reference(stage: Stage) -> None:
-    """The same of the live reference."""
+def step_upstream(stage: Stage) -> None:
+    """A training step of MuLaN, upstream's."""
     try:
         from tests.upstream import live
 
@@ -51,16 +51,16 @@ def step_reference(stage: Stage) -> None:
     except ImportError as error:
         stage.note("musiclm-pytorch", f"left out: {error}")
         return
-    _steps(stage, "step_reference")
+    _steps(stage, "step_upstream")
 
 
 def step_compiled(stage: Stage) -> None:
-    """Ours through torch.compile."""
+    """Ours under torch.compile."""
     _steps(stage, "step_compiled")
 
 
 def check_step(stage: Stage) -> None:
-    """Loss and gradients of a short step: of the kernels, and of the ops' definitions."""
+    """Loss and gradients of a short step: the kernels against the ops' references."""
     sizes = bench_training_step.TINY["tiny"]
     with stage.attempt(SMALL_STEP, cases.OURS), _kernels(stage.gpu):
         try:
@@ -72,8 +72,8 @@ def check_step(stage: Stage) -> None:
 
 
 def _kernels(gpu: bool) -> contextlib.AbstractContextManager[None]:
-    """Every op by its kernel, or an error: what falls back must not be timed as ours. A library
-    without CUDA kernels, which the stage before has named, leaves the spectrogram to torch."""
+    """Every op by its kernel, or an error: a fallback must not be timed as ours. The spectrogram
+    runs on torch if the library has no CUDA kernels, which an earlier stage reports."""
     if not gpu:
         return contextlib.nullcontext()
     spectrogram = "cuda" if _cuda.available()[0] else "torch"
@@ -108,7 +108,7 @@ def _note_rate(stage: Stage, case: cases.Case, row: Row, batch: int) -> None:
 
 
 def profile(stage: Stage, case: str, run: Run) -> None:
-    """The kernels of a step, longest first, its trace, and where the host waits for the device."""
+    """The kernels of a step, longest first, its trace, and the calls that wait for the device."""
     if not stage.gpu:
         stage.note(f"profile of {case}", STAND_IN)
         return
@@ -121,7 +121,7 @@ def profile(stage: Stage, case: str, run: Run) -> None:
     compress(trace)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # itself warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # warns that it is a prototype
         run()
         torch.cuda.set_sync_debug_mode("default")
     places = [
@@ -133,7 +133,7 @@ def profile(stage: Stage, case: str, run: Run) -> None:
 
 
 def compress(trace: Path) -> None:
-    """The trace as ``.gz``, unless that is too large to be carried away."""
+    """The trace as ``.gz``, unless that is too large to copy."""
     packed = trace.with_suffix(".json.gz")
     with trace.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
         shutil.copyfileobj(source, target)
@@ -143,8 +143,8 @@ def compress(trace: Path) -> None:
 
 
 def step_captured(stage: Stage) -> None:
-    """Forward, backward and optimizer of ours as one CUDA graph, with masks per sample; or what
-    forbids it."""
+    """Forward, backward and optimizer of ours as one CUDA graph, with masks per sample; or why it
+    cannot be captured."""
     for case in cases.steps(stage.tiny, "step_captured"):
         (contender,) = case.contenders
         with (
@@ -171,7 +171,7 @@ def step_captured(stage: Stage) -> None:
 def _capturable(case: cases.Case, device: str) -> Run:
     sizes, (dtype, _) = case.shape["sizes"], bench_training_step.MODES[case.shape["mode"]]
     model = bench_training_step.build(bench_training_step.OURS, sizes, device)
-    # The default's masks are drawn on the CPU: no capture holds a copy that waits.
+    # The default's masks are drawn on the CPU: a capture cannot contain a blocking copy.
     model.audio.front_end = dataclasses.replace(model.audio.front_end, masks_per_sample=True)
     batch = bench_training_step.inputs(sizes, device)
     gpu = device == "cuda"

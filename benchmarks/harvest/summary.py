@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks import predict
+from benchmarks import predict, tables
 from benchmarks.harvest import cases
 from benchmarks.harvest.measuring import Row
 
@@ -13,12 +13,12 @@ Found = dict[str, dict[str, Any]]  # stage -> rows, problem, seconds
 
 
 def failed(stage: dict[str, Any]) -> bool:
-    """Whether a stage did not finish, or found something wrong."""
+    """Whether a stage did not finish, or found an error."""
     return bool(stage["problem"]) or any(row["failed"] for row in stage["rows"])
 
 
 def stage_line(name: str, stage: dict[str, Any]) -> str:
-    """A stage's end, in one line."""
+    """The result of a stage, in one line."""
     wrong = [f"{r['case']} {r['contender']}: {r['failed']}" for r in stage["rows"] if r["failed"]]
     parts = [f"== {name}: {stage['seconds']:.0f} s"]
     if stage.get("left_out"):
@@ -43,7 +43,7 @@ def markdown(found: Found, device: str) -> str:
             continue
         heads = ["case", "contender", "ms", "kernels ms", "launches", "replayed ms", "TFLOP/s",
                  "GB/s", "MiB", "note"]  # fmt: skip
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        table = []
         for r in rows:
             times = "" if r.ms is None else f"{r.ms:.4g}"
             if r.least is not None and r.most is not None:
@@ -53,16 +53,27 @@ def markdown(found: Found, device: str) -> str:
             cells += ["" if x is None else f"{x:.4g}" for x in figures]
             cells.append("" if r.memory is None else f"{r.memory / 2**20:.0f}")
             cells.append(" ".join(filter(None, (r.failed and f"**{r.failed}**", r.note))))
-            lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+            table.append(cells)
+        lines.append(tables.markdown(heads, table))
     return "\n".join(lines) + "\n"
 
 
-HEADS = ("ms", "kernels", "replayed", "rate", "of limit", "predicted", "off", "parity")
+HEADS = (
+    "ms",
+    "kernels",
+    "replayed",
+    "rate",
+    "of limit",
+    "predicted",
+    "off",
+    "parity",
+    "times ours",
+)
 
 
 def text(found: Found, device: str) -> str:
-    """The short table: what failed, then every case with its share of the card's ceiling, what was
-    predicted and the ratio to the peers."""
+    """The short table: failures, then every case with its share of the card's ceiling, its
+    prediction and the ratio to the peers."""
     wrong = [stage_line(name, stage) for name, stage in found.items() if failed(stage)]
     lines = ["", "what failed", *(wrong or ["nothing"]), ""]
     if not device:
@@ -70,12 +81,12 @@ def text(found: Found, device: str) -> str:
     rows = [Row(**r) for stage in found.values() for r in stage["rows"]]
     by_key = {(r.case, r.contender): r for r in rows if r.ms is not None}
     table = Table(by_key, predict.load(device), _ceilings(by_key), _parity(found))
-    lines.append(f"{'':26}" + "".join(f" {head:>12}" for head in HEADS) + "   times ours")
+    cells = [["", *HEADS]]
     by_name = {case.name: case for tiny in (True, False) for case in cases.all_cases(tiny)}
     for name in dict.fromkeys(r.case for r in rows if r.ms is not None):
         if name in by_name:
-            lines += table.case(by_name[name])
-    return "\n".join(lines) + "\n"
+            cells += table.case(by_name[name])
+    return "\n".join([*lines, tables.aligned(cells)]) + "\n"
 
 
 def _ceilings(rows: dict[tuple[str, str], Row]) -> tuple[float | None, float | None]:
@@ -90,7 +101,7 @@ def _ceilings(rows: dict[tuple[str, str], Row]) -> tuple[float | None, float | N
 
 
 def _parity(found: Found) -> dict[str, str]:
-    """Op -> what its tests and its repeated runs said."""
+    """Op -> result of its tests and its repeated runs."""
     said: dict[str, str] = {}
     for op in ("attention", "contrastive", "spectrogram"):
         rows = [
@@ -103,7 +114,7 @@ def _parity(found: Found) -> dict[str, str]:
         elif any("passed" in r.note for r in rows):
             said[op] = "green"
         elif rows:
-            said[op] = "bits alone"  # the tests were cut off, or not asked for
+            said[op] = "bits alone"  # the tests were cut off, or not selected
     steps = [r for r in found.get("step", {"rows": []})["rows"] if "small step" in r["case"]]
     if steps:
         said["MuLaN"] = "wrong" if any(r["failed"] for r in steps) else "green"
@@ -112,13 +123,13 @@ def _parity(found: Found) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Table:
-    """What the short table is made from.
+    """The figures of the short table.
 
     Args:
         rows: by case and contender.
         predicted: likewise.
         ceilings: TFLOP/s and GB/s of this card.
-        checked: what parity said, by the first word of a case.
+        checked: result of parity, by the first word of a case.
     """
 
     rows: dict[tuple[str, str], Row]
@@ -126,10 +137,10 @@ class Table:
     ceilings: tuple[float | None, float | None]
     checked: dict[str, str]
 
-    def case(self, case: cases.Case) -> list[str]:
-        """The case's name, and a line per contender."""
+    def case(self, case: cases.Case) -> list[list[str]]:
+        """The case's name, and the cells of each contender."""
         rows = {name: row for (where, name), row in self.rows.items() if where == case.name}
-        lines = [case.name]
+        lines = [[case.name]]
         for name, row in rows.items():
             ours = name.startswith("ours")
             cells = [_number(row.ms), _number(row.kernels_ms), _number(row.graph_ms),
@@ -137,11 +148,10 @@ class Table:
                      self.checked.get(case.name.split()[0], "") if ours else ""]  # fmt: skip
             others = {who: other for who, other in rows.items() if not who.startswith("ours")}
             peers = [f"{who} {_own(other) / _own(row):.2f}" for who, other in others.items()]
-            line = f"  {name[:24]:24}" + "".join(f" {cell:>12}" for cell in cells)
             said = peers if ours else []
             if "tokens/s" in row.note:
                 said = [*said, row.note]
-            lines.append(f"{line}   {', '.join(said)}".rstrip())
+            lines.append([f"  {name}", *cells, ", ".join(said)])
         return lines
 
     def _rate(self, row: Row) -> tuple[str, str]:
@@ -152,7 +162,7 @@ class Table:
         return "", ""
 
     def _predicted(self, row: Row) -> tuple[str, str]:
-        """Of the kernels' own time where both know it, else of the whole call's."""
+        """The kernels' own time if both have it, else the whole call's."""
         guess = self.predicted.get((row.case, row.contender))
         if guess is None:
             return "", ""

@@ -1,4 +1,4 @@
-"""What this machine has for a harvest, and which stages can run: found before anything is timed."""
+"""Surveys the machine before anything is timed: its equipment, and the stages that can run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TRITON = ("attention", "contrastive", "flex", "step", "step_captured", "step_com
 
 @dataclasses.dataclass
 class Survey:
-    """What was found.
+    """The result.
 
     Args:
-        device: the GPU and its driver in words; empty where there is none.
-        problem: why no stage can run on a GPU here; empty where one can.
-        remarks: what is missing, one line each, with what follows from it.
+        device: the GPU and its driver in words; empty without one.
+        problem: why no stage can run on a GPU here; empty if one can.
+        remarks: what is missing and the consequence, one line each.
         left_out: stages that cannot run, with the reason.
     """
 
@@ -65,7 +65,7 @@ def no_gpu() -> str:
         torch.cuda.init()
         torch.empty(1, device="cuda")
     except (RuntimeError, AssertionError) as error:
-        # Of a driver that is too old it names the version found.
+        # It names the version of a driver that is too old.
         text = " ".join(str(error).split())
         driver = driver_version()
         with_driver = f" (driver {driver})" if driver else ""
@@ -74,7 +74,7 @@ def no_gpu() -> str:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's kernel module; empty where there is none."""
+    """Version of NVIDIA's kernel module; empty without one."""
     path = Path("/proc/driver/nvidia/version")
     text = path.read_text() if path.exists() else ""
     match = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", text)
@@ -94,19 +94,19 @@ def no_triton() -> str:
 
 
 def launchers() -> bool:
-    """Whether there are some in Triton's cache, made ahead of time: no compiler may be needed."""
+    """Whether Triton's cache has some, made ahead of time: then no compiler may be needed."""
     cache = os.environ.get("TRITON_CACHE_DIR")
     return cache is not None and any(Path(cache).glob("*/*.so"))
 
 
 def compiler() -> str | None:
-    """What Triton would take: CC, or a compiler on PATH."""
+    """The compiler that Triton would use: CC, or one on PATH."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def missing_tools() -> list[str]:
-    """Tools and packages that some stages use if they are there."""
+    """Missing tools and packages that some stages would use."""
     lines = []
     facts = _extension.extension_status().facts
     if not facts.get("cuda_archs"):
@@ -118,8 +118,8 @@ def missing_tools() -> list[str]:
         if shutil.which(tool) is None:
             lines.append(f"no {tool}: stage {stage} has nothing to say")
     for package, what in (
-        ("musiclm-pytorch", "the reference's step"),
-        ("audiolm-pytorch", "the reference's generation"),
+        ("musiclm-pytorch", "upstream's step"),
+        ("audiolm-pytorch", "upstream's generation"),
         ("torchaudio", "its spectrogram"),
         ("siglip-kernel", "its loss"), ("inf-cl", "its loss"), ("memeff", "its loss"),
     ):  # fmt: skip

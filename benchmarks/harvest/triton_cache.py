@@ -1,12 +1,12 @@
-"""Triton's compiled kernels: made ahead of time on a machine without a GPU, and counted on one.
+"""Compiles Triton's kernels ahead of time on a machine without a GPU, and counts cache hits on one.
 
     python -m benchmarks.harvest.triton_cache --target sm_90     # into build/triton-cache
 
 Run it with the Python, the torch and the Triton of the machine that has the GPU: Triton looks for a
-kernel by its source, its arguments, its own files and its version. The stages and the GPU tests run
-first in Triton's interpreter with every launch noted and left out, so that their results mean
-nothing; what was noted is then compiled as Triton's launcher would, and so are the C launchers, for
-which the machine with the GPU then needs no compiler. What is missed is compiled there.
+kernel by its source, its arguments, its own files and its version. The stages and the GPU tests
+first run in Triton's interpreter. Every launch is recorded and skipped, so their results are
+meaningless. The recorded launches are then compiled as Triton's launcher would, and so are the C
+launchers: the machine with the GPU needs no compiler. It compiles whatever is missing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from benchmarks.harvest.measuring import Run, Stage
 from musiclm_fast.ops import _triton_target
 
 CACHE = ROOT / "build" / "triton-cache"
-NOTED = "MUSICLM_FAST_NOTED_LAUNCHES"  # the folder that a noting process writes into
+NOTED = "MUSICLM_FAST_NOTED_LAUNCHES"  # the folder that a recording process writes into
 
 
 @contextlib.contextmanager
 def report_compilations(stage: Stage) -> Iterator[None]:
-    """A row that says how many kernels came from the cache, and how long compiling others took."""
+    """A row with the number of kernels from the cache and the time to compile the others."""
     if not stage.gpu:
         yield
         return
@@ -58,7 +58,7 @@ def report_compilations(stage: Stage) -> Iterator[None]:
                    f"{sum(compiled):.1f} s")  # fmt: skip
 
 
-# ---- noting: in a process with TRITON_INTERPRET=1
+# ---- recording: in a process with TRITON_INTERPRET=1
 
 
 class Notes:
@@ -70,7 +70,7 @@ class Notes:
     def launch(
         self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]
     ) -> None:
-        """Takes the place of :func:`musiclm_fast.ops._triton_target.launch`."""
+        """Replaces :func:`musiclm_fast.ops._triton_target.launch`."""
         function = getattr(kernel, "fn", kernel)
         given = {
             name: (value.dtype, value.data_ptr() % 16) if hasattr(value, "data_ptr") else value
@@ -78,7 +78,7 @@ class Notes:
         }
         noted = (function.__module__, function.__name__, given, options)
         self.seen.setdefault(pickle.dumps(noted))
-        for value in arguments.values():  # some code refuses what is not finite
+        for value in arguments.values():  # some code refuses non-finite values
             if hasattr(value, "data_ptr") and value.is_floating_point():
                 value.data.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
 
@@ -89,7 +89,7 @@ class Notes:
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Launches of a block are noted and left out, in 16 bits too."""
+    """Record and skip the launches of a block, 16-bit ones too."""
     notes = Notes()
     with (
         mock.patch.object(_triton_target, "launch", notes.launch),
@@ -121,7 +121,7 @@ def note_stages(output: Path) -> None:
 
 
 def note_step() -> None:
-    """The launches of training steps in each precision; few pairs do."""
+    """The launches of training steps in each precision; a few pairs are enough."""
     import dataclasses
 
     from benchmarks import bench_training_step
@@ -137,7 +137,7 @@ def note_step() -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """As a plugin of pytest: the launches of tests."""
+    """A pytest plugin: records the launches of tests."""
     context = noted()
     context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))
@@ -157,10 +157,10 @@ class Pointer:
 
 
 def compile_noted(launches: Sequence[bytes], target: str) -> tuple[set[str], int]:
-    """Compile what was noted into TRITON_CACHE_DIR, machine code alone.
+    """Compile the recorded launches into TRITON_CACHE_DIR, machine code only.
 
     Returns:
-        The kernels by Triton's hash, those that were there too; how many launches failed.
+        The kernels by Triton's hash, existing ones too; the number of failed launches.
     """
     from triton import knobs
     from triton.runtime import driver
@@ -213,7 +213,7 @@ def _driver(target: str) -> Any:
 
 @contextlib.contextmanager
 def _unloaded_launchers() -> Iterator[Any]:
-    """Builds a kernel's C launcher without loading it: a driver's library is not here."""
+    """Builds a kernel's C launcher without loading it: there is no driver library here."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build
 
@@ -233,7 +233,7 @@ def _unloaded_launchers() -> Iterator[Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Note, compile, and say what was made."""
+    """Record, compile, and report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.harvest.triton_cache", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

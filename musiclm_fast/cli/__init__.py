@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import musiclm_fast
+from musiclm_fast._version import __version__
 from musiclm_fast.cli._common import FAILED, INTERRUPTED
 
 # command, in words: its module in this package
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="musiclm-fast", description="Joint embeddings of music and text: train one, ask one."
     )
-    parser.add_argument("--version", action="version", version=musiclm_fast.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "--traceback", action="store_true", help="show where an error arose, not only what it says"
     )

@@ -189,10 +189,14 @@ class RunOptions:
             section, each = known[name]
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            elif each.name == "log_with":
-                value = [] if value is None else [value] if isinstance(value, str) else value
-            own = getattr(self, section)
-            changes.setdefault(section, {})[each.name] = convert_field(own, each.name, value, name)
+            if (
+                each.name == "log_with"
+            ):  # one or several, and accelerate takes trackers of one's own
+                several = value if isinstance(value, (list, tuple)) else [value]
+                value = tuple(each for each in several if each is not None)
+            else:
+                value = convert_field(getattr(self, section), each.name, value, name)
+            changes.setdefault(section, {})[each.name] = value
         sections = {}
         for section, values in changes.items():
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.sass import cuda_usage
+from benchmarks.predict.launches import cuda_usage
 
 ROOT = Path(__file__).parents[2]
 

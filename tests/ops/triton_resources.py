@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.sass import Launch, compile_launch, cuda_usage
+from benchmarks.predict.launches import Launch, compile_launch, cuda_usage
 from musiclm_fast.ops import _triton_target
 
 # Shared memory that one program may use, in bytes: CUDA C++ Programming Guide, table of technical

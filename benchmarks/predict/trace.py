@@ -1,7 +1,7 @@
-"""Which kernels a call would launch on a CUDA GPU, found without one.
+"""Finds the kernels that a call launches on a CUDA GPU, without one.
 
 The call runs on fake tensors: torch's dispatcher sees every operator with its shapes, and the
-Triton backends note their launches instead of running them.
+Triton backends record their launches instead of running them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.sass import TARGET, Launch
+from benchmarks.predict.launches import TARGET, Launch
 from musiclm_fast.ops import _triton_target, use_backend
 
-# Launches of operators that are more than one kernel on CUDA, read in ATen's sources; a view is
-# none, and every other operator is one.
+# Operators with more than one kernel on CUDA, from ATen's sources. A view has none, every other
+# operator has one.
 SEVERAL = {
     "embedding_dense_backward": 6,  # sort of the indices, their counts, sums of segments
     "index_put": 6, "index_put_": 6, "_index_put_impl_": 6,  # accumulating: the same
@@ -69,18 +69,18 @@ def trace(run: Callable[[], Any]) -> list[Kernel]:
 
 @contextlib.contextmanager
 def gpu(truth: bool = True) -> Iterator[None]:
-    """Fake tensors that go the way of a GPU's: through the Triton kernels, cast as on CUDA.
+    """Fake tensors that take the path of a GPU's: through the Triton kernels, cast as on CUDA.
 
-    They say that they lie on the CPU, since a torch without CUDA has no other autograd.
+    Their device is the CPU, since a torch without CUDA has no other autograd.
 
     Args:
-        truth: what a program gets that reads a truth value back from the device: whether a check
-            holds, or whether all is done. Other numbers are 1.
+        truth: the result of reading a truth value from the device: whether a check holds, or
+            whether all is done. Other numbers are 1.
     """
     nothing = contextlib.nullcontext()
     with (
         mock.patch("torch.nn.Module.to", lambda module, *_, **__: module),
-        # What is done on a CPU alone: products of few rows turned, values checked.
+        # CPU only: transposed products of few rows, checks of values.
         mock.patch("musiclm_fast.ops.decode.reference._transposed", return_value=False),
         mock.patch("musiclm_fast._checks.check_finite_clips"),
         mock.patch("musiclm_fast.ops.contrastive.op.check_finite"),
@@ -107,7 +107,7 @@ class _Scalars(TorchDispatchMode):
             return self.truth if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.equal.default:
             return self.truth
-        if func is torch.ops.aten.masked_select.default:  # the reference's diagonal of a square
+        if func is torch.ops.aten.masked_select.default:  # upstream's diagonal of a square
             return args[0].new_empty(args[0].numel() // args[0].shape[-1])
         return func(*args, **(kwargs or {}))
 
@@ -188,7 +188,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _inside(func: Any) -> Callable[..., Any] | None:
-    # What runs inside an operator of the Triton backends.
+    # The code inside an operator of the Triton backends.
     from musiclm_fast.ops.attention import _triton as attention
     from musiclm_fast.ops.contrastive import _triton as contrastive
 
@@ -202,7 +202,7 @@ def _inside(func: Any) -> Callable[..., Any] | None:
 
 
 def _bytes(t: Tensor) -> int:
-    # of an expanded tensor, what lies in memory
+    # an expanded tensor counts once
     distinct = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         distinct *= size if stride else min(size, 1)

@@ -1,0 +1,193 @@
+"""The time of one kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+from benchmarks.predict import disassembly, launches
+from benchmarks.predict.disassembly import Code, Instruction, Loop
+from benchmarks.predict.launches import Launch
+from benchmarks.predict.model import MODEL, PIPES, SKIPPED, TENSOR_CYCLE, Card
+from benchmarks.predict.stored import Cost
+from benchmarks.predict.trace import Kernel
+
+
+@functools.cache
+def loop_cycles(name: str, loop: Loop) -> tuple[int, dict[str, float]]:
+    """Instructions of a turn of a kernel's loop, and :func:`cycles` of them."""
+    own = worked(name, loop)
+    return len(own), cycles(own)
+
+
+@functools.cache
+def outside_cycles(code: Code) -> dict[str, float]:
+    """:func:`cycles` of what is in no loop."""
+    return cycles(code.outside)
+
+
+def cycles(loop: Iterable[Instruction]) -> dict[str, float]:
+    """Cycles for which one warp's instructions occupy its scheduler's pipes."""
+    found: dict[str, float] = {"issue": 0.0}
+    for instruction in loop:
+        found["issue"] += 1
+        kind = instruction.kind
+        if kind == "tensor":
+            found["tensor"] = (
+                found.get("tensor", 0.0) + _tensor_operations(instruction) / TENSOR_CYCLE
+            )
+        elif kind in PIPES:
+            pipe, each = PIPES[kind]
+            found[pipe] = found.get(pipe, 0.0) + each * _wavefronts(instruction)
+    return found
+
+
+def _wavefronts(instruction: Instruction) -> int:
+    # of 128 bytes. If each thread of a warp reads 16 bytes of shared memory, as in float32
+    # products, half of them read the same data as others.
+    suffixes = instruction.opcode.split(".")[1:]
+    if instruction.kind in ("global", "cp.async", "generic", "local"):
+        return 4 if "128" in suffixes else 2 if "64" in suffixes else 1
+    if instruction.kind == "shared":
+        return 2 if {"128", "4"} & set(suffixes) else 1
+    return 1
+
+
+def _tensor_operations(instruction: Instruction) -> float:
+    # of one warp: HGMMA.64x32x16 is four warps', HMMA.16816 one's
+    shape = instruction.opcode.split(".")[1]
+    if "x" in shape:
+        m, n, k = (int(size) for size in shape.split("x"))
+        return 2.0 * m * n * k / 4
+    return 2.0 * int(shape[:2]) * int(shape[2:3]) * int(shape[3:])
+
+
+def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
+    """How many turns of each loop a program runs: a rule per kernel."""
+    a = launch.arguments
+    outer = [loop for loop in code.loops if loop.depth == 0]
+    name = launch.kernel.__name__
+    if not outer:
+        return []
+    if name == "forward_kernel":
+        return [(outer[0], math.ceil(a["keys"] / a["BLOCK_N"]))]
+    if name == "backward_kv_kernel":
+        return [(outer[0], a["GROUP"] * math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
+    if name == "backward_q_kernel":
+        whole = a["keys"] // a["BLOCK_N"]
+        return [(outer[0], whole), (outer[-1], float(a["keys"] % a["BLOCK_N"] > 0))]
+    if name == "index_kernel":  # a program runs one of its two loops
+        return [(outer[0], math.ceil(a["queries"] / a["BLOCK"]))]
+    if name == "table_gradient_kernel":
+        # Chains of one: the inner loop runs once a turn, only in turns whose BLOCK_R offsets lead
+        # to a query. From a key of a grid, R of the 2R + 1 do.
+        count = math.ceil(a["pairs_per_part"] / a["BLOCK_J"])
+        found = min(1.0, (a["radius"] + a["BLOCK_R"]) / (2 * a["radius"] + 1))
+        return [(loop, count * (found if loop.depth else 1.0)) for loop in code.loops]
+    if name == "table_edges_kernel":
+        return [(outer[0], math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
+    if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):
+        # gradient_kernel's first loop is for bounded similarities, as in the harvest
+        return [(outer[0], math.ceil(math.ceil(a["columns"] / a["BLOCK_N"]) / a["SPLITS"]))]
+    raise ValueError(f"no rule for the loops of {name}")
+
+
+def worked(name: str, loop: Loop) -> list[Instruction]:
+    """Instructions of a turn: in ``SKIPPED`` kernels, without those that the longest jump skips."""
+    if name not in SKIPPED:
+        return list(loop.own)
+    jumps = [
+        (i.address, i.target) for i in loop.own
+        if i.target is not None and i.address < i.target <= loop.end
+    ]  # fmt: skip
+    begin, end = max(jumps, key=lambda jump: jump[1] - jump[0])
+    return [i for i in loop.own if not begin < i.address < end]
+
+
+def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
+    """Time of one launch: of its busiest SM, or of its bytes."""
+    total = dict(outside_cycles(code))
+    steps = []
+    for loop, count in turns(launch, code):
+        instructions, held = loop_cycles(launch.name, loop)
+        for pipe, number in held.items():
+            total[pipe] = total.get(pipe, 0.0) + count * number
+        if count:
+            each = (
+                32 * code.warps * instructions / launches.tile(launch)
+                if launches.tile(launch)
+                else 0
+            )
+            steps.append(
+                f"{count:,.4g} x {instructions}" + (f" ({each:.1f} an element)" if each else "")
+            )
+    programs = math.ceil(launch.programs / card.sms)  # of the busiest SM
+    warps = code.warps / MODEL.schedulers
+    resident = warps * min(code.blocks, programs)
+    seconds = {}
+    for pipe, number in total.items():
+        share = MODEL.pipe
+        if pipe == "issue":
+            share = min(MODEL.issue, MODEL.warp_issue * resident)
+        seconds[pipe] = programs * warps * number / card.clock / share
+    if min(code.blocks, programs) == 1:  # no other program overlaps its products
+        seconds["issue"] += seconds.get("tensor", 0.0)
+    seconds["bandwidth"] = traffic / card.bandwidth
+    seconds["launch"] = MODEL.kernel_us / 1e6
+    bound = max(seconds, key=lambda pipe: seconds[pipe])
+    how = (
+        f"{launch.programs:,} programs of {code.warps} warps, {programs} on the busiest SM, "
+        f"{code.blocks} at a time; a warp: {len(code.outside)}"
+        + "".join(f" + {step}" for step in steps)
+        + f" instructions; {traffic / 1e6:,.3g} MB; us: "
+        + ", ".join(f"{pipe} {1e6 * s:.3g}" for pipe, s in seconds.items() if pipe != "launch")
+    )
+    return Cost(launch.name, 1, 1e3 * seconds[bound], bound, how)
+
+
+codes: dict[str, Code] = {}  # by specialisation
+
+
+def code_of(launch: Launch) -> Code:
+    """The code of a launch's kernel, compiled once."""
+    key = f"{launch.name} {launches.specialised(launch)} {launch.options}"
+    if key not in codes:
+        codes[key] = disassembly.code(launch)
+    return codes[key]
+
+
+def moved(kernel: Kernel) -> float:
+    """Bytes of a kernel: its tensors, each once. A kernel of a band moves the band's share of q, k,
+    v and their gradients; table_edges_kernel does not read dS."""
+    if kernel.launch is None or "ds" not in kernel.launch.arguments:
+        return kernel.traffic
+    a = kernel.launch.arguments
+    band = a["ds"].numel() * a["ds"].element_size()
+    others = kernel.traffic - band
+    if kernel.name == "table_edges_kernel":
+        return others
+    like = a.get("raw_q", a.get("q"))
+    share = 1.0
+    if like is not None:
+        share = a["ds"].shape[0] / (like.shape[0] * like.shape[1])
+        share *= (a["row_end"] - a["row_begin"]) / a["queries"]
+    return band + min(share, 1.0) * others
+
+
+def costs(kernels: Sequence[Kernel], card: Card) -> list[Cost]:
+    """The cost of each kernel of a call."""
+    found = []
+    for k in kernels:
+        if k.launch is not None:
+            found.append(kernel_cost(k.launch, code_of(k.launch), moved(k), card))
+            continue
+        rate = card.tensor if k.precision == "bf16" else card.float32
+        seconds = {
+            "tensor" if k.precision == "bf16" else "float": k.operations / rate,
+            "bandwidth": k.traffic / card.bandwidth,
+            "launch": k.launches * MODEL.kernel_us / 1e6,
+        }
+        bound = max(seconds, key=lambda name: seconds[name])
+        found.append(Cost(k.name, k.launches, 1e3 * seconds[bound] / k.launches, bound))
+    return found
