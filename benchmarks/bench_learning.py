@@ -29,7 +29,7 @@ from musiclm_fast.demo.mulan_run import DemoConfig, DemoRun, Notes
 from musiclm_fast.evaluation.metrics import embed_clips, label_latents, zero_shot_accuracy
 
 RECIPE = DemoConfig(instruments=128, steps=8000)
-FRONT_ENDS = ("mulan", "reference")
+FRONT_ENDS = ("mulan", "upstream")
 
 
 def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]:
@@ -168,7 +168,7 @@ def main() -> None:
     data = Notes.render(RECIPE)
     seconds = step_seconds(data, folder)
     print({name: f"{seconds[name]:.3f} s a step" for name in FRONT_ENDS}, flush=True)
-    wanted = [("mulan", seed) for seed in arguments.seeds] + [("reference", arguments.seeds[0])]
+    wanted = [("mulan", seed) for seed in arguments.seeds] + [("upstream", arguments.seeds[0])]
     if arguments.run:
         wanted = [(arguments.run[0], int(arguments.run[1]))]
     results = {

@@ -1,4 +1,4 @@
-"""The reference's documented usage with only the import changed: towers, MuLaN, quantizer.
+"""Upstream's documented usage with only the import changed: towers, MuLaN, quantizer.
 
 python examples/joint_embedding.py
 """

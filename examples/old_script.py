@@ -3,7 +3,7 @@
 python examples/old_script.py
 """
 
-import musiclm_fast; musiclm_fast.install_as_reference()  # noqa: E702  # fmt: skip
+import musiclm_fast; musiclm_fast.install_as_musiclm_pytorch()  # noqa: E702  # fmt: skip
 
 import torch
 from musiclm_pytorch import AudioSpectrogramTransformer, MuLaN, TextTransformer

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from musiclm_fast._version import __version__
 
 if TYPE_CHECKING:
-    from musiclm_fast.interop.alias import install_as_reference
-    from musiclm_fast.interop.convert import from_reference
+    from musiclm_fast.interop.alias import install_as_musiclm_pytorch
+    from musiclm_fast.interop.convert import from_upstream
     from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
     from musiclm_fast.models.front_end import FrontEnd
     from musiclm_fast.models.hugging_face_audio import HuggingFaceAudio
@@ -36,8 +36,8 @@ _HOMES = {
     "SigmoidContrastiveLearning": "models.losses",
     "SoftmaxContrastiveLearning": "models.losses",
     "TextTransformer": "models.text_tower",
-    "from_reference": "interop.convert",
-    "install_as_reference": "interop.alias",
+    "from_upstream": "interop.convert",
+    "install_as_musiclm_pytorch": "interop.alias",
 }
 
 __all__ = [
@@ -53,12 +53,18 @@ __all__ = [
     "SoftmaxContrastiveLearning",
     "TextTransformer",
     "__version__",
-    "from_reference",
-    "install_as_reference",
+    "from_upstream",
+    "install_as_musiclm_pytorch",
 ]
 
 
+# Names of version 0.1's development, until its first release after.
+_RENAMED = {"from_reference": "from_upstream", "install_as_reference": "install_as_musiclm_pytorch"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"{__name__}.{name} is now {__name__}.{_RENAMED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

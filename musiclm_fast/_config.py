@@ -26,15 +26,22 @@ class ConfigError(ValueError):
     """A configuration with an unknown field, a wrong type or a value out of range."""
 
 
-def setting(default: Any, *, argument: str | None = None, may_change: bool = False) -> Any:
+def setting(
+    default: Any,
+    *,
+    argument: str | None = None,
+    may_change: bool = False,
+    renamed: dict[str, str] | None = None,
+) -> Any:
     """A field of a configuration.
 
     Args:
         default: its value where nothing else is said.
         argument: its name as a keyword argument, if that is another.
         may_change: whether a resumed run may have another value.
+        renamed: the current name of each value that files may have by an earlier name.
     """
-    metadata = {"argument": argument, "may_change": may_change}
+    metadata = {"argument": argument, "may_change": may_change, "renamed": renamed or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -122,6 +129,9 @@ def convert_field(default: Any, name: str, value: Any, path: str) -> Any:
     hint = typing.get_type_hints(type(default))[name]
     if dataclasses.is_dataclass(hint):
         return from_plain(getattr(default, name), {} if value is None else value, f"{path}.")
+    if isinstance(value, str):
+        (field,) = (each for each in dataclasses.fields(default) if each.name == name)
+        value = field.metadata.get("renamed", {}).get(value, value)
     return _convert(hint, value, path)
 
 

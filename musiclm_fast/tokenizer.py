@@ -105,7 +105,7 @@ def _tables() -> tuple[dict[int, int], list[bytes]]:
 def _merge(ids: list[int]) -> list[int]:
     """Apply the merges to one word's n byte ids: O(n log n) with a heap over a linked list.
 
-    The reference merges every occurrence of the earliest pair at once, left to right. Popping by
+    x-clip merges every occurrence of the earliest pair at once, left to right. Popping by
     (id, position) does the same: a pair holding a new symbol was learnt after that symbol.
     """
     merges, _ = _tables()

@@ -323,7 +323,7 @@ for name in run.names():
 
 
 @pytest.mark.slow
-@pytest.mark.reference
+@pytest.mark.upstream
 @pytest.mark.parametrize("mode", ["quick", "gpu"])
 def test_every_benchmark_runs(mode: str) -> None:
     """At the smallest sizes; the modes for a GPU too, on the CPU: nothing is dead on arrival."""

@@ -134,7 +134,7 @@ def test_plan_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     "arguments, message",
     [
         (["--seconds", "0"], "seconds: got 0.0, expected a number above 0"),
-        (["--seconds", "9", "--front-end", "reference"], "sample_hz: got None"),
+        (["--seconds", "9", "--front-end", "upstream"], "sample_hz: got None"),
         (["--seconds", "9", "--batch", "0"], "batch: got 0"),
         (["--seconds", "0.01"], "samples: got 160"),
     ],

@@ -357,7 +357,7 @@ def test_the_short_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @no_gpu_here
 @pytest.mark.slow
-@pytest.mark.reference
+@pytest.mark.upstream
 def test_dry_run(tmp_path: Path) -> None:
     done = run_harvest("--tiny", "--deadline", "3000", "--output", str(tmp_path),
                        TRITON_INTERPRET="1")  # fmt: skip

@@ -63,6 +63,20 @@ def test_import_is_cheap() -> None:
     assert min(float(python(code)) for _ in range(3)) <= 0.2  # 0.04 measured
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("from_reference", "from_upstream"),
+        ("install_as_reference", "install_as_musiclm_pytorch"),
+    ],
+)
+def test_an_old_name_says_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^musiclm_fast\.{old} is now musiclm_fast\.{new}$"):
+        getattr(musiclm_fast, old)
+    assert callable(getattr(musiclm_fast, new))
+    assert old not in dir(musiclm_fast)
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import musiclm_fast; musiclm_fast.MuLaN; "
@@ -172,7 +186,7 @@ def test_pure_wheel(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "musiclm-fast = musiclm_fast.cli:main" in entry_points
     assert "License-Expression: MIT" in text
-    assert "## Where we differ from the reference" in text
+    assert "## Differences from upstream" in text
     assert not re.search(r"\]\((?!https?://)", text)  # on an index a relative link leads nowhere
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     core = {re.split(r"[ <>=!~;\[]", line)[1] for line in required if "extra ==" not in line}

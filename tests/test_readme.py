@@ -22,7 +22,7 @@ SMALLER = {
 def test_the_whole_usage(tmp_path, monkeypatch, capsys):
     use = README.read_text().split("\n## Use\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```", use, re.DOTALL | re.MULTILINE)
-    code = "\n".join(block for block in blocks if "install_as_reference" not in block)
+    code = "\n".join(block for block in blocks if "install_as_musiclm_pytorch" not in block)
     for large, small in SMALLER.items():
         assert large in code
         code = code.replace(large, small)

@@ -99,7 +99,7 @@ def test_plain_text_needs_no_cleaning(text: str) -> None:
 
 
 def test_whitespace_never_reaches_a_word() -> None:
-    # The reference also folds white space before it splits: neutral, as its pattern takes none.
+    # x-clip also folds white space before it splits: neutral, as its pattern takes none.
     everything = "".join(map(chr, range(sys.maxunicode + 1)))
     spaces = regex.findall(r"\s", everything)
     assert all(space.isspace() for space in spaces)
@@ -118,7 +118,7 @@ def test_every_vocabulary_entry_is_its_own_encoding() -> None:
 
 
 def test_a_merge_comes_after_its_parts() -> None:
-    # What makes the heap's order equal to the reference's.
+    # What makes the heap's order equal to x-clip's.
     merges, _ = module._tables()
     assert [*merges.values()] == [*range(512, 512 + module.NUM_MERGES)]
     assert all(max(pair >> 16, pair & 0xFFFF) < merged for pair, merged in merges.items())
@@ -132,7 +132,7 @@ def test_merges_file_is_the_used_part_of_x_clips(x_clip: Any) -> None:
 
 
 def test_a_very_long_word_takes_no_quadratic_time() -> None:
-    word = "music" * 20_000  # hours in the reference
+    word = "music" * 20_000  # hours in x-clip
     ids = tokenizer.encode(word)
     assert tokenizer.decode(ids) == word + " "
 

@@ -114,7 +114,7 @@ class AudioLM(nn.Module):
         sampling: Mapping[str, Any] | None = None,
         seed: int | None = None,
         progress: bool = True,
-        as_reference: bool = False,
+        as_upstream: bool = False,
     ) -> Tensor | list[Tensor | None]:
         """Generate waves.
 
@@ -135,7 +135,7 @@ class AudioLM(nn.Module):
                 fields.
             seed: makes the result reproducible.
             progress: show bars.
-            as_reference: audiolm-pytorch's ways, see the wrappers' ``generate``.
+            as_upstream: audiolm-pytorch's ways, see the wrappers' ``generate``.
 
         Returns:
             ``(B, samples)`` at the codec's rate; a list of one wave per row, None for an empty
@@ -172,7 +172,7 @@ class AudioLM(nn.Module):
         coarse = self.coarse.generate(
             text_embeds=embeds["coarse"], semantic_token_ids=semantic, seed=seeds[1],
             max_time_steps=512 if max_time_steps is None else max_time_steps,
-            reconstruct_wave=return_coarse_generated_wave, as_reference=as_reference,
+            reconstruct_wave=return_coarse_generated_wave, as_upstream=as_upstream,
             **prime, **options["coarse"], **shared,
         )  # fmt: skip
         if return_coarse_generated_wave:
@@ -180,7 +180,7 @@ class AudioLM(nn.Module):
             return waves
         fine: Tensor | list[Tensor | None] = self.fine.generate(
             text_embeds=embeds["fine"], coarse_token_ids=coarse, seed=seeds[2],
-            reconstruct_wave=True, as_reference=as_reference,
+            reconstruct_wave=True, as_upstream=as_upstream,
             mask_out_generated_fine_tokens=mask_out_generated_fine_tokens,
             **prime, **options["fine"], **shared,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the weights of a MuLaN of musiclm-pytorch as model.safetensors and config.json.
 
-    Sizes are read off the weights. What they do not tell is the reference's default unless it is
+    Sizes are read off the weights. What they do not tell is upstream's default unless it is
     given, and is listed. Only weights are read; the optimizer's state is left behind.
     """
     from musiclm_fast._checkpoint import CheckpointError, read_checkpoint

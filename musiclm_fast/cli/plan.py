@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=6, help="blocks of each tower (%(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="of 64 values each (%(default)s)")
     parser.add_argument(
-        "--front-end", default="mulan", choices=("reference", "mulan", "ast"),
+        "--front-end", default="mulan", choices=("upstream", "mulan", "ast"),
         help="of the audio tower (%(default)s)",
     )  # fmt: skip
     parser.add_argument(

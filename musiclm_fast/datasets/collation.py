@@ -21,7 +21,7 @@ def collate(rows: Sequence[Any]) -> dict[str, Any]:
     the clips differ, ``raw_texts``, and ``skipped`` (a list, for the caller to take out) where
     sounds could not be read.
 
-    Other rows are the reference's: a clip alone or a tuple with a clip and a text. Clips are
+    Other rows are upstream's: a clip alone or a tuple with a clip and a text. Clips are
     floating tensors ``(samples,)`` or spectrograms ``(time, frequency)`` and are cut to the
     shortest of the batch; texts are strings or integer tensors ``(n,)``, padded with 0 to the
     longest.

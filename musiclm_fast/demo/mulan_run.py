@@ -59,7 +59,7 @@ class DemoConfig:
             since two clips of one instrument are no negatives of each other.
         dim, depth, text_depth, heads, dim_head, patch_size: of the towers.
         patch_dropout: share of patches dropped in training.
-        front_end: ``"mulan"``, or ``"reference"`` for the reference's default front end with its
+        front_end: ``"mulan"``, or ``"upstream"`` for upstream's default front end with its
             own patches of 16 x 16.
         max_temperature: cap on the learned factor of the similarities, see :class:`MuLaN`.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW with a linear warm-up and
@@ -105,7 +105,7 @@ class DemoConfig:
             fail("batch_size", self.batch_size, "at least 3")
         for name in ("steps", "warmup_steps"):
             check_positive_int(name, getattr(self, name))
-        check_choice("front_end", self.front_end, ("mulan", "reference"))
+        check_choice("front_end", self.front_end, ("mulan", "upstream"))
         for name in ("learning_rate", "max_grad_norm", "clip_seconds"):
             check_positive(name, getattr(self, name))
         check_not_negative_int("extra_words", self.extra_words)

@@ -28,11 +28,11 @@ class _Alias(ModuleType):
         return getattr(importlib.import_module(self.__dict__["_target"]), attribute)
 
 
-def install_as_reference() -> None:
+def install_as_musiclm_pytorch() -> None:
     """Make ``import musiclm_pytorch`` resolve to this package in this process.
 
-    Put the one line ``import musiclm_fast; musiclm_fast.install_as_reference()`` before an old
-    script's imports.
+    An old script needs only this line before its imports:
+    ``import musiclm_fast; musiclm_fast.install_as_musiclm_pytorch()``.
 
     Raises:
         RuntimeError: the real musiclm_pytorch is imported already.
@@ -40,7 +40,7 @@ def install_as_reference() -> None:
     loaded = sys.modules.get("musiclm_pytorch")
     if loaded is not None and not isinstance(loaded, _Alias):
         raise RuntimeError(
-            "install_as_reference: musiclm_pytorch is imported already; call this before"
+            "install_as_musiclm_pytorch: musiclm_pytorch is already imported; call this first"
         )
     for name, target in _SUBMODULES.items():
         sys.modules[name] = _Alias(name, target)

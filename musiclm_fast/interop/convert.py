@@ -20,7 +20,7 @@ from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.musiclm.musiclm import MusicLM
 
 
-def from_reference(model: nn.Module) -> nn.Module:
+def from_upstream(model: nn.Module) -> nn.Module:
     """Our counterpart of a live musiclm-pytorch model, with its weights, mode, dtype and device.
 
     Args:
@@ -139,7 +139,7 @@ def _quantizer(model: Any) -> MuLaNEmbedQuantizer:
 
 
 def _musiclm(model: Any) -> MusicLM:
-    quantizer = from_reference(model.mulan_embed_quantizer)
+    quantizer = from_upstream(model.mulan_embed_quantizer)
     assert isinstance(quantizer, MuLaNEmbedQuantizer)
     return MusicLM(audio_lm=model.audio_lm, mulan_embed_quantizer=quantizer)
 

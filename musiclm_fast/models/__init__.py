@@ -1,1 +1,1 @@
-"""The reference's classes: MuLaN and its towers, losses, quantizer and MusicLM."""
+"""Upstream's classes: MuLaN and its towers, losses, quantizer and MusicLM."""

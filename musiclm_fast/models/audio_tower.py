@@ -35,7 +35,7 @@ from musiclm_fast.nn.transformer import LayerNorm, OffsetBias, Transformer
 from musiclm_fast.ops import grid_codes, grid_offsets
 from musiclm_fast.ops.spectrogram.reference import span_mask
 
-_REFERENCE = FrontEnd()
+_UPSTREAM = FrontEnd()
 
 
 _SPREAD = 0.85  # clips run together whose lengths differ by less: padding costs 8% on average
@@ -78,10 +78,10 @@ class AudioSpectrogramTransformer(nn.Module):
         accept_spec_time_first: that spectrogram is ``(B, time, frequency)``.
         spec_n_fft, spec_power, spec_win_length, spec_hop_length, spec_pad, spec_center,
             spec_pad_mode: of the spectrogram, in samples, as in torchaudio.
-        spec_aug_stretch_factor: kept for checkpoints; nothing is stretched, as in the reference.
+        spec_aug_stretch_factor: kept for checkpoints; nothing is stretched, as in upstream.
         spec_aug_freq_mask, spec_aug_time_mask: widest masks, in bands and frames.
         patch_dropout_prob: share of patches dropped in training.
-        front_end: a preset (``"reference"``, ``"mulan"``, ``"ast"``) or a :class:`FrontEnd`, in
+        front_end: a preset (``"upstream"``, ``"mulan"``, ``"ast"``) or a :class:`FrontEnd`, in
             place of the ``spec_`` arguments.
 
     Raises:
@@ -132,7 +132,7 @@ class AudioSpectrogramTransformer(nn.Module):
         except (ValueError, TypeError) as error:  # its names with our prefixes
             prefix = "spec_aug_" if "_mask: " in str(error) else "spec_"
             raise type(error)(f"{prefix}{error}") from None
-        if front_end is not None and asked != _REFERENCE:
+        if front_end is not None and asked != _UPSTREAM:
             fail("front_end", repr(front_end), "None beside spec_ arguments: give one of the two")
         self.front_end = asked if front_end is None else resolve_front_end(front_end)
         self.dim = dim
@@ -147,7 +147,7 @@ class AudioSpectrogramTransformer(nn.Module):
         self.patch_dropout_prob = patch_dropout_prob
 
         patch_dim = self.patch_size[0] * self.patch_size[1]
-        # Index 0 is the reference's parameter-free Rearrange; _patches does its work.
+        # Index 0 is upstream's parameter-free Rearrange; _patches does its work.
         self.to_patch_tokens = nn.Sequential(
             nn.Identity(), nn.LayerNorm(patch_dim), nn.Linear(patch_dim, dim), nn.LayerNorm(dim)
         )

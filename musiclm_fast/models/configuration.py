@@ -19,7 +19,7 @@ from torch import nn
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._checks import check_choice
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
-from musiclm_fast.models.front_end import FrontEnd
+from musiclm_fast.models.front_end import RENAMED_PRESETS, FrontEnd
 from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.models.towers import KINDS, register_tower, registered, tower_config
 
@@ -58,6 +58,14 @@ def mulan_config(model: Any) -> dict[str, Any]:
     return {**config, "mulan": dict(model.arguments)}
 
 
+def with_current_names(config: Any) -> Any:
+    """A saved configuration with the current name of its front end's preset."""
+    match config:
+        case {"audio": {"front_end": str(name)} as audio} if name in RENAMED_PRESETS:
+            return {**config, "audio": {**audio, "front_end": RENAMED_PRESETS[name]}}
+    return config
+
+
 def build_towers(config: dict[str, Any]) -> list[nn.Module]:
     """The two towers of a configuration, audio first, with fresh weights.
 
@@ -86,6 +94,7 @@ def build(cls: Any, config: dict[str, Any]) -> Any:
         CheckpointError: the configuration lacks a part, names a class that is not registered, or
             a class does not accept an argument.
     """
+    config = with_current_names(config)
     try:
         return cls(*build_towers(config), **config["mulan"])
     except KeyError as error:

@@ -26,7 +26,7 @@ class FrontEnd:
 
     Args:
         sample_hz: sample rate in Hz that the waveforms must have; None if it is not known, as in
-            the reference.
+            upstream.
         n_fft, win_length, hop_length, pad: in samples; hop_length None is ``win_length // 2``.
         center, pad_mode, power: as in torchaudio's Spectrogram.
         n_mels: number of mel bands; None keeps the bins of the transform.
@@ -36,10 +36,10 @@ class FrontEnd:
         freq_mask, time_mask: the widest mask: bands and frames (int), or a fraction of the axis
             (float below 1); 0 for none.
         masks_per_sample: draw masks per clip on the clip's device, else one for the whole batch
-            from the CPU generator, as the reference does.
+            from the CPU generator, as upstream does.
         time_stretch: largest relative change of speed in training: a clip, or with batch-wide masks
-            the batch, plays ``1 - time_stretch`` to ``1 + time_stretch`` times as fast. The
-            reference means to stretch and never does.
+            the batch, plays ``1 - time_stretch`` to ``1 + time_stretch`` times as fast. Upstream
+            means to stretch and never does.
     """
 
     sample_hz: int | None = None
@@ -94,12 +94,12 @@ class FrontEnd:
         return self.n_fft // 2 + 1 if self.n_mels is None else self.n_mels
 
 
-#: ``reference``: musiclm-pytorch's defaults. ``mulan``: 64-band log-mel, 25 ms window and 10 ms
+#: ``upstream``: musiclm-pytorch's defaults. ``mulan``: 64-band log-mel, 25 ms window and 10 ms
 #: hop (MuLan, https://arxiv.org/abs/2208.12415). ``ast``: the same with 128 bands (AST,
 #: https://arxiv.org/abs/2104.01778). Masks of the last two are SpecAugment's, sized to the
 #: spectrogram. Mean and std are those of General MIDI notes and of speech within a unit.
 PRESETS: dict[str, FrontEnd] = {
-    "reference": FrontEnd(),
+    "upstream": FrontEnd(),
     "mulan": FrontEnd(
         sample_hz=16_000, n_fft=512, win_length=400, hop_length=160, n_mels=64, f_max=8_000.0,
         log_offset=1e-6, mean=-5.0, std=5.0, freq_mask=0.2, time_mask=0.15, masks_per_sample=True,
@@ -110,6 +110,9 @@ PRESETS: dict[str, FrontEnd] = {
     ),
 }  # fmt: skip
 
+#: Saved configurations may have the old name.
+RENAMED_PRESETS = {"reference": "upstream"}
+
 
 def resolve_front_end(front_end: str | FrontEnd) -> FrontEnd:
     """A preset by name, or the configuration itself.
@@ -119,6 +122,8 @@ def resolve_front_end(front_end: str | FrontEnd) -> FrontEnd:
     """
     if isinstance(front_end, FrontEnd):
         return front_end
+    if front_end in RENAMED_PRESETS:
+        fail("front_end", repr(front_end), f"its new name {RENAMED_PRESETS[front_end]!r}")
     check_choice("front_end", front_end, PRESETS)
     return PRESETS[front_end]
 
@@ -186,9 +191,9 @@ class Spectrogram(nn.Module):
 
 
 class PhaseAdvance(nn.Module):
-    """Holds the buffer of the reference's TimeStretch, so that checkpoints fit; computes nothing.
+    """Holds the buffer of upstream's TimeStretch, so that checkpoints fit; computes nothing.
 
-    The reference passes its stretch factor as torchaudio's hop_length and True as the rate, and a
+    Upstream passes its stretch factor as torchaudio's hop_length and True as the rate, and a
     rate of one stretches nothing.
     """
 
@@ -230,7 +235,7 @@ def draw_masks(
     device: torch.device,
     own_frames: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Frequency and time spans for a batch, in the reference's order of draws; None for none.
+    """Frequency and time spans for a batch, in upstream's order of draws; None for none.
 
     Masks per sample are sized to and placed within ``own_frames (batch,)``, where given.
     """

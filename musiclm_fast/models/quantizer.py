@@ -99,7 +99,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         # checkpoint knows parameters by their place only.
         self.cond_embeddings = nn.ParameterDict()
         for namespace, width in zip(namespaces, conditioning_dims, strict=True):
-            # Drawn twice, as the reference does, so that the same seed gives the same weights.
+            # Drawn twice, as upstream does, so that the same seed gives the same weights.
             embeddings = nn.Parameter(torch.randn(rq_num_quantizers, codebook_size, width))
             self.cond_embeddings[namespace] = nn.init.normal_(embeddings, std=0.02)
         self.set_default_namespace(self.namespaces[0])

@@ -1,4 +1,4 @@
-"""The transformer that both towers share: the reference's parameters, on the fused attention op."""
+"""The transformer that both towers share: upstream's parameters, on the fused attention op."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def cached_step(
     """Loss of a batch, with its gradients added to the parameters', in the memory of a chunk.
 
     In place of ``mulan(wavs, texts).backward()``, and equal to it: SpecAugment's masks (one for the
-    whole batch by the reference's defaults) and patch dropout are drawn once for the whole batch,
+    whole batch by upstream's defaults) and patch dropout are drawn once for the whole batch,
     as the unchunked step draws them, and dropout is replayed, so that both passes see the same
     network. The dropout layers draw by chunk: with them it is a step with other, as good draws.
 

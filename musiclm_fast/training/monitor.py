@@ -181,7 +181,7 @@ class CollapseMonitor:
             f"the loss has been at {mean:.3f} for {self.window} steps, up to step {step}; "
             f"{self.level:.3f} is what it is when all similarities are equal: nothing is being "
             "learned. Check that captions differ and belong to their clips (`musiclm-fast data "
-            'check`), use a log-mel front end (front_end="mulan", not "reference"), a learning '
+            'check`), use a log-mel front end (front_end="mulan", not "upstream"), a learning '
             "rate that is 3 to 10 times lower or higher with a warm-up, a larger batch, and text "
             "embeddings that start small"
         )

@@ -16,6 +16,7 @@ from musiclm_fast._checkpoint import CheckpointError, read_checkpoint, save_atom
 from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast._files import atomic_folder
 from musiclm_fast.datasets.collation import collate
+from musiclm_fast.models.configuration import with_current_names
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.pretrained import (
     CONFIG_FILE,
@@ -223,9 +224,10 @@ class MuLaNTrainer(Engine):
         """The model of a checkpoint as plain values."""
         config = path / CONFIG_FILE
         try:
-            return json.loads(config.read_text(encoding="utf-8")).get("model")
+            saved = json.loads(config.read_text(encoding="utf-8")).get("model")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"checkpoint: {str(config)!r} is damaged ({error})") from error
+        return with_current_names(saved)
 
     def task_state(self) -> dict[str, Any]:
         """The average's trained weights, and the losses that the collapse monitor looks at."""

@@ -103,7 +103,7 @@ class ModelConfig:
 
     Args:
         front_end: from sound to spectrogram: mulan (64-band log-mel, 16 kHz), ast (128 bands), or
-            reference (musiclm-pytorch's, which hardly learns from real audio)
+            upstream (musiclm-pytorch's, which hardly learns from real audio)
         dim_latent: width of the joint space
         loss: softmax without the positive pair in its denominators, softmax, or sigmoid
         hierarchical_loss: add the loss of intermediate layers
@@ -115,7 +115,9 @@ class ModelConfig:
         text: the text tower
     """
 
-    front_end: Literal["mulan", "ast", "reference"] = "mulan"
+    front_end: Literal["mulan", "ast", "upstream"] = setting(
+        "mulan", renamed={"reference": "upstream"}
+    )
     dim_latent: int = 128
     loss: Literal["decoupled", "softmax", "sigmoid"] = "decoupled"
     hierarchical_loss: bool = False

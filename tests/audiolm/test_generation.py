@@ -1,4 +1,4 @@
-"""Generation without the live reference: what it promises beyond equal tokens."""
+"""Generation without upstream: what it promises beyond equal tokens."""
 
 import pytest
 import torch

@@ -598,7 +598,7 @@ def test_a_part_replaces_bad_files_from_itself(folder):
     assert part.draw(0, 0).position == 2
 
 
-def test_collate_serves_the_references_rows():
+def test_collate_serves_upstreams_rows():
     rows = [(torch.zeros(5), "a"), (torch.zeros(3), "b")]
     batch = collate(rows)
     assert batch["wavs"].shape == (2, 3)

@@ -26,7 +26,7 @@ def small_mulan(front_end="mulan", **options):
 
 CONFIGURATIONS = {
     "preset": lambda: small_mulan(),
-    "reference": lambda: small_mulan(None, sigmoid_contrastive_loss=True),
+    "upstream": lambda: small_mulan(None, sigmoid_contrastive_loss=True),
     "hierarchical": lambda: small_mulan(hierarchical_contrastive_loss=True),
     "own front end": lambda: small_mulan(
         musiclm_fast.FrontEnd(sample_hz=8000, n_fft=256, win_length=200, n_mels=32, freq_mask=0.1)

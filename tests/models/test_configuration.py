@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,22 @@ def test_a_configuration_names_the_towers_classes():
     assert config["audio"]["class"] == "AudioSpectrogramTransformer"
     assert config["text"]["class"] == "TextTransformer"
     assert mulan_config(musiclm_fast.MuLaN.from_config(config)) == config
+
+
+def test_a_saved_configuration_may_have_the_old_name_of_the_front_end(tmp_path):
+    audio = musiclm_fast.AudioSpectrogramTransformer(
+        16, 1, heads=2, dim_head=8, front_end="upstream"
+    )
+    text = musiclm_fast.TextTransformer(dim=20, depth=1, heads=2, dim_head=8)
+    mulan = musiclm_fast.MuLaN(audio, text, dim_latent=12)
+    mulan.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["model"]["audio"]["front_end"] == "upstream"
+    saved["model"]["audio"]["front_end"] = "reference"
+    file.write_text(json.dumps(saved))
+    loaded = musiclm_fast.MuLaN.from_pretrained(tmp_path)
+    assert mulan_config(loaded) == mulan_config(mulan)
 
 
 def test_a_configuration_without_classes_builds_our_own_towers():

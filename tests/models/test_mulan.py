@@ -285,7 +285,8 @@ def test_bad_texts_and_batches(wavs):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: audio_tower(front_end="nope"), "one of 'reference', 'mulan', 'ast'"),
+        (lambda: audio_tower(front_end="nope"), "one of 'upstream', 'mulan', 'ast'"),
+        (lambda: audio_tower(front_end="reference"), "expected its new name 'upstream'"),
         (lambda: audio_tower(front_end="mulan", spec_n_fft=256), "give one of the two"),
         (lambda: audio_tower(spec_win_length=300), "at most n_fft = 128"),
         (lambda: audio_tower(dim=30), "multiple of 4"),

@@ -13,7 +13,7 @@ from tests.training.runs import QUIET, make_mulan, make_trainer
 
 BATCH = 8  # pairs of a step, over all processes
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "the reference's defaults": dict(
+    "upstream's defaults": dict(
         optimizer=None, weight_decay=0, schedule="constant", warmup_steps=0, ema_decay=None,
         grad_accum_every=1,
     ),

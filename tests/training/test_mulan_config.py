@@ -109,6 +109,12 @@ def test_errors_name_the_field(override: str, message: str) -> None:
         read_config(Outer, None, [override])
 
 
+def test_old_names_of_values(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {front_end: reference}")
+    assert read_config(TrainMuLaNConfig, file).model.front_end == "upstream"
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config: no file .*none\.yaml"):
         read_config(Outer, tmp_path / "none.yaml")
@@ -169,7 +175,7 @@ def test_the_printed_configuration_is_the_default() -> None:
         ("training.ema_decay=1.0", r"training.ema_decay: got 1.0, expected a share in \[0, 1\)"),
         (
             "model.front_end=mel",
-            "model.front_end: got 'mel', expected one of mulan, ast, reference",
+            "model.front_end: got 'mel', expected one of mulan, ast, upstream",
         ),
         ("model.audio.dim=10", "model.audio.dim: got 10, expected a multiple of 4"),
         ("model.audio.patch_size=[0, 4]", "model.audio.patch_size: got"),

@@ -56,7 +56,7 @@ def flat(value: Any) -> Any:
 
 CHOICES: dict[str, dict[str, Any]] = {
     "AdamW, cosine, average, accumulation": {},
-    "the reference's defaults": dict(
+    "upstream's defaults": dict(
         optimizer=None, weight_decay=0, schedule="constant", warmup_steps=0, ema_decay=None,
         grad_accum_every=1,
     ),

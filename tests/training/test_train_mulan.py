@@ -200,13 +200,27 @@ def test_starting_from_trained_weights(music: Path, tmp_path: Path, capsys: Any)
     assert "is of another architecture (mulan.dim_latent = 128, not 5)" in said
 
 
-def test_the_reference_front_end_must_be_asked_for(music: Path, tmp_path: Path) -> None:
+def test_upstreams_front_end_must_be_asked_for(music: Path, tmp_path: Path) -> None:
     assert TrainMuLaNConfig().model.front_end == "mulan"
-    changes = dict(model__front_end="reference", training__steps=1)
+    changes = dict(model__front_end="upstream", training__steps=1)
     assert cli.main(arguments(music, tmp_path / "out", **changes)) == 0
     model, extra = load_mulan(tmp_path / "out" / "latest")
     assert model.audio.front_end.sample_hz is None
     assert extra["sample_rate"] == 16000
+
+
+def test_a_run_with_the_old_name_of_the_front_end_is_resumed(
+    music: Path, tmp_path: Path, capsys: Any
+) -> None:
+    changes = dict(model__front_end="upstream", training__steps=1)
+    assert cli.main(arguments(music, tmp_path / "out", **changes)) == 0
+    for name in ("config.yaml", "latest/config.json"):
+        file = tmp_path / "out" / name
+        text = file.read_text()
+        assert text.count('front_end": "upstream"') + text.count('front_end: "upstream"') == 1
+        file.write_text(text.replace('"upstream"', '"reference"'))
+    assert cli.main(arguments(music, tmp_path / "out", **changes)) == 0
+    assert "resuming at step 1 of 1" in capsys.readouterr().out
 
 
 def test_print_config_and_help(capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""MuLaNTrainer beyond the reference: optimizers, schedules, averages, steps that are skipped."""
+"""MuLaNTrainer beyond upstream: optimizers, schedules, averages, steps that are skipped."""
 
 from __future__ import annotations
 

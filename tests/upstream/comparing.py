@@ -1,8 +1,8 @@
 """Runs both packages' models on the same input and seed and compares all that comes out.
 
-Every output, the gradient of every parameter and of every floating input is held against the
-reference's own model in float64 by the rule of ``musiclm_fast.testing``: our float32 error is at
-most twice the reference's float32 error plus the effect of ``FLOOR_ULPS`` roundings.
+Every output, the gradient of every parameter and of every floating input is compared with
+upstream's own model in float64 by the rule of ``musiclm_fast.testing``: our float32 error is at
+most twice upstream's float32 error plus the effect of ``FLOOR_ULPS`` roundings.
 
 That module takes for the effect of a rounding eps times the largest value, which is right for
 results that do not cancel. Gradients do: that of the position bias's last bias is exactly zero,
@@ -45,7 +45,7 @@ def compare(
     """
     settings = (call, inputs, train, seed)
     ours = _record(pair.ours, *settings, torch.float32, sort=False)
-    theirs = _record(pair.reference, *settings, torch.float32, sort=True)
+    theirs = _record(pair.upstream, *settings, torch.float32, sort=True)
     exact = _record(pair.oracle(), *settings, torch.float64, sort=True)
     assert ours.keys() == theirs.keys()
 
@@ -166,12 +166,12 @@ def _record(
 
 
 class _KeptPatches:
-    """The order that sorts the patches the reference's model kept, seen from the outside.
+    """The order that sorts the patches upstream's model kept, seen from the outside.
 
     We keep the patches of the same random draw but in the order of the grid, which neither the
-    attention nor the mean over patches can tell; only the layers' outputs are permuted. The
-    reference hands all pairs' (row, column) offsets to its position bias; those to the first
-    patch are the patches' places up to a shift.
+    attention nor the mean over patches can tell; only the layers' outputs are permuted. Upstream
+    hands all pairs' (row, column) offsets to its position bias; those to the first patch are
+    the patches' places up to a shift.
     """
 
     def __init__(self, model: nn.Module) -> None:

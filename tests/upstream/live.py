@@ -1,4 +1,4 @@
-"""The live reference: the real musiclm-pytorch and audiolm-pytorch, importable on any machine.
+"""Upstream, live: the real musiclm-pytorch and audiolm-pytorch, importable on any machine.
 
 Neither package imports as published: fairseq does not install on Python 3.11, torchaudio's binary
 insists on one CUDA build of torch, x-clip imports torchvision for a module nobody uses here. None
@@ -7,13 +7,13 @@ duration of the import and undoes every global effect the import has::
 
     from tests.upstream import live
 
-    reference = live.load()
-    mulan = reference.musiclm.MuLaN(...)
+    upstream = live.load()
+    mulan = upstream.musiclm.MuLaN(...)
 
     both = live.pair(lambda package: package.TextTransformer(dim=64, depth=2))
-    both.reference, both.ours  # equal weights
+    both.upstream, both.ours  # equal weights
 
-Tests use the ``reference`` fixture instead, which skips where the packages are not installed.
+Tests use the ``upstream`` fixture instead, which skips where the packages are not installed.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ _REQUIRED = (
 )
 
 
-class ReferenceMissing(ImportError):
-    """The reference packages, or the versions we compare with, are not installed."""
+class UpstreamMissing(ImportError):
+    """Upstream's packages, or the versions we compare with, are not installed."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The reference's modules.
+class Upstream:
+    """Upstream's modules.
 
     ``musiclm`` and ``audiolm`` are the packages; ``core`` is ``musiclm_pytorch.musiclm_pytorch``,
     where the classes are defined and their globals live; ``tokenizer`` is x-clip's.
@@ -87,14 +87,14 @@ class Reference:
 
 
 @cache
-def load() -> Reference:
-    """Import the reference packages, with stand-ins for what they cannot import.
+def load() -> Upstream:
+    """Import upstream's packages, with stand-ins for what they cannot import.
 
     Returns:
         The modules. Warnings and the root logger are as they were before the call.
 
     Raises:
-        ReferenceMissing: a package is absent or of another version.
+        UpstreamMissing: a package is absent or of another version.
     """
     _check_installed()
     with _global_effects_undone():
@@ -113,7 +113,7 @@ def load() -> Reference:
     stages.get_encoded_dim = lambda name: T5_V1_1_BASE_DIM
     core = importlib.import_module("musiclm_pytorch.musiclm_pytorch")
     core.posemb_sincos_2d = _in_own_dtype(core.posemb_sincos_2d)
-    return Reference(
+    return Upstream(
         musiclm=musiclm,
         audiolm=audiolm,
         core=core,
@@ -125,12 +125,12 @@ def load() -> Reference:
 class Pair:
     """One model built by both packages, with equal weights."""
 
-    reference: nn.Module
+    upstream: nn.Module
     ours: nn.Module
 
     def oracle(self) -> nn.Module:
-        """A float64 copy of the reference's model."""
-        model = copy.deepcopy(self.reference).double()
+        """A float64 copy of upstream's model."""
+        model = copy.deepcopy(self.upstream).double()
         for name, module in model.named_modules():
             if name.rpartition(".")[2] == "dynamic_pos_bias_mlp":
                 # it is handed float32 offsets whatever its weights' dtype
@@ -139,7 +139,7 @@ class Pair:
 
 
 def pair(build: Callable[[ModuleType], nn.Module], seed: int = 0) -> Pair:
-    """Build one model with the reference and with musiclm_fast and give both the same weights.
+    """Build one model with upstream and with musiclm_fast and give both the same weights.
 
     Parameters that start as a constant (norms, temperatures, query and key scales) get 10% of
     noise first: a scale that is used twice, or not at all, shows only when it is not one.
@@ -155,14 +155,14 @@ def pair(build: Callable[[ModuleType], nn.Module], seed: int = 0) -> Pair:
     """
     musiclm_fast = importlib.import_module("musiclm_fast")
     torch.manual_seed(seed)
-    reference = build(load().musiclm)
+    upstream = build(load().musiclm)
     with torch.no_grad():
-        for parameter in nn.Module.parameters(reference):  # the quantizer's own yields a part
+        for parameter in nn.Module.parameters(upstream):  # the quantizer's own yields a part
             if (parameter == parameter.flatten()[0]).all():
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     ours = build(musiclm_fast)
-    ours.load_state_dict(reference.state_dict(), strict=True)
-    return Pair(reference, ours)
+    ours.load_state_dict(upstream.state_dict(), strict=True)
+    return Pair(upstream, ours)
 
 
 def run_script(script: str, *arguments: str) -> str:
@@ -181,10 +181,10 @@ def run_script(script: str, *arguments: str) -> str:
 def _check_installed() -> None:
     absent = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if absent:
-        raise ReferenceMissing(f"the live reference needs {', '.join(absent)}, not installed here")
+        raise UpstreamMissing(f"parity tests need {', '.join(absent)}, not installed here")
     for name, wanted in VERSIONS.items():
         if (found := metadata.version(name)) != wanted:
-            raise ReferenceMissing(f"the live reference needs {name} {wanted}, found {found}")
+            raise UpstreamMissing(f"parity tests need {name} {wanted}, found {found}")
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def _torchaudio_extension() -> ModuleType:
 
 
 def _in_own_dtype(position_embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The reference's sin-cos embedding computes in the default dtype whatever it is given.
+    """Upstream's sin-cos embedding computes in the default dtype whatever it is given.
 
     In float64 it would then be a float32 embedding, and the oracle no oracle. For float32 nothing
     changes.

@@ -18,7 +18,7 @@ from tests.upstream import live
 from tests.upstream.test_parity_conditioning import trained_pair, waves
 
 OLD_SCRIPT = """
-import musiclm_fast; musiclm_fast.install_as_reference()
+import musiclm_fast; musiclm_fast.install_as_musiclm_pytorch()
 
 import torch
 import musiclm_pytorch
@@ -61,25 +61,25 @@ def test_an_old_script_runs_after_one_line():
     live.run_script(OLD_SCRIPT)
 
 
-def test_the_alias_is_refused_once_the_real_package_is_in_use(reference: live.Reference):
+def test_the_alias_is_refused_once_the_real_package_is_in_use(upstream: live.Upstream):
     with pytest.raises(RuntimeError, match="imported already"):
-        musiclm_fast.install_as_reference()
-    assert sys.modules["musiclm_pytorch"] is reference.musiclm
+        musiclm_fast.install_as_musiclm_pytorch()
+    assert sys.modules["musiclm_pytorch"] is upstream.musiclm
 
 
-def condition(reference: live.Reference, stage: str, **arguments: Any) -> nn.Module:
+def condition(upstream: live.Upstream, stage: str, **arguments: Any) -> nn.Module:
     """One of audiolm's transformers, conditioned on 16 numbers per code."""
     small = dict(dim=16, depth=1, heads=1, has_condition=True, cond_dim=16, cond_drop_prob=0.0)
-    return getattr(reference.audiolm, f"{stage}Transformer")(**small, **arguments)
+    return getattr(upstream.audiolm, f"{stage}Transformer")(**small, **arguments)
 
 
-def test_a_wrapper_trains_with_our_quantizer_as_with_theirs(reference: live.Reference):
+def test_a_wrapper_trains_with_our_quantizer_as_with_theirs(upstream: live.Upstream):
     pair = trained_pair(conditioning_dims=(16, 16, 16))
-    transformer = condition(reference, "Semantic", num_semantic_tokens=10)
+    transformer = condition(upstream, "Semantic", num_semantic_tokens=10)
     semantic = torch.randint(0, 10, (4, 12), generator=torch.Generator().manual_seed(0))
     found: list[list[Tensor]] = []
-    for quantizer in (pair.ours, pair.reference):
-        wrapper = reference.audiolm.SemanticTransformerWrapper(
+    for quantizer in (pair.ours, pair.upstream):
+        wrapper = upstream.audiolm.SemanticTransformerWrapper(
             transformer=transformer, audio_conditioner=quantizer, mask_prob=0.0
         )
         wrapper.eval()
@@ -102,13 +102,13 @@ class Waves(Dataset):
 
 
 def test_a_trainer_takes_our_quantizer(
-    reference: live.Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upstream: live.Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     trainer_module = __import__("audiolm_pytorch.trainer", fromlist=["trainer"])
     # audiolm allows one trainer per process
     monkeypatch.setattr(trainer_module, "ONE_TRAINER_INSTANTIATED", False)
 
-    class Hubert(reference.audiolm.HubertWithKmeans):
+    class Hubert(upstream.audiolm.HubertWithKmeans):
         """Stands for the semantic tokenizer, whose weights are not on this machine."""
 
         def __init__(self) -> None:
@@ -122,9 +122,9 @@ def test_a_trainer_takes_our_quantizer(
             return (wav[:, ::100] * 3).long().remainder(10)
 
     quantizer = trained_pair(conditioning_dims=(16, 16, 16)).ours
-    trainer = reference.audiolm.SemanticTransformerTrainer(
+    trainer = upstream.audiolm.SemanticTransformerTrainer(
         wav2vec=Hubert(),
-        transformer=condition(reference, "Semantic", num_semantic_tokens=10),
+        transformer=condition(upstream, "Semantic", num_semantic_tokens=10),
         audio_conditioner=quantizer,
         dataset=Waves(),
         valid_frac=0.0,
@@ -138,9 +138,9 @@ def test_a_trainer_takes_our_quantizer(
     assert quantizer.cond_embeddings["semantic"].grad.any()
 
 
-def small_audiolm(reference: live.Reference) -> nn.Module:
+def small_audiolm(upstream: live.Upstream) -> nn.Module:
     """A whole AudioLM of random weights that makes 8 frames of 32 samples."""
-    codec = reference.audiolm.SoundStream(
+    codec = upstream.audiolm.SoundStream(
         channels=4,
         strides=(4, 8),
         channel_mults=(1, 2),
@@ -154,12 +154,12 @@ def small_audiolm(reference: live.Reference) -> nn.Module:
         multi_spectral_n_mels=8,
     )
     codes = dict(codebook_size=64, num_coarse_quantizers=1)
-    audio_lm = reference.audiolm.AudioLM(
+    audio_lm = upstream.audiolm.AudioLM(
         wav2vec=None,
         codec=codec,
-        semantic_transformer=condition(reference, "Semantic", num_semantic_tokens=10),
-        coarse_transformer=condition(reference, "Coarse", num_semantic_tokens=10, **codes),
-        fine_transformer=condition(reference, "Fine", num_fine_quantizers=1, **codes),
+        semantic_transformer=condition(upstream, "Semantic", num_semantic_tokens=10),
+        coarse_transformer=condition(upstream, "Coarse", num_semantic_tokens=10, **codes),
+        fine_transformer=condition(upstream, "Fine", num_fine_quantizers=1, **codes),
     )
     for name, buffer in codec.named_buffers():  # empty codebooks decode all codes alike
         if name.endswith("_codebook.embed"):
@@ -173,14 +173,14 @@ def small_audiolm(reference: live.Reference) -> nn.Module:
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_musiclm_over_a_real_audiolm(reference: live.Reference, num_samples: int):
+def test_musiclm_over_a_real_audiolm(upstream: live.Upstream, num_samples: int):
     pair = trained_pair(num_tokens=49_408, conditioning_dims=(16, 16, 16))
     torch.manual_seed(0)
-    audio_lm = small_audiolm(reference)
+    audio_lm = small_audiolm(upstream)
     # left to itself ours sends every stage the embeddings of its own namespace
     versions: list[tuple[ModuleType, nn.Module, dict[str, Any]]] = [
         (musiclm_fast, pair.ours, dict(single_namespace=True)),
-        (reference.musiclm, pair.reference, {}),
+        (upstream.musiclm, pair.upstream, {}),
         (musiclm_fast, pair.ours, {}),
     ]
     music = []

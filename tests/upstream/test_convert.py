@@ -1,4 +1,4 @@
-"""``musiclm-fast convert``: a live reference's weights, without the model, as a folder."""
+"""``musiclm-fast convert``: upstream's weights, without the model, as a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from musiclm_fast import MuLaN, cli, from_reference
+from musiclm_fast import MuLaN, cli, from_upstream
 from musiclm_fast.interop.convert import config_of_weights
 from musiclm_fast.models.configuration import mulan_config
 from tests.upstream import live
@@ -24,18 +24,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(reference: live.Reference, name: str) -> Any:
+def make(upstream: live.Upstream, name: str) -> Any:
     torch.manual_seed(0)
-    return build(reference.musiclm, **MODELS[name]).eval()
+    return build(upstream.musiclm, **MODELS[name]).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("package", ["trainer", "state_dict"])
 def test_convert(
-    name: str, package: str, reference: live.Reference, tmp_path: Path, capsys: Any
+    name: str, package: str, upstream: live.Upstream, tmp_path: Path, capsys: Any
 ) -> None:
     """The folder's model says what the live one says."""
-    theirs = make(reference, name)
+    theirs = make(upstream, name)
     state = theirs.state_dict()
     torch.save({"model": state, "optim": {}} if package == "trainer" else state, tmp_path / "m.pt")
     argv = ["convert", str(tmp_path / "m.pt"), "-o", str(tmp_path / "out")]
@@ -46,7 +46,7 @@ def test_convert(
     assert ("audio.spec_n_fft = 128" in said) is (name != "sizes")
     assert "mulan.decoupled_contrastive_learning = True" in said
     model = MuLaN.from_pretrained(tmp_path / "out")
-    wanted = from_reference(theirs)
+    wanted = from_upstream(theirs)
     wavs, texts = torch.randn(3, 4000), torch.randint(1, 50, (3, 6))
     with torch.no_grad():
         for ours, expected in zip(
@@ -63,8 +63,8 @@ def test_convert(
         assert {n for n, v in expected[kind].items() if found[kind][n] != v} <= silent
 
 
-def test_what_shapes_do_not_tell(reference: live.Reference, tmp_path: Path, capsys: Any) -> None:
-    state = make(reference, "sizes").state_dict()
+def test_what_shapes_do_not_tell(upstream: live.Upstream, tmp_path: Path, capsys: Any) -> None:
+    state = make(upstream, "sizes").state_dict()
     with pytest.raises(ValueError, match=r"audio\.patch_size: got patches of 32 values"):
         config_of_weights(state)
     with pytest.raises(ValueError, match=r"audio\.spec_n_fft: got a window of 200 samples"):

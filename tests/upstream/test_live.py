@@ -1,4 +1,4 @@
-"""The live reference imports from a clean interpreter and leaves no traces."""
+"""Upstream imports from a clean interpreter and leaves no traces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ assert already or "audiolm_pytorch" not in sys.modules, "our import ran all of a
 IMPORT_THEIRS = """
 warn, level = warnings.warn, logging.root.level
 from tests.upstream import live
-reference = live.load()
+upstream = live.load()
 
 assert warnings.warn is warn, "warnings.warn was replaced"
 assert logging.root.level == level, "the root logger's level was changed"
@@ -25,14 +25,14 @@ for name in ("fairseq", "torchvision"):
     assert kept is None or kept.__spec__ is not None, f"the stand-in for {name} was left behind"
 
 # a condition's width used to be looked up over the network even when it was given
-reference.audiolm.SemanticTransformer(dim=16, depth=1, heads=1, num_semantic_tokens=4, cond_dim=8)
+upstream.audiolm.SemanticTransformer(dim=16, depth=1, heads=1, num_semantic_tokens=4, cond_dim=8)
 """
 
 CHECK = """
 from audiolm_pytorch.utils import AudioConditionerBase, curtail_to_multiple
-assert reference.core.AudioConditionerBase is AudioConditionerBase
+assert upstream.core.AudioConditionerBase is AudioConditionerBase
 assert issubclass(Quantizer, AudioConditionerBase)
-print(reference.musiclm.MuLaN.__module__, reference.tokenizer.vocab_size)
+print(upstream.musiclm.MuLaN.__module__, upstream.tokenizer.vocab_size)
 """
 
 
@@ -46,11 +46,11 @@ def test_clean_interpreter_that_imports_first(order: tuple[str, str]):
 
 def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(live, "_REQUIRED", ("torch", "no_such_package"))
-    with pytest.raises(live.ReferenceMissing, match="needs no_such_package, not installed"):
+    with pytest.raises(live.UpstreamMissing, match="needs no_such_package, not installed"):
         live.load.__wrapped__()
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(live, "VERSIONS", {"musiclm-pytorch": "0.0.1"})
-    with pytest.raises(live.ReferenceMissing, match=r"musiclm-pytorch 0\.0\.1, found 0\.2\.8"):
+    with pytest.raises(live.UpstreamMissing, match=r"musiclm-pytorch 0\.0\.1, found 0\.2\.8"):
         live.load.__wrapped__()

@@ -1,4 +1,4 @@
-"""AudioSpectrogramTransformer against the live reference, in evaluation and in training."""
+"""AudioSpectrogramTransformer against upstream, in evaluation and in training."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_masks_of_many_seeds(widest: tuple[int, int]):
     config |= dict(spec_aug_freq_mask=widest[0], spec_aug_time_mask=widest[1])
     pair = live.pair(lambda package: build(package, **config))
     masks: list[list[Tensor]] = []
-    for model in (pair.ours, pair.reference):
+    for model in (pair.ours, pair.upstream):
         masks.append([])
         for seed in range(80):
             spectrogram = noise(1, 16, 16).requires_grad_()

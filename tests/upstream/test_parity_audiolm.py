@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from musiclm_fast import audiolm as ours
 from tests.upstream import live
 
-pytestmark = pytest.mark.reference
+pytestmark = pytest.mark.upstream
 
 SIZES = dict(dim=32, depth=2, heads=4)
 STAGES: dict[str, dict[str, int]] = {
@@ -74,11 +74,11 @@ def noisy(module: nn.Module, seed: int = 5) -> nn.Module:
     return module
 
 
-def both(reference: live.Reference, stage: str, **options: Any) -> tuple[Any, Any]:
+def both(upstream: live.Upstream, stage: str, **options: Any) -> tuple[Any, Any]:
     """audiolm-pytorch's stage and ours, with equal weights and equal ``state_dict`` keys."""
     torch.manual_seed(0)
     arguments = {**SIZES, **STAGES[stage], **options}
-    theirs = noisy(getattr(reference.audiolm, f"{stage}Transformer")(**arguments))
+    theirs = noisy(getattr(upstream.audiolm, f"{stage}Transformer")(**arguments))
     mine = getattr(ours, f"{stage}Transformer")(**arguments)
     assert list(mine.state_dict()) == list(theirs.state_dict())
     mine.load_state_dict(theirs.state_dict())
@@ -139,8 +139,8 @@ def assert_equal_runs(theirs: Any, mine: Any, inputs: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _float64_positions(reference: live.Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference hands its bias MLPs float32 offsets whatever the weights' dtype."""
+def _float64_positions(upstream: live.Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream hands its bias MLPs float32 offsets whatever the weights' dtype."""
     linear = nn.Linear.forward
 
     def in_own_dtype(self: nn.Linear, x: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def _float64_positions(reference: live.Reference, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("stage", STAGES)
-def test_logits_and_gradients(reference: Any, stage: str, options: dict[str, Any]) -> None:
-    theirs, mine = both(reference, stage, **options)
+def test_logits_and_gradients(upstream: Any, stage: str, options: dict[str, Any]) -> None:
+    theirs, mine = both(upstream, stage, **options)
     inputs = {**tokens(stage), **condition(theirs, options)}
     assert_equal_runs(theirs, mine, inputs)
     inputs = {**tokens(stage), **condition(theirs, options)}
@@ -164,33 +164,33 @@ def test_logits_and_gradients(reference: Any, stage: str, options: dict[str, Any
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 @pytest.mark.parametrize("stage", STAGES)
-def test_dropped_conditions(reference: Any, stage: str, probability: float) -> None:
-    theirs, mine = both(reference, stage, audio_text_condition=True)
+def test_dropped_conditions(upstream: Any, stage: str, probability: float) -> None:
+    theirs, mine = both(upstream, stage, audio_text_condition=True)
     inputs = {**tokens(stage), **condition(theirs, {}), "cond_drop_prob": probability}
     assert_equal_runs(theirs, mine, inputs)
 
 
-def test_padding_of_tokens(reference: Any) -> None:
-    theirs, mine = both(reference, "Semantic")
+def test_padding_of_tokens(upstream: Any) -> None:
+    theirs, mine = both(upstream, "Semantic")
     ids = tokens("Semantic")["ids"]
     ids[1, 9:] = -1
     assert_equal_runs(theirs, mine, dict(ids=ids, return_loss=True))
-    theirs, mine = both(reference, "Fine")
+    theirs, mine = both(upstream, "Fine")
     inputs = tokens("Fine")
     inputs["coarse_token_ids"][1, 9:] = -1
     inputs["coarse_token_ids"][0, 11] = 11
     assert_equal_runs(theirs, mine, inputs)
 
 
-def wrap(reference: live.Reference, transformer: Any, **options: Any) -> Any:
+def wrap(upstream: live.Upstream, transformer: Any, **options: Any) -> Any:
     """The wrapper of the transformer's own package, with a codec of the kind it insists on."""
     stage = type(transformer).__name__.removesuffix("Transformer")
     theirs = type(transformer).__module__.startswith("audiolm_pytorch")
     if stage != "Semantic":
-        bases = (Codec, reference.audiolm.EncodecWrapper) if theirs else (Codec,)
+        bases = (Codec, upstream.audiolm.EncodecWrapper) if theirs else (Codec,)
         codec = type("Codec", bases, {"__init__": nn.Module.__init__})
         options["codec"] = codec()
-    package = reference.audiolm if theirs else ours
+    package = upstream.audiolm if theirs else ours
     return getattr(package, f"{stage}TransformerWrapper")(transformer=transformer, **options)
 
 
@@ -207,10 +207,10 @@ LOSSES: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("unique", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses(reference: Any, stage: str, training: bool, unique: bool) -> None:
-    theirs, mine = both(reference, stage, audio_text_condition=True)
+def test_losses(upstream: Any, stage: str, training: bool, unique: bool) -> None:
+    theirs, mine = both(upstream, stage, audio_text_condition=True)
     options = {} if stage == "Fine" else dict(unique_consecutive=unique)
-    wrapped = [wrap(reference, model, **options) for model in (theirs, mine)]
+    wrapped = [wrap(upstream, model, **options) for model in (theirs, mine)]
     for wrapper in wrapped:
         wrapper.train(training)
     inputs = {**LOSSES[stage], **condition(theirs, {}), "return_loss": True}
@@ -240,8 +240,8 @@ def stepwise(model: Any, stage: str, inputs: dict[str, Any], cached: bool) -> li
 
 @pytest.mark.parametrize("options", ["plain", "conditioned", "prefix"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_guided_logits_with_and_without_cache(reference: Any, stage: str, options: str) -> None:
-    theirs, mine = both(reference, stage, **OPTIONS[options])
+def test_guided_logits_with_and_without_cache(upstream: Any, stage: str, options: str) -> None:
+    theirs, mine = both(upstream, stage, **OPTIONS[options])
     theirs, mine = theirs.eval(), mine.eval()
     inputs = {**tokens(stage), **condition(theirs, OPTIONS[options])}
     with torch.no_grad():
@@ -255,9 +255,9 @@ def test_guided_logits_with_and_without_cache(reference: Any, stage: str, option
 @pytest.mark.parametrize("options", ["plain", "conditioned", "prefix"])
 @pytest.mark.parametrize("batch", [3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_same_noise_same_tokens(reference: Any, stage: str, batch: int, options: str) -> None:
-    theirs, mine = both(reference, stage, **OPTIONS[options])
-    wrappers = [wrap(reference, model) for model in (theirs, mine)]
+def test_same_noise_same_tokens(upstream: Any, stage: str, batch: int, options: str) -> None:
+    theirs, mine = both(upstream, stage, **OPTIONS[options])
+    wrappers = [wrap(upstream, model) for model in (theirs, mine)]
     given: dict[str, Any] = condition(theirs, {}, batch)
     if stage == "Semantic":
         given |= dict(max_length=20, batch_size=batch)
@@ -267,24 +267,24 @@ def test_same_noise_same_tokens(reference: Any, stage: str, batch: int, options:
         given |= dict(coarse_token_ids=torch.randint(0, 11, (batch, 4, 3)))
     for seed in range(2):
         torch.manual_seed(seed)
-        # The reference's cache gives other tokens where the condition is a prefix.
+        # Upstream's cache gives other tokens where the condition is a prefix.
         expected = wrappers[0].generate(**given, use_kv_cache=options != "prefix", filter_thres=0.5)
         state = torch.get_rng_state()
         torch.manual_seed(seed)
-        parity = {} if stage == "Semantic" else dict(as_reference=True)
+        parity = {} if stage == "Semantic" else dict(as_upstream=True)
         actual = wrappers[1].generate(**given, **parity, filter_thres=0.5)
         assert torch.equal(actual, expected)
         if not (expected == -1).any():
             assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_prime_of_ids(reference: Any) -> None:
-    theirs, mine = both(reference, "Semantic")
+def test_a_prime_of_ids(upstream: Any) -> None:
+    theirs, mine = both(upstream, "Semantic")
     prime = torch.tensor([[3, 4, 4, 5, 6], [7, 8, 9, 9, 2]])
     results = []
     for model in (theirs, mine):
         torch.manual_seed(0)
-        results.append(wrap(reference, model).generate(max_length=12, prime_ids=prime))
+        results.append(wrap(upstream, model).generate(max_length=12, prime_ids=prime))
     assert torch.equal(*results)
     assert torch.equal(results[1][0, :4], torch.tensor([3, 4, 5, 6]))
 
@@ -299,7 +299,7 @@ def quantizer_of_clips() -> Any:
     return MuLaNEmbedQuantizer(Joint(), (32,) * 3, rq_num_quantizers=3, codebook_size=8)
 
 
-def test_their_trainer_takes_our_quantizer(reference: Any, tmp_path: Any, monkeypatch: Any) -> None:
+def test_their_trainer_takes_our_quantizer(upstream: Any, tmp_path: Any, monkeypatch: Any) -> None:
     """isinstance check included; its checkpoint loads into our stage, and ours into its."""
     from audiolm_pytorch import trainer as theirs
     from audiolm_pytorch.utils import AudioConditionerBase
@@ -310,8 +310,8 @@ def test_their_trainer_takes_our_quantizer(reference: Any, tmp_path: Any, monkey
     clips = notes(8, 0.25)
     quantizer = quantizer_of_clips().fit(clips, progress=False)
     assert isinstance(quantizer, AudioConditionerBase)
-    transformer, mine = both(reference, "Semantic", audio_text_condition=True)
-    bases = (Tokenizer, reference.audiolm.HubertWithKmeans)
+    transformer, mine = both(upstream, "Semantic", audio_text_condition=True)
+    bases = (Tokenizer, upstream.audiolm.HubertWithKmeans)
     tokenizer = type("Hubert", bases, {"__init__": nn.Module.__init__})()
     trainer = theirs.SemanticTransformerTrainer(
         wav2vec=tokenizer, transformer=transformer, num_train_steps=2, batch_size=2,
@@ -349,18 +349,18 @@ class _Rows(torch.utils.data.Dataset):
         return self.clips[index]
 
 
-def test_musiclm_takes_their_audio_lm(reference: Any) -> None:
+def test_musiclm_takes_their_audio_lm(upstream: Any) -> None:
     """Each stage is handed its own namespace; one namespace for all is what theirs does."""
     from musiclm_fast import MusicLM
     from tests.audiolm.test_tokenizers import notes
 
-    pairs = {stage: both(reference, stage, audio_text_condition=True) for stage in STAGES}
-    bases = (Codec, reference.audiolm.EncodecWrapper)
+    pairs = {stage: both(upstream, stage, audio_text_condition=True) for stage in STAGES}
+    bases = (Codec, upstream.audiolm.EncodecWrapper)
     codec = type("Codec", bases, {"__init__": nn.Module.__init__})()
     codec.samples_per_step = 32
     quantizer = quantizer_of_clips().fit(notes(8, 0.25), progress=False)
     waves = []
-    for side, package in enumerate((reference.audiolm, ours)):
+    for side, package in enumerate((upstream.audiolm, ours)):
         stages = {f"{name.lower()}_transformer": pair[side] for name, pair in pairs.items()}
         audio_lm = package.AudioLM(wav2vec=None, codec=codec, **stages)
         # theirs cannot be told how many time steps to draw: 512 are too many here
@@ -368,7 +368,7 @@ def test_musiclm_takes_their_audio_lm(reference: Any) -> None:
             audio_lm.coarse.generate = partial(audio_lm.coarse.generate, max_time_steps=10)
         musiclm = MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer)
         torch.manual_seed(0)
-        options = {} if side == 0 else dict(as_reference=True, max_time_steps=10, progress=False)
+        options = {} if side == 0 else dict(as_upstream=True, max_time_steps=10, progress=False)
         waves.append(musiclm("a slow waltz", num_samples=2, max_length=8, **options))
     assert waves[0].shape == waves[1].shape
     assert torch.equal(*waves)

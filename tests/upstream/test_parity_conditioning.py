@@ -1,4 +1,4 @@
-"""MuLaNEmbedQuantizer and MusicLM against the live reference: codes, embeddings, codebooks."""
+"""MuLaNEmbedQuantizer and MusicLM against upstream: codes, embeddings, codebooks."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def ids(batch: int = 12, seed: int = 0) -> Tensor:
 def trained_pair(**config: Any) -> live.Pair:
     """Equal quantizers with codebooks from k-means on a batch, in evaluation."""
     pair = live.pair(lambda package: build(package, **config))
-    pair.reference(wavs=waves(40))
-    pair.ours.load_state_dict(pair.reference.state_dict())
-    pair.reference.eval()
+    pair.upstream(wavs=waves(40))
+    pair.ours.load_state_dict(pair.upstream.state_dict())
+    pair.upstream.eval()
     pair.ours.eval()
     return pair
 
@@ -59,16 +59,16 @@ def test_embeddings_of_a_namespace(modality: str, namespace: str | None):
 
 def test_codes_are_all_used_and_equal():
     pair = trained_pair()
-    ours, theirs = (model(wavs=waves(30, seed=2)) for model in (pair.ours, pair.reference))
+    ours, theirs = (model(wavs=waves(30, seed=2)) for model in (pair.ours, pair.upstream))
     assert torch.equal(ours, theirs)
     assert len(ours[:, 0].unique(dim=0)) > 1
 
 
 def test_default_namespace_can_be_set():
     pair = trained_pair()
-    for model in (pair.ours, pair.reference):
+    for model in (pair.ours, pair.upstream):
         model.set_default_namespace("fine")
-    ours, theirs = (model(wavs=waves()) for model in (pair.ours, pair.reference))
+    ours, theirs = (model(wavs=waves()) for model in (pair.ours, pair.upstream))
     assert ours.shape == (12, 3, 8)
     assert torch.equal(ours, theirs)
 
@@ -76,45 +76,45 @@ def test_default_namespace_can_be_set():
 def test_own_namespaces():
     pair = trained_pair(conditioning_dims=(4, 5), namespaces=("melody", "rhythm"))
     for namespace in ("melody", "rhythm"):
-        ours, theirs = (m(texts=ids(), namespace=namespace) for m in (pair.ours, pair.reference))
+        ours, theirs = (m(texts=ids(), namespace=namespace) for m in (pair.ours, pair.upstream))
         assert torch.equal(ours, theirs)
 
 
-def test_documented_shapes(reference: live.Reference):
+def test_documented_shapes(upstream: live.Upstream):
     pair = live.pair(
         lambda package: build(
             package, conditioning_dims=(1024,) * 3, rq_num_quantizers=8, codebook_size=1024
         )
     )
     for namespace in NAMESPACES:
-        for model in (pair.ours, pair.reference):
+        for model in (pair.ours, pair.upstream):
             assert model(wavs=waves(2), namespace=namespace).shape == (2, 8, 1024)
 
 
 def test_only_the_embeddings_are_parameters():
     pair = live.pair(build)
-    shapes = [[p.shape for p in model.parameters()] for model in (pair.ours, pair.reference)]
+    shapes = [[p.shape for p in model.parameters()] for model in (pair.ours, pair.upstream)]
     assert shapes[0] == shapes[1] == [(3, 7, 16), (3, 7, 24), (3, 7, 8)]
 
 
 def test_mulan_is_evaluated_in_training_too():
     pair = trained_pair()
-    for model in (pair.ours, pair.reference):
+    for model in (pair.ours, pair.upstream):
         model.train()
         model.rq.eval()
-    ours, theirs = (model(wavs=waves()) for model in (pair.ours, pair.reference))
+    ours, theirs = (model(wavs=waves()) for model in (pair.ours, pair.upstream))
     assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("start", ["from k-means", "from a trained state"])
 def test_codebooks_move_alike_in_training(start: str):
     pair = trained_pair() if start == "from a trained state" else live.pair(build)
-    for model in (pair.ours, pair.reference):
+    for model in (pair.ours, pair.upstream):
         model.train()
         torch.manual_seed(11)
         for step in range(4):
             model(wavs=waves(seed=step))
-    ours, theirs = pair.ours.state_dict(), pair.reference.state_dict()
+    ours, theirs = pair.ours.state_dict(), pair.upstream.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -122,7 +122,7 @@ def test_codebooks_move_alike_in_training(start: str):
 def stub_audio_lm(audio_lm: type[nn.Module]) -> nn.Module:
     """An AudioLM that returns noise, which depends on the conditioning and on the generator."""
 
-    class Stub(audio_lm):  # the reference takes nothing but an AudioLM
+    class Stub(audio_lm):  # upstream takes nothing but an AudioLM
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.audio_conditioner = None
@@ -137,11 +137,11 @@ def stub_audio_lm(audio_lm: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5])
-def test_musiclm_returns_the_same_sample(reference: live.Reference, num_samples: int):
+def test_musiclm_returns_the_same_sample(upstream: live.Upstream, num_samples: int):
     pair = trained_pair(num_tokens=49_408)
     returned, calls = [], []
-    for package, quantizer in ((reference.musiclm, pair.reference), (musiclm_fast, pair.ours)):
-        audio_lm = stub_audio_lm(reference.audiolm.AudioLM)
+    for package, quantizer in ((upstream.musiclm, pair.upstream), (musiclm_fast, pair.ours)):
+        audio_lm = stub_audio_lm(upstream.audiolm.AudioLM)
         musiclm = package.MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=quantizer)
         torch.manual_seed(3)
         returned.append(musiclm("a slow waltz", num_samples=num_samples, max_length=7))

@@ -1,8 +1,8 @@
-"""Dropout against the live reference: other random numbers, the same distribution.
+"""Dropout against upstream: other random numbers, the same distribution.
 
-Attention dropout is a function of a seed and a position here, so single runs differ from the
-reference's. Over many samples every output must have the same mean and spread, and over many runs
-every parameter's gradient.
+Attention dropout is a function of a seed and a position here, so single runs
+differ from upstream's. Over many samples every output must have the same mean and spread, and over
+many runs every parameter's gradient.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_outputs(
         torch.manual_seed(5)
         return torch.cat([model(copies) for _ in range(8)])
 
-    assert_same_mean_and_spread(sample(pair.ours), sample(pair.reference))
+    assert_same_mean_and_spread(sample(pair.ours), sample(pair.upstream))
 
 
 def sample_gradients(model: nn.Module, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_gradients(
     build: Callable[..., nn.Module], make_input: Callable[[], Tensor], rates: dict[str, float]
 ):
     pair = live.pair(lambda package: build(package, **rates))
-    ours, theirs = (sample_gradients(model, make_input()) for model in (pair.ours, pair.reference))
+    ours, theirs = (sample_gradients(model, make_input()) for model in (pair.ours, pair.upstream))
     moving = theirs.var(0) > 0  # tokens that do not occur have no gradient
     assert moving.float().mean() > 0.9
     assert torch.equal(ours.var(0) > 0, moving)
@@ -111,5 +111,5 @@ def test_evaluation_drops_nothing(
     build: Callable[..., nn.Module], make_input: Callable[[], Tensor]
 ):
     pair = live.pair(lambda package: build(package, **RATES["both"]))
-    ours, theirs = (model.eval()(make_input()) for model in (pair.ours, pair.reference))
+    ours, theirs = (model.eval()(make_input()) for model in (pair.ours, pair.upstream))
     torch.testing.assert_close(ours, theirs)

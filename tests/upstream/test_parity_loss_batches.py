@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 
-pytestmark = pytest.mark.reference
+pytestmark = pytest.mark.upstream
 
 
 @pytest.mark.parametrize("batch", [1, 2, 17, 256, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["softmax", "decoupled", "sigmoid"])
 @pytest.mark.parametrize("layers", [None, 3])
-def test_losses_and_gradients(reference: Any, batch: int, kind: str, layers: int | None) -> None:
+def test_losses_and_gradients(upstream: Any, batch: int, kind: str, layers: int | None) -> None:
     if kind == "decoupled" and batch == 1:
         pytest.skip("an error here; the clamp there")
     generator = torch.Generator().manual_seed(batch)
@@ -24,7 +24,7 @@ def test_losses_and_gradients(reference: Any, batch: int, kind: str, layers: int
     audio = F.normalize(torch.randn(shape, generator=generator), dim=-1)
     text = F.normalize(audio + torch.randn(shape, generator=generator) * 0.1, dim=-1)
     results = []
-    theirs = reference.musiclm
+    theirs = upstream.musiclm
     for softmax, sigmoid in (
         (SoftmaxContrastiveLearning, SigmoidContrastiveLearning),
         (theirs.SoftmaxContrastiveLearning, theirs.SigmoidContrastiveLearning),

@@ -1,4 +1,4 @@
-"""SoftmaxContrastiveLearning and SigmoidContrastiveLearning against the live reference."""
+"""SoftmaxContrastiveLearning and SigmoidContrastiveLearning against upstream."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_a_single_pair(loss: str):
 
 
 @pytest.mark.parametrize("loss", ["softmax", "decoupled"])
-def test_finite_where_the_reference_overflows(loss: str):
-    # exp(temperature * similarity) leaves float32 at 89, and below 1e-20 the reference clamps
+def test_finite_where_upstream_overflows(loss: str):
+    # exp(temperature * similarity) leaves float32 at 89, and below 1e-20 upstream clamps
     # it; in float64 and with positive similarities its formula is exact up to 709
     pair = make(loss, (6, 8), init_temp=200)
     audio = latents((6, 8), 1).abs()
-    assert not pair.reference(audio, audio).isfinite()
+    assert not pair.upstream(audio, audio).isfinite()
 
     exact = [t.double().requires_grad_() for t in (audio, audio.roll(1, 0))]
     given = [t.detach().float().requires_grad_() for t in exact]

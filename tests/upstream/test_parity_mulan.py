@@ -1,4 +1,4 @@
-"""MuLaN against the live reference: every loss, latents and similarities, with all gradients."""
+"""MuLaN against upstream: every loss, latents and similarities, with all gradients."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ def test_text_latents_of_raw_texts():
 def test_depth_one_works_here_and_crashes_there(train: bool):
     shallow = live.pair(lambda package: build(package, audio=dict(depth=1), text=dict(depth=1)))
     with pytest.raises(RuntimeError, match="non-empty"):
-        shallow.reference(**batch())
+        shallow.upstream(**batch())
 
-    # with a second layer that adds nothing, the reference shows what one layer should give
-    two_layers = live.pair(build).reference
-    two_layers.load_state_dict(shallow.reference.state_dict(), strict=False)
+    # with a second layer that adds nothing, upstream shows what one layer should give
+    two_layers = live.pair(build).upstream
+    two_layers.load_state_dict(shallow.upstream.state_dict(), strict=False)
     for tower in (two_layers.audio, two_layers.text):
         attention, feed_forward = tower.transformer.layers[1].requires_grad_(False)
         nn.init.zeros_(attention.to_out[0].weight)

@@ -1,4 +1,4 @@
-"""Configurations nobody thought of, drawn by hypothesis, against the live reference."""
+"""Configurations nobody thought of, drawn by hypothesis, against upstream."""
 
 from __future__ import annotations
 

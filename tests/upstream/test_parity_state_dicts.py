@@ -1,4 +1,4 @@
-"""Checkpoints travel both ways between the live reference and musiclm_fast."""
+"""Checkpoints travel both ways between upstream and musiclm_fast."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 @every_model
-def test_from_the_reference_and_back(build: Any):
+def test_from_upstream_and_back(build: Any):
     pair = live.pair(build)
-    assert_same_state(pair.ours.state_dict(), pair.reference.state_dict())
+    assert_same_state(pair.ours.state_dict(), pair.upstream.state_dict())
 
     torch.manual_seed(99)
     ours, theirs = build(musiclm_fast), build(live.load().musiclm)
@@ -65,7 +65,7 @@ def test_from_the_reference_and_back(build: Any):
 def test_parameters_come_in_the_same_order(build: Any):
     # an optimizer's checkpoint knows parameters by their place only
     pair = live.pair(build)
-    ours, theirs = (dict(model.named_parameters()) for model in (pair.ours, pair.reference))
+    ours, theirs = (dict(model.named_parameters()) for model in (pair.ours, pair.upstream))
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         assert ours[name].shape == value.shape
@@ -75,10 +75,10 @@ def test_parameters_come_in_the_same_order(build: Any):
 @every_model
 def test_files(build: Any, tmp_path: Path):
     pair = live.pair(build)
-    torch.save(pair.reference.state_dict(), tmp_path / "theirs.pt")
+    torch.save(pair.upstream.state_dict(), tmp_path / "theirs.pt")
     ours = build(musiclm_fast)
     ours.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True))
-    assert_same_state(ours.state_dict(), pair.reference.state_dict())
+    assert_same_state(ours.state_dict(), pair.upstream.state_dict())
 
     torch.save(ours.state_dict(), tmp_path / "ours.pt")
     theirs = build(live.load().musiclm)
@@ -101,7 +101,7 @@ def test_front_end_buffers():
     assert state["aug.0.phase_advance"].shape == (201, 1)
 
 
-def test_adam_goes_on_from_the_references_state(tmp_path: Path):
+def test_adam_goes_on_from_upstreams_state(tmp_path: Path):
     pair = live.pair(build_text)
     ids = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(1))
 
@@ -110,15 +110,15 @@ def test_adam_goes_on_from_the_references_state(tmp_path: Path):
         model(ids).square().sum().backward()
         optimizer.step()
 
-    theirs = torch.optim.Adam(pair.reference.parameters(), lr=1e-2)
-    step(pair.reference, theirs)
-    torch.save((pair.reference.state_dict(), theirs.state_dict()), tmp_path / "both.pt")
+    theirs = torch.optim.Adam(pair.upstream.parameters(), lr=1e-2)
+    step(pair.upstream, theirs)
+    torch.save((pair.upstream.state_dict(), theirs.state_dict()), tmp_path / "both.pt")
 
     model, optimizer = torch.load(tmp_path / "both.pt", weights_only=True)
     pair.ours.load_state_dict(model)
     ours = torch.optim.Adam(pair.ours.parameters(), lr=1e-2)
     ours.load_state_dict(optimizer)
-    step(pair.reference, theirs)
+    step(pair.upstream, theirs)
     step(pair.ours, ours)
-    for name, value in pair.reference.state_dict().items():
+    for name, value in pair.upstream.state_dict().items():
         torch.testing.assert_close(pair.ours.state_dict()[name], value)

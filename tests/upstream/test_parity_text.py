@@ -1,4 +1,4 @@
-"""TextTransformer against the live reference: token ids, raw texts and padding."""
+"""TextTransformer against upstream: token ids, raw texts and padding."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_raw_texts():
     compare(pair, outputs, dict(raw_texts=TEXTS))
 
 
-def test_default_vocabulary_and_length(reference: live.Reference):
+def test_default_vocabulary_and_length(upstream: live.Upstream):
     pair = live.pair(lambda package: package.TextTransformer(dim=32, depth=2, heads=1))
     assert pair.ours.token_emb.weight.shape == (49_408, 32)
     assert pair.ours.pos_emb.weight.shape == (256, 32)
-    compare(pair, outputs, dict(x=reference.tokenizer.tokenize(TEXTS)))
+    compare(pair, outputs, dict(x=upstream.tokenizer.tokenize(TEXTS)))

@@ -1,4 +1,4 @@
-"""MuLaNTrainer against the live reference: the same losses, checkpoints both ways."""
+"""MuLaNTrainer against upstream: the same losses, checkpoints both ways."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def quiet_pair(raw: bool = False) -> live.Pair:
 
 
 def trainers(
-    reference: live.Reference, pair: live.Pair, folder: Path, raw: bool = False, **options: Any
+    upstream: live.Upstream, pair: live.Pair, folder: Path, raw: bool = False, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """Ours and the reference's, whose every batch is the whole dataset in some order."""
+    """Ours and upstream's, whose every batch is the whole dataset in some order."""
     arguments = dict(dataset=Notes(raw), num_train_steps=4, batch_size=ROWS, valid_frac=0.0)
     arguments |= dict(save_model_every=1000, force_clear_prev_results=False, lr=1e-3) | options
     ours = musiclm_fast.MuLaNTrainer(
         mulan=pair.ours, results_folder=str(folder / "ours"), **arguments
     )
-    theirs = reference.musiclm.MuLaNTrainer(
-        mulan=pair.reference, results_folder=str(folder / "theirs"), **arguments
+    theirs = upstream.musiclm.MuLaNTrainer(
+        mulan=pair.upstream, results_folder=str(folder / "theirs"), **arguments
     )
     return ours, theirs
 
@@ -70,8 +70,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_losses(reference: live.Reference, tmp_path: Path, options: dict[str, Any]):
-    ours, theirs = trainers(reference, quiet_pair(), tmp_path, **options)
+def test_losses(upstream: live.Upstream, tmp_path: Path, options: dict[str, Any]):
+    ours, theirs = trainers(upstream, quiet_pair(), tmp_path, **options)
     wanted = losses(theirs, 4)
     # Adam and Lion step by lr along the sign of a gradient that is all rounding (the position
     # bias's last bias), which moves no loss; others differ by rounding only
@@ -79,14 +79,14 @@ def test_losses(reference: live.Reference, tmp_path: Path, options: dict[str, An
     assert abs(wanted[0] - wanted[-1]) > 1e-3, "four steps should move the loss"
 
 
-def test_losses_with_raw_texts(reference: live.Reference, tmp_path: Path):
-    ours, theirs = trainers(reference, quiet_pair(raw=True), tmp_path, raw=True)
+def test_losses_with_raw_texts(upstream: live.Upstream, tmp_path: Path):
+    ours, theirs = trainers(upstream, quiet_pair(raw=True), tmp_path, raw=True)
     assert losses(ours, 3) == pytest.approx(losses(theirs, 3), rel=1e-4)
 
 
-def test_train_runs_to_the_last_step(reference: live.Reference, tmp_path: Path):
+def test_train_runs_to_the_last_step(upstream: live.Upstream, tmp_path: Path):
     logged: list[list[dict[str, float]]] = []
-    for trainer in trainers(reference, quiet_pair(), tmp_path):
+    for trainer in trainers(upstream, quiet_pair(), tmp_path):
         logs: list[dict[str, float]] = []
         trainer.train(log_fn=logs.append)
         assert int(trainer.steps) == 4
@@ -95,10 +95,10 @@ def test_train_runs_to_the_last_step(reference: live.Reference, tmp_path: Path):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("direction", ["from the reference", "to the reference"])
-def test_checkpoints(reference: live.Reference, tmp_path: Path, direction: str):
-    ours, theirs = trainers(reference, quiet_pair(), tmp_path)
-    here, there = (theirs, ours) if direction == "from the reference" else (ours, theirs)
+@pytest.mark.parametrize("direction", ["from upstream", "to upstream"])
+def test_checkpoints(upstream: live.Upstream, tmp_path: Path, direction: str):
+    ours, theirs = trainers(upstream, quiet_pair(), tmp_path)
+    here, there = (theirs, ours) if direction == "from upstream" else (ours, theirs)
     losses(here, 2)
     here.save(tmp_path / "mulan.pt")
     there.load(tmp_path / "mulan.pt")

@@ -1,4 +1,4 @@
-"""Every public name, argument, default and method of the reference exists here."""
+"""Every public name, argument, default and method of upstream exists here."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAMES = (
     "SigmoidContrastiveLearning",
     "MuLaNTrainer",
 )
-# how the reference's trainer sorts a row's fields; ours does that in its collate function
+# how upstream's trainer sorts a row's fields; ours does that in its collate function
 INTERNAL = {"data_tuple_to_kwargs"}
 
 every_class = pytest.mark.parametrize("name", NAMES)
 
 
-def test_the_list_is_complete(reference: live.Reference):
-    public = {name for name, value in vars(reference.musiclm).items() if inspect.isclass(value)}
+def test_the_list_is_complete(upstream: live.Upstream):
+    public = {name for name, value in vars(upstream.musiclm).items() if inspect.isclass(value)}
     assert public == set(NAMES)
 
 
@@ -39,13 +39,13 @@ def own_methods(cls: type) -> dict[str, object]:
 
 
 def same_default(ours: object, theirs: object) -> bool:
-    # None stands for the reference's empty dict and for its function that does nothing
+    # None stands for upstream's empty dict and for its function that does nothing
     return ours == theirs or (ours is None and (theirs == {} or inspect.isfunction(theirs)))
 
 
 @every_class
-def test_methods_and_properties(reference: live.Reference, name: str):
-    ours, theirs = getattr(musiclm_fast, name), getattr(reference.musiclm, name)
+def test_methods_and_properties(upstream: live.Upstream, name: str):
+    ours, theirs = getattr(musiclm_fast, name), getattr(upstream.musiclm, name)
     for method, value in own_methods(theirs).items():
         assert hasattr(ours, method), f"{name}.{method} is missing"
         is_property = isinstance(inspect.getattr_static(ours, method), property)
@@ -53,8 +53,8 @@ def test_methods_and_properties(reference: live.Reference, name: str):
 
 
 @every_class
-def test_arguments_and_defaults(reference: live.Reference, name: str):
-    ours, theirs = getattr(musiclm_fast, name), getattr(reference.musiclm, name)
+def test_arguments_and_defaults(upstream: live.Upstream, name: str):
+    ours, theirs = getattr(musiclm_fast, name), getattr(upstream.musiclm, name)
     for method, value in own_methods(theirs).items():
         if not callable(value):
             continue

@@ -17,7 +17,7 @@ from musiclm_fast import audiolm as ours
 from tests.audiolm.test_tokenizers import notes
 from tests.upstream.test_parity_audiolm import quantizer_of_clips
 
-pytestmark = pytest.mark.reference
+pytestmark = pytest.mark.upstream
 
 SEMANTIC = 7
 
@@ -37,7 +37,7 @@ class _FairseqModel(nn.Module):
 
 
 @pytest.fixture
-def hubert(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def hubert(upstream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     joblib = pytest.importorskip("joblib")
     cluster = pytest.importorskip("sklearn.cluster")
     points = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -48,14 +48,14 @@ def hubert(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> n
     )
     module = sys.modules["audiolm_pytorch.hubert_kmeans"]
     monkeypatch.setattr(module.fairseq, "checkpoint_utils", utils, raising=False)
-    return reference.audiolm.HubertWithKmeans(
+    return upstream.audiolm.HubertWithKmeans(
         str(tmp_path / "hubert.pt"), str(tmp_path / "km.bin"), seq_len_multiple_of=320
     )
 
 
-def soundstream(reference: Any) -> nn.Module:
+def soundstream(upstream: Any) -> nn.Module:
     torch.manual_seed(0)
-    codec = reference.audiolm.SoundStream(
+    codec = upstream.audiolm.SoundStream(
         channels=4, strides=(4, 8), channel_mults=(1, 2), codebook_dim=8, codebook_size=64,
         rq_num_quantizers=4, use_local_attn=False, discr_multi_scales=(1,),
         multi_spectral_window_powers_of_two=(6,), multi_spectral_n_ffts=64,
@@ -69,13 +69,13 @@ def soundstream(reference: Any) -> nn.Module:
     return codec
 
 
-def encodec(reference: Any, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def encodec(upstream: Any, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     module = sys.modules["audiolm_pytorch.encodec"]
     build = module.EncodecModel.encodec_model_24khz
     untrained = staticmethod(lambda: build(pretrained=False).eval())
     monkeypatch.setattr(module.EncodecModel, "encodec_model_24khz", untrained)
     torch.manual_seed(0)
-    codec = reference.audiolm.EncodecWrapper(bandwidth=3.0)
+    codec = upstream.audiolm.EncodecWrapper(bandwidth=3.0)
     for name, buffer in codec.model.named_buffers():
         if name.endswith("_codebook.embed"):
             buffer.normal_()
@@ -84,10 +84,10 @@ def encodec(reference: Any, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["SoundStream", "EncodecWrapper"])
 def test_a_whole_musiclm_over_their_objects(
-    kind: str, reference: Any, hubert: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, upstream: Any, hubert: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec = soundstream(reference) if kind == "SoundStream" else encodec(reference, monkeypatch)
-    assert type(codec) is getattr(reference.audiolm, kind)
+    codec = soundstream(upstream) if kind == "SoundStream" else encodec(upstream, monkeypatch)
+    assert type(codec) is getattr(upstream.audiolm, kind)
     clips = notes(6, 0.2)
     quantizer = quantizer_of_clips().fit(clips, progress=False)
     sizes: dict[str, Any] = dict(dim=32, depth=1, heads=2, dim_head=16, audio_text_condition=True)

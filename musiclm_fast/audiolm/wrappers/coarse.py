@@ -75,7 +75,7 @@ class CoarseTransformerWrapper(Wrapper):
         use_kv_cache: bool = True,
         seed: int | None = None,
         progress: bool = True,
-        as_reference: bool = False,
+        as_upstream: bool = False,
     ) -> Any:
         """Draw coarse tokens.
 
@@ -92,7 +92,7 @@ class CoarseTransformerWrapper(Wrapper):
             use_kv_cache: ignored: the cache changes no result.
             seed: of the noise; None draws from the default generator.
             progress: show a bar.
-            as_reference: attend to the padding of the semantic tokens, which training hides, and
+            as_upstream: attend to the padding of the semantic tokens, which training hides, and
                 return all time steps, as audiolm-pytorch does.
 
         Returns:
@@ -117,7 +117,7 @@ class CoarseTransformerWrapper(Wrapper):
         tokens = torch.cat((stage.embed_semantic(semantic), stage.embed_coarse(prime)), dim=1)
         seen = (semantic != self.pad_id) & (semantic != self.semantic_eos_id)
         mask = None
-        if not as_reference and not bool(seen.all()):
+        if not as_upstream and not bool(seen.all()):
             mask = twice(F.pad(seen, (1, 1 + prime.shape[1]), value=True), halves)
         steps = max_time_steps * self.num_coarse_quantizers
         first = prime.shape[1]
@@ -153,7 +153,7 @@ class CoarseTransformerWrapper(Wrapper):
         # Leave the column out in which the last row drew its end.
         whole = written.shape[1] // self.num_coarse_quantizers * self.num_coarse_quantizers
         written = written[:, :whole]
-        if as_reference:
+        if as_upstream:
             written = F.pad(written, (0, steps - whole), value=-1)
         ids = torch.cat((prime, written), dim=1).unflatten(1, (-1, self.num_coarse_quantizers))
         if not reconstruct_wave:

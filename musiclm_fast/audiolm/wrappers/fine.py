@@ -72,7 +72,7 @@ class FineTransformerWrapper(Wrapper):
         mask_out_generated_fine_tokens: bool = False,
         seed: int | None = None,
         progress: bool = True,
-        as_reference: bool = False,
+        as_upstream: bool = False,
     ) -> Any:
         """Draw fine tokens for given coarse ones.
 
@@ -89,7 +89,7 @@ class FineTransformerWrapper(Wrapper):
             mask_out_generated_fine_tokens: -1 where all coarse tokens of a time step are padding.
             seed: of the noise; None draws from the default generator.
             progress: show a bar.
-            as_reference: never draw the last code but for the first quantizer of each later time
+            as_upstream: never draw the last code but for the first quantizer of each later time
                 step (audiolm-pytorch takes it for an end token), and draw tokens for padding.
 
         Returns:
@@ -127,7 +127,7 @@ class FineTransformerWrapper(Wrapper):
         grouped = coarse.unflatten(1, (-1, self.num_coarse_quantizers))
         padding = (grouped == self.pad_id).all(dim=-1)  # (B, time steps)
         row_steps = None
-        if not as_reference and bool(padding.any()):
+        if not as_upstream and bool(padding.any()):
             used = (~padding).long() * torch.arange(1, time_steps + 1, device=coarse.device)
             row_steps = (used.amax(dim=1) - primed).clamp_min(0) * self.num_fine_quantizers
 
@@ -139,7 +139,7 @@ class FineTransformerWrapper(Wrapper):
         def banned(step: int) -> int | None:
             index = first + step
             free = index % self.num_fine_quantizers == 0 and index > 0
-            return stage.codebook_size - 1 if as_reference and not free else None
+            return stage.codebook_size - 1 if as_upstream and not free else None
 
         written = generate_tokens(
             stage,

@@ -1,4 +1,4 @@
-"""``musiclm_fast.from_reference`` turns any live model of the reference into ours."""
+"""``musiclm_fast.from_upstream`` turns any live model of upstream into ours."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def assert_equal_models(built: nn.Module, converted: nn.Module, *inputs: Tensor)
 @pytest.mark.parametrize("config", AUDIO_CONFIGS.values(), ids=AUDIO_CONFIGS)
 def test_audio_towers(config: dict[str, Any]):
     pair = live.pair(lambda package: build_audio(package, **config))
-    assert_equal_models(pair.ours, musiclm_fast.from_reference(pair.reference), noise(2, 2000))
+    assert_equal_models(pair.ours, musiclm_fast.from_upstream(pair.upstream), noise(2, 2000))
 
 
 @pytest.mark.parametrize("time_first", [True, False])
 def test_audio_towers_for_spectrograms(time_first: bool):
     config = dict(accept_spec=True, accept_spec_time_first=time_first)
     pair = live.pair(lambda package: build_audio(package, **config))
-    assert_equal_models(pair.ours, musiclm_fast.from_reference(pair.reference), noise(2, 64, 48))
+    assert_equal_models(pair.ours, musiclm_fast.from_upstream(pair.upstream), noise(2, 64, 48))
 
 
 @pytest.mark.parametrize("config", TEXT_CONFIGS.values(), ids=TEXT_CONFIGS)
 def test_text_towers(config: dict[str, Any]):
     pair = live.pair(lambda package: build_text(package, **config))
-    assert_equal_models(pair.ours, musiclm_fast.from_reference(pair.reference), tokens())
+    assert_equal_models(pair.ours, musiclm_fast.from_upstream(pair.upstream), tokens())
 
 
 @pytest.mark.parametrize("config", MULAN_CONFIGS.values(), ids=MULAN_CONFIGS)
 def test_mulans(config: dict[str, Any]):
     pair = live.pair(lambda package: build_mulan(package, **config))
     inputs = batch(spectrograms="accept_spec" in config.get("audio", {}))
-    assert_equal_models(pair.ours, musiclm_fast.from_reference(pair.reference), *inputs.values())
+    assert_equal_models(pair.ours, musiclm_fast.from_upstream(pair.upstream), *inputs.values())
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -74,27 +74,27 @@ def test_softmax_loss(decoupled: bool):
         )
 
     pair = live.pair(build)
-    converted = musiclm_fast.from_reference(pair.reference)
+    converted = musiclm_fast.from_upstream(pair.upstream)
     assert_equal_models(pair.ours, converted, noise(2, 5, 8), noise(2, 5, 8, seed=4))
 
 
 def test_sigmoid_loss():
     pair = live.pair(lambda package: package.SigmoidContrastiveLearning(layers=2, init_bias=-4))
-    converted = musiclm_fast.from_reference(pair.reference)
+    converted = musiclm_fast.from_upstream(pair.upstream)
     assert_equal_models(pair.ours, converted, noise(2, 5, 8), noise(2, 5, 8, seed=4))
 
 
 def test_quantizer():
     pair = trained_pair(conditioning_dims=(4, 5), namespaces=("melody", "rhythm"))
-    pair.reference.set_default_namespace("rhythm")
+    pair.upstream.set_default_namespace("rhythm")
     pair.ours.set_default_namespace("rhythm")
-    converted = musiclm_fast.from_reference(pair.reference)
+    converted = musiclm_fast.from_upstream(pair.upstream)
     assert not converted.training
     assert torch.equal(converted(wavs=waves()), pair.ours(wavs=waves()))
 
-    # the codebooks go on as the reference's would
+    # the codebooks go on as upstream's would
     results = []
-    for model in (pair.reference, converted):
+    for model in (pair.upstream, converted):
         model.train()
         torch.manual_seed(2)
         for step in range(3):
@@ -104,11 +104,11 @@ def test_quantizer():
         torch.testing.assert_close(results[1][name], value)
 
 
-def test_musiclm_keeps_its_audiolm(reference: live.Reference):
+def test_musiclm_keeps_its_audiolm(upstream: live.Upstream):
     pair = trained_pair(num_tokens=49_408)
-    audio_lm = stub_audio_lm(reference.audiolm.AudioLM)
-    theirs = reference.musiclm.MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=pair.reference)
-    ours = musiclm_fast.from_reference(theirs)
+    audio_lm = stub_audio_lm(upstream.audiolm.AudioLM)
+    theirs = upstream.musiclm.MusicLM(audio_lm=audio_lm, mulan_embed_quantizer=pair.upstream)
+    ours = musiclm_fast.from_upstream(theirs)
     assert ours.audio_lm is audio_lm
     results = []
     for model in (theirs, ours):
@@ -121,9 +121,9 @@ def test_musiclm_keeps_its_audiolm(reference: live.Reference):
 def test_mode_and_dropout_rates(train: bool):
     rates = {name: DROPOUTS[name] for name in ("attn_dropout", "ff_dropout")}
     pair = live.pair(lambda package: build_mulan(package, audio=DROPOUTS, text=rates))
-    pair.reference.train(train)
-    pair.reference.text.eval()  # a tower of its own mode
-    converted = musiclm_fast.from_reference(pair.reference)
+    pair.upstream.train(train)
+    pair.upstream.text.eval()  # a tower of its own mode
+    converted = musiclm_fast.from_upstream(pair.upstream)
     assert converted.training == converted.audio.training == train
     assert not converted.text.training
     assert converted.audio.patch_dropout_prob == 0.3
@@ -131,13 +131,13 @@ def test_mode_and_dropout_rates(train: bool):
     def rates_of(model: nn.Module) -> list[float]:
         return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
 
-    assert rates_of(converted) == rates_of(pair.reference)
+    assert rates_of(converted) == rates_of(pair.upstream)
     assert rates_of(converted)[:3] == [0.1, 0.1, 0.2]
 
 
 def test_dtype():
     pair = live.pair(build_mulan)
-    converted = musiclm_fast.from_reference(pair.oracle())
+    converted = musiclm_fast.from_upstream(pair.oracle())
     assert {p.dtype for p in converted.parameters()} == {torch.float64}
     inputs = batch()
     loss = converted.eval()(inputs["wavs"].double(), inputs["texts"])
@@ -149,11 +149,11 @@ def test_dtype():
 
 def test_nothing_is_shared():
     pair = live.pair(build_mulan)
-    converted = musiclm_fast.from_reference(pair.reference)
-    theirs = {t.data_ptr() for t in pair.reference.state_dict().values()}
+    converted = musiclm_fast.from_upstream(pair.upstream)
+    theirs = {t.data_ptr() for t in pair.upstream.state_dict().values()}
     assert not theirs & {t.data_ptr() for t in converted.state_dict().values()}
 
 
 def test_other_models_are_refused():
     with pytest.raises(TypeError, match="AudioSpectrogramTransformer"):
-        musiclm_fast.from_reference(nn.Linear(2, 2))
+        musiclm_fast.from_upstream(nn.Linear(2, 2))
