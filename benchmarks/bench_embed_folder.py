@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Contender, Result, Settings
+from musiclm_fast._wording import plural
 
 HZ = 16_000
 WINDOW, STRIDE = 10, 1  # seconds
@@ -146,9 +147,10 @@ def results(settings: Settings) -> list[Result]:
         )
         for name, kind in (("ours", "ours"), ("musiclm-pytorch", "theirs"))
     }
+    case = f"{plural(size.files, 'recording')} of {size.seconds} s"
     return harness.measure(
-        "embedding a folder", f"{size.files} recordings of {size.seconds} s", contenders, settings,
+        "embedding a folder", case, contenders, settings,
         check=functools.partial(check, size, device), rounds=3,
-        headline=f"embedding a folder, {size.files} recordings of {size.seconds} s, "
+        headline=f"embedding a folder, {case}, "
         f"10 s windows every second",
     )  # fmt: skip

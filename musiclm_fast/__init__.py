@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-# Names of version 0.1's development, until its first release after.
+# Kept until the release after 0.1.0.
 _RENAMED = {"from_reference": "from_upstream", "install_as_reference": "install_as_musiclm_pytorch"}
 
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
+from musiclm_fast._wording import plural
 
 if TYPE_CHECKING:
     import regex
@@ -87,7 +88,7 @@ def _tables() -> tuple[dict[int, int], list[bytes]]:
     path = importlib.resources.files("musiclm_fast") / "assets" / "clip_merges.txt"
     lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is a header
     if len(lines) != NUM_MERGES:
-        fail(str(path), f"{len(lines):,} merges", f"{NUM_MERGES:,}: the file is damaged")
+        fail(str(path), plural(len(lines), "merge"), f"{NUM_MERGES:,}: the file is damaged")
     symbols = [*_byte_symbols().values()]
     ids = {symbol: i for i, symbol in enumerate(symbols + [s + "</w>" for s in symbols])}
     pieces = [bytes([byte]) for byte in _byte_symbols()]

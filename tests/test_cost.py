@@ -118,10 +118,10 @@ def test_bad_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_tells_the_largest_batch(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--gpu-memory", "24GB", "--seconds", "10"]) == 0
     told = capsys.readouterr().out
-    most = int(told.split("largest batch in 24.0 GB: ")[1].split()[0])
+    most = int(told.split("largest batch in 24.0 GB: ")[1].split()[0].replace(",", ""))
     assert cli.main(["plan", "--gpu-memory", "80GB", "--seconds", "10"]) == 0
-    assert int(capsys.readouterr().out.split("80.0 GB: ")[1].split()[0]) > 3 * most
-    assert f"at {most} pairs" in told
+    assert int(capsys.readouterr().out.split("80.0 GB: ")[1].split()[0].replace(",", "")) > 3 * most
+    assert f"at {most:,} pairs" in told
     assert "on H100" in told
 
 

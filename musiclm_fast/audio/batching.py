@@ -16,6 +16,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 
 
@@ -63,7 +64,7 @@ def as_batch(
         return wavs, lengths
     for clip, length in enumerate(lengths.tolist()):
         if not 0 < length <= wavs.shape[1]:
-            allowed = f"1 to {wavs.shape[1]} samples"
+            allowed = f"1 to {plural(wavs.shape[1], 'sample')}"
             fail("lengths", f"{length} of clip {clip}", allowed)
     clips = [wav[:length] for wav, length in zip(wavs, lengths.tolist(), strict=True)]
     return _padded([_changed(wav, from_hz, to_hz) for wav in clips])

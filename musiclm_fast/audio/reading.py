@@ -12,6 +12,7 @@ from torch import Tensor
 
 from musiclm_fast._checks import check_positive_int
 from musiclm_fast._optional import require
+from musiclm_fast._wording import plural
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sound:
         """What was done to the file, for people."""
         parts = [f"{self.seconds:.2f} s"]
         if self.file_channels > 1:
-            parts.append(f"{self.file_channels} channels averaged to mono")
+            parts.append(f"{plural(self.file_channels, 'channel')} averaged to mono")
         if self.file_rate != self.sample_rate:
             parts.append(f"resampled from {self.file_rate} to {self.sample_rate} Hz")
         return ", ".join(parts)

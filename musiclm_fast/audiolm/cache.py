@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
+from musiclm_fast._wording import plural
 
 
 class Cache:
@@ -50,7 +51,7 @@ class Cache:
         """Store a layer's new keys and values ``(B, m, dim_head)``; return all of them."""
         end = self.length + k.shape[1]
         if end > self.capacity:
-            fail("cache", f"{end} tokens", f"at most its capacity of {self.capacity}")
+            fail("cache", plural(end, "token"), f"at most its capacity of {self.capacity}")
         keys, values = self.keys_values[layer]
         keys[:, self.length : end] = k
         values[:, self.length : end] = v

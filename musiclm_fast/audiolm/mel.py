@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_ndim, describe, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.ops import mel_filters
 
@@ -93,7 +94,11 @@ class Fitted(nn.Module):
         wave = resample(wave, input_sample_hz, self.target_sample_hz)
         whole = wave.shape[1] // self.downsample_factor * self.downsample_factor
         if whole == 0:
-            fail("wave", describe(wave), f"at least {self.downsample_factor} samples per row")
+            fail(
+                "wave",
+                describe(wave),
+                f"at least {plural(self.downsample_factor, 'sample')} per row",
+            )
         return wave[:, :whole]
 
     def _features(self, wave: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.audiolm.text_encoder import DEFAULT_T5_NAME, encoded_dim, t5_encode_text
 from musiclm_fast.audiolm.transformer import Transformer, front_length
@@ -158,7 +159,7 @@ class Stage(nn.Module):
                 mask = (text_embeds != 0).any(dim=-1)
         if text_embeds.shape[0] != batch:
             if text_embeds.shape[0] != 1:
-                fail("text, text_embeds", f"{text_embeds.shape[0]} rows", f"1 row or {batch}")
+                fail("text, text_embeds", plural(text_embeds.shape[0], "row"), f"1 row or {batch}")
             text_embeds = text_embeds.expand(batch, -1, -1)
             mask = None if mask is None else mask.expand(batch, -1)
         drop = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import add_source, choose_workers
 
 HELP = "read a whole collection and say what is wrong with it"
@@ -87,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(args: argparse.Namespace, report: Any) -> None:
     print(
-        f"{args.source}: {report.sounds:,} sounds, {report.usable:,} of them usable; "
-        f"{report.captions:,} captions, {_clock(report.seconds)} of sound"
+        f"{args.source}: {plural(report.sounds, 'sound')}, {report.usable:,} of them usable; "
+        f"{plural(report.captions, 'caption')}, {_clock(report.seconds)} of sound"
     )
     if report.rates:
         print(

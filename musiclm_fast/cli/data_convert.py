@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import INTERRUPTED, add_source, choose_workers
 
 HELP = "decode and resample a collection once, for faster training"
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print("\nstopped; the same command resumes the run", file=sys.stderr)
         return INTERRUPTED
     made = len(sounds) + len(sounds.left_out) - len(skipped)
-    print(f"{args.folder}/{MANIFEST}: {made:,} sounds at {args.sample_hz:,} Hz")
+    print(f"{args.folder}/{MANIFEST}: {plural(made, 'sound')} at {args.sample_hz:,} Hz")
     if skipped:
         print(f"left out: {summary(skipped)}")
     return 0

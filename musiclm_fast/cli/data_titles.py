@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from musiclm_fast._wording import plural
+
 HELP = "write a manifest of a folder of music, with titles as captions"
 
 
@@ -50,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     rows = write_manifest(text, args.folder, args.captions, relative_to=beside)
     with atomic_file(args.output) as file:
         file.write(text.getvalue().encode())
-    print(f"{args.output}: {rows:,} sounds", file=sys.stderr)
+    print(f"{args.output}: {plural(rows, 'sound')}", file=sys.stderr)
     return 0

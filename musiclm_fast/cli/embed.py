@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import INTERRUPTED, add_model, add_source, load_embedder
 from musiclm_fast.cli.search import updated_index
 
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         arrays["text_sound"] = np.repeat(np.arange(len(names)), [len(own) for own in captions])
         strings["texts"] = texts
     _write(output, arrays, strings)
-    print(f"{output}: {len(names):,} sounds, {len(arrays['windows']):,} windows")
+    windows = plural(len(arrays["windows"]), "window")
+    print(f"{output}: {plural(len(names), 'sound')}, {windows}")
     return 0
 
 

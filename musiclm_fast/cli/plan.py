@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from musiclm_fast._wording import plural
+
 HELP = "which batch fits in a GPU's memory, and what a step costs"
 # Beside the step's own tensors: CUDA's context and libraries, and attention's workspace.
 RESERVED = 1.0e9
@@ -82,18 +84,19 @@ def run(args: argparse.Namespace) -> int:
     if args.batch is not None:
         check_positive_int("batch", args.batch)
     shown = args.batch or most
+    patches = plural(step.audio_tokens, "patch", "patches")
     print(
-        f"{step.parameters / 1e6:.1f} M parameters, {step.audio_tokens} patches of a clip, "
-        f"{step.text_tokens} tokens of a text, {args.precision}, {args.optimizer}"
+        f"{step.parameters / 1e6:.1f} M parameters, {patches} of a clip, "
+        f"{plural(step.text_tokens, 'token')} of a text, {args.precision}, {args.optimizer}"
     )
-    print(f"largest batch in {args.gpu_memory / 1e9:.1f} GB: {most} pairs")
+    print(f"largest batch in {args.gpu_memory / 1e9:.1f} GB: {plural(most, 'pair')}")
     if not shown:
         needed = cost.memory(step, values).total / USABLE + RESERVED
         print(f"not even one pair fits: that takes {needed / 1e9:.1f} GB")
         return 1
     at = step.with_batch(shown)
     memory = cost.memory(at, values)
-    print(f"\nat {shown} pairs")
+    print(f"\nat {plural(shown, 'pair')}")
     for name, value in (
         ("weights", memory.weights),
         ("optimizer", memory.optimizer),

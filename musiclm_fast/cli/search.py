@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import INTERRUPTED, add_model, load_embedder, shown
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ def updated_index(
     words = f" ({changes})" if str(changes) else ""
     if index.unsaved:
         print(f"the index could not be written: {index.unsaved}", file=sys.stderr)
-    windows = f"{index.windows():,} windows of {embedder.window_seconds:g} s"
-    print(f"{folder}: {readable:,} files{words}, {windows}", file=sys.stderr)
+    windows = f"{plural(index.windows(), 'window')} of {embedder.window_seconds:g} s"
+    print(f"{folder}: {plural(readable, 'file')}{words}, {windows}", file=sys.stderr)
     if failed:
         some = "; ".join(f"{shown(name)}: {reason}" for name, reason in [*failed.items()][:5])
         more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from musiclm_fast._checks import check_not_negative_int, check_positive, check_positive_int, fail
 from musiclm_fast._optional import require
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.decoding import (
     CUT_SHORT,
     UnreadableSoundError,
@@ -154,7 +155,7 @@ class CaptionedSounds(Dataset[Row]):
     def _row(self, index: int) -> int:
         size = len(self)
         if not -size <= index < size:
-            raise IndexError(f"index: got {index}, expected one of {size} sounds")
+            raise IndexError(f"index: got {index}, expected one of {plural(size, 'sound')}")
         return int(self._rows[index])
 
     def captions(self, index: int) -> list[str]:
@@ -205,7 +206,8 @@ class CaptionedSounds(Dataset[Row]):
             text = with_extra_words(text, self.extra_words, lambda n: int(generator.integers(n)))
             return Row(wav, text, self.name(candidate), candidate, start, skipped)
         raise RuntimeError(
-            f"dataset: none of {len(skipped)} sounds can be read, the first is {skipped[0]}"
+            f"dataset: none of {plural(len(skipped), 'sound')} can be read, "
+            f"the first is {skipped[0]}"
         )
 
     def _candidates(self, index: int, generator: np.random.Generator) -> Iterator[int]:
@@ -238,7 +240,7 @@ class CaptionedSounds(Dataset[Row]):
         if isinstance(index, tuple):
             return self.draw(*index)
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, expected one of {len(self)} sounds")
+            raise IndexError(f"index: got {index}, expected one of {plural(len(self), 'sound')}")
         row = self.draw(index, int(torch.randint(2**62, ())))
         if row.skipped:
             names = "; ".join(map(str, row.skipped))

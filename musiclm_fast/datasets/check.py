@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from musiclm_fast._optional import require
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.captioned_sounds import CaptionedSounds, Skipped
 from musiclm_fast.datasets.decoding import CUT_SHORT, UnreadableSoundError, slack
 
@@ -191,7 +192,7 @@ def _check_captions(sounds: CaptionedSounds, max_tokens: int, report: DataReport
                 and len(tokenizer.encode(caption)) > max_tokens
             ):
                 name = sounds.name(index)
-                report.notes.append(Skipped(name, f"caption cut to {max_tokens} tokens"))
+                report.notes.append(Skipped(name, f"caption cut to {plural(max_tokens, 'token')}"))
         first = seen.setdefault(captions[0].casefold(), index)
         if sounds.file(first) != sounds.file(index):
             reason = f"the same caption as {sounds.name(first)}"

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from musiclm_fast._checks import check_choice, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.listing import Listing, sound_files
 from musiclm_fast.datasets.tables import (
     _TABLES,
@@ -82,8 +83,9 @@ def _guess_kind(text: str, captions: str | None) -> str:
         return "musiccaps" if "ytid" in _columns(table) else "manifest"
     if any(name.endswith(".tar") for name in os.listdir(text)):
         return "webdataset"
+    found = plural(len(sound_files(text)), "sound file")
     raise ValueError(
-        f"source: got the folder {text!r} with {len(sound_files(text))} sound files, no manifest "
+        f"source: got the folder {text!r} with {found}, no manifest "
         "and no .tar, expected a manifest in it (csv or jsonl with path and caption; "
         "`musiclm-fast data titles` makes one of titles), or captions='names' or 'tags'"
     )

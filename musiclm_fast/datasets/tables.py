@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from musiclm_fast._checks import fail
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.listing import Entry, Listing, Skipped, captions_of, sound_files
 
 _TABLES = (".csv", ".tsv", ".jsonl")
@@ -82,7 +83,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             for cells in reader:
                 row = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
-                    row[""] = f"{len(cells)} cells under {len(header)} columns"
+                    row[""] = f"{plural(len(cells), 'cell')} under {plural(len(header), 'column')}"
                 if any(cells):
                     yield line, row
                 line = reader.line_num + 1

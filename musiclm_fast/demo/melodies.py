@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.demo.rendering import PCM_SCALE, NoteSet
 
 BEAT_SECONDS = 0.25
@@ -88,7 +89,11 @@ def compose_phrases(
     rate = notes.sample_rate
     beat = round(BEAT_SECONDS * rate)
     if notes.pcm.shape[1] < beat * max(_BEATS):
-        fail("notes", f"{notes.pcm.shape[1]} samples a note", f"at least {beat * max(_BEATS)}")
+        fail(
+            "notes",
+            f"{plural(notes.pcm.shape[1], 'sample')} a note",
+            f"at least {beat * max(_BEATS)}",
+        )
     samples = round(seconds * rate)
     pcm = np.zeros((len(programs) * count, samples), np.int16)
     for label, program in enumerate(programs):

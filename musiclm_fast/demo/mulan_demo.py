@@ -14,6 +14,7 @@ import torch
 
 from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
+from musiclm_fast._wording import plural
 from musiclm_fast.demo.mulan_run import (
     MODEL_FILE,
     RESULTS_FILE,
@@ -78,7 +79,7 @@ def run_demo(
     data = Notes.render(config)
     rendered = time.monotonic() - began
     say(
-        f"{len(data.notes)} notes of {config.instruments} instruments, "
+        f"{plural(len(data.notes), 'note')} of {plural(config.instruments, 'instrument')}, "
         f"{len(data.parts['train'])} to train on ({rendered:.0f} s)"
     )
 
@@ -88,8 +89,8 @@ def run_demo(
     baseline = collapsed_loss(config.batch_size)
     size = sum(p.numel() for p in run.mulan.parameters()) / 1e6
     say(
-        f"training {size:.1f} M parameters on {device}, {config.steps} steps of "
-        f"{config.batch_size} pairs; a model that learns nothing stays at a loss of "
+        f"training {size:.1f} M parameters on {device}, {plural(config.steps, 'step')} of "
+        f"{plural(config.batch_size, 'pair')}; a model that learns nothing stays at a loss of "
         f"ln({config.batch_size - 1}) = {baseline:.2f}"
     )
     run.train()

@@ -17,6 +17,7 @@ from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
 from musiclm_fast._progress import progress_bar
 from musiclm_fast._signals import stop_requests
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.writing import write_wave
 from musiclm_fast.audiolm.audio_lm import STAGES
 from musiclm_fast.demo.music_run import RESULTS_FILE, MusicDemo, MusicDemoConfig
@@ -97,8 +98,8 @@ def run_music_demo(
     demo = MusicDemo(config, folder, Path(checkpoint))
     results = _open_results(folder, config, restart)
     say(
-        f"{len(demo.train)} melodies of {config.seconds:g} s to train on, "
-        f"{config.instruments} instruments ({time.monotonic() - began:.0f} s)"
+        f"{plural(len(demo.train), 'melody', 'melodies')} of {config.seconds:g} s to train on, "
+        f"{plural(config.instruments, 'instrument')} ({time.monotonic() - began:.0f} s)"
     )
     project = demo.project(say)
     steps = {name: getattr(config, f"{name}_steps") for name in STAGES}
@@ -123,7 +124,7 @@ def run_music_demo(
     generator = torch.Generator().manual_seed(config.seed)
     some = torch.randperm(len(trained), generator=generator)[: len(demo.new)]
     trained_labels = torch.from_numpy(demo.train.label)[some]
-    rows = [(f"generated, {config.instruments} prompts", waves, labels)]
+    rows = [(f"generated, {plural(config.instruments, 'prompt')}", waves, labels)]
     for name, real in (
         ("real, melodies not trained on", demo.new),
         ("real, pitches not trained on", demo.held_out),

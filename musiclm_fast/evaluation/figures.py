@@ -12,6 +12,7 @@ from torch import Tensor
 
 from musiclm_fast._optional import require
 from musiclm_fast._plotting import ACCENT, LINE, MUTED, pyplot, save_figure
+from musiclm_fast._wording import plural
 
 if TYPE_CHECKING:
     from musiclm_fast.evaluation.report import Report
@@ -53,8 +54,9 @@ def similarity(report: Report, folder: Path) -> Path:
     axis.tick_params(length=0)
     axis.set_xlabel("caption")
     axis.set_ylabel("sound")
-    of = f"{len(some)} of {len(report.names):,}" if len(some) < len(report.names) else "all"
-    axis.set_title(f"cosine similarity, {of} sounds; the diagonal is right", loc="left")
+    every = plural(len(report.names), "sound")
+    of = f"{len(some)} of {every}" if len(some) < len(report.names) else every
+    axis.set_title(f"cosine similarity, {of}; the diagonal is right", loc="left")
     figure.colorbar(shown, ax=axis, shrink=0.5, pad=0.02)
     return save_figure(plt, figure, folder / "similarity.png")
 
@@ -101,7 +103,8 @@ def embedding_map(report: Report, folder: Path, method: str = "auto") -> Path:
             axis.scatter(*own.T, s=12, color=colour, label=report.label_names[label])
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(f"embeddings of {len(some):,} sounds and {len(captions):,} captions, {how}")
+    counts = f"{plural(len(some), 'sound')} and {plural(len(captions), 'caption')}"
+    axis.set_title(f"embeddings of {counts}, {how}")
     axis.legend(frameon=False, fontsize=7, markerscale=1.5)
     return save_figure(plt, figure, folder / "map.png")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_ndim, check_shape, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.ops import mel_filters
 
 _BANDS = 64
@@ -28,7 +29,7 @@ def log_mel(clips: Tensor, sample_hz: int, bands: int = _BANDS, hop: int = 256) 
     """
     check_ndim("clips", clips, 2, "(B, samples)")
     if clips.shape[1] < 512:
-        fail("clips", f"{clips.shape[1]} samples", "at least 512")
+        fail("clips", plural(clips.shape[1], "sample"), "at least 512")
     filters = mel_filters(sample_hz, 512, bands).t().to(clips)  # (bands, bins)
     spectrum = torch.stft(
         clips, 512, hop, window=torch.hann_window(512).to(clips), center=False, return_complex=True
@@ -102,7 +103,11 @@ def nearest_clip(clips: Tensor, known: Tensor, sample_hz: int, chunk: int = 512)
     """
     check_ndim("known", known, 2, "(n, samples)")
     if clips.shape[1] != known.shape[1]:
-        fail("known", f"clips of {known.shape[1]} samples", f"{clips.shape[1]}, as clips have")
+        fail(
+            "known",
+            f"clips of {plural(known.shape[1], 'sample')}",
+            f"{clips.shape[1]}, as clips have",
+        )
     own = log_mel(clips, sample_hz, 40, 320).flatten(1)
     least = own.new_full((len(own),), torch.inf)
     for some in known.split(chunk):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
+from musiclm_fast._wording import plural
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Labels:
 
     def __post_init__(self) -> None:
         if len(self.prompts) < 2:
-            fail("labels", f"{len(self.prompts)} labels", "at least two to choose from")
+            fail("labels", plural(len(self.prompts), "label"), "at least two to choose from")
         for label, texts in self.prompts.items():
             if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
                 fail("labels", f"{texts!r} for {label!r}", "at least one text, none empty")

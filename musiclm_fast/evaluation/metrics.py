@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_dtype, check_ndim, check_positive_int, check_shape, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.models.mulan import MuLaN
 
 
@@ -320,7 +321,7 @@ def spread(latents: Tensor) -> Spread:
     check_ndim("latents", latents, 2, "(n, d)")
     count, dim = latents.shape
     if count < 2:
-        fail("latents", f"{count} vectors", "at least two")
+        fail("latents", plural(count, "vector"), "at least two")
     x = latents.double()
     if not torch.isfinite(x).all():
         return Spread(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from musiclm_fast._wording import plural
 from musiclm_fast.evaluation.metrics import Retrieval, Spread
 
 _KS = (1, 5, 10)
@@ -98,7 +99,7 @@ class Report:
 
     def table(self) -> str:
         """The figures for a terminal."""
-        lines = [f"{len(self.names):,} sounds, {len(self.texts):,} captions", ""]
+        lines = [f"{plural(len(self.names), 'sound')}, {plural(len(self.texts), 'caption')}", ""]
         heads = ["", *(f"recall@{k}" for k in _KS), "median rank", "mAP@10"]
         rows = [heads]
         for title, found in (
@@ -111,7 +112,8 @@ class Report:
         lines += _aligned(rows)
         if self.labels is not None:
             own, chance = self.labels, 1 / len(self.labels.roc_auc)
-            lines += ["", f"zero-shot over {len(own.roc_auc)} labels, {own.sounds:,} sounds"]
+            over = f"{plural(len(own.roc_auc), 'label')}, {plural(own.sounds, 'sound')}"
+            lines += ["", f"zero-shot over {over}"]
             shares = ", ".join(f"top-{k} {value:.1%}" for k, value in own.accuracy.items())
             auc = "undefined" if own.macro_roc_auc is None else f"{own.macro_roc_auc:.3f}"
             lines.append(f"  {shares} (chance {chance:.1%}); ROC-AUC {auc} (macro)")
@@ -129,7 +131,7 @@ class Report:
         ]
         if self.left_out:
             some = "; ".join(f"{name}: {why}" for name, why in [*self.left_out.items()][:3])
-            lines.append(f"left out {len(self.left_out)} sounds: {some}")
+            lines.append(f"left out {plural(len(self.left_out), 'sound')}: {some}")
         return "\n".join(lines)
 
 

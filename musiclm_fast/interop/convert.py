@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_choice, describe, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
@@ -202,9 +203,13 @@ def config_of_weights(
     if side * side == patch:
         audio["patch_size"] = (side, side)
     elif "patch_size" not in given.get("audio", {}):
-        fail("audio.patch_size", f"patches of {patch} values", "two sizes to be given")
+        fail("audio.patch_size", f"patches of {plural(patch, 'value')}", "two sizes to be given")
     if window > 128 and "spec_n_fft" not in given.get("audio", {}):
-        fail("audio.spec_n_fft", f"a window of {window} samples", "the transform's to be given")
+        fail(
+            "audio.spec_n_fft",
+            f"a window of {plural(window, 'sample')}",
+            "the transform's to be given",
+        )
     text = {
         **_transformer_of_weights(weights, "text."),
         "num_tokens": weights["text.token_emb.weight"].shape[0],

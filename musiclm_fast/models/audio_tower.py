@@ -21,6 +21,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.batching import as_batch, similar_lengths
 from musiclm_fast.models.arguments import record_arguments
 from musiclm_fast.models.front_end import (
@@ -141,7 +142,11 @@ class AudioSpectrogramTransformer(nn.Module):
         for size in self.patch_size:
             check_positive_int("patch_size", size)
         if not accept_spec and self.front_end.bands < self.patch_size[0]:
-            fail("patch_size", patch_size, f"at most the {self.front_end.bands} bands of a clip")
+            fail(
+                "patch_size",
+                patch_size,
+                f"at most the {plural(self.front_end.bands, 'band')} of a clip",
+            )
         self.accept_spec = accept_spec
         self.accept_spec_time_first = accept_spec_time_first
         self.patch_dropout_prob = patch_dropout_prob
@@ -275,11 +280,11 @@ class AudioSpectrogramTransformer(nn.Module):
         frames = self._frames(samples)
         bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
         tall, wide = self.patch_size
-        needed = f"at least one patch of {tall} bands and {wide} frames"
+        needed = f"at least one patch of {plural(tall, 'band')} and {plural(wide, 'frame')}"
         if not self.accept_spec:
-            needed += f" ({self.shortest_clip} samples)"
+            needed += f" ({plural(self.shortest_clip, 'sample')})"
         if bands < tall or frames < wide:
-            found = f"{describe(x)}, a spectrogram of {bands} bands and {frames} frames"
+            found = f"{describe(x)}, {plural(bands, 'band')} and {plural(frames, 'frame')}"
             fail("x", found, needed)
         if lengths is None:
             check_finite("x", x)
@@ -294,7 +299,9 @@ class AudioSpectrogramTransformer(nn.Module):
                 if length > samples:
                     fail("lengths", f"{length} of clip {clip}", f"at most the {samples} of x")
                 if own_frames < wide:
-                    fail("lengths", f"{length} of clip {clip}, {own_frames} frames", needed)
+                    fail(
+                        "lengths", f"{length} of clip {clip}, {plural(own_frames, 'frame')}", needed
+                    )
         if lengths.device.type == "cpu":
             check_finite("x", x, lengths, self._time_axis())
         return own

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from musiclm_fast._checks import check_choice, check_finite, check_floating, check_ndim, fail
 from musiclm_fast._optional import transformers_class
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.batching import as_batch
 from musiclm_fast.models.hugging_face import HuggingFaceTower, beside, plain_values
 from musiclm_fast.models.towers import register_tower
@@ -146,7 +147,11 @@ class HuggingFaceAudio(HuggingFaceTower):
         most = min(longest, self.max_samples or longest)
         for clip, size in enumerate(sizes):
             if size < least:
-                fail("x", f"{size} samples of clip {clip}", f"at least {least} ({_MIN_SECONDS} s)")
+                fail(
+                    "x",
+                    f"{plural(size, 'sample')} of clip {clip}",
+                    f"at least {least} ({_MIN_SECONDS} s)",
+                )
             if size > most and size > longest:
                 fail("lengths", f"{size} of clip {clip}", f"at most the {longest} of x")
             if size > most:

@@ -23,6 +23,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._optional import transformers_class
+from musiclm_fast._wording import plural
 from musiclm_fast.models.hugging_face import HuggingFaceTower, beside, plain_values
 from musiclm_fast.models.towers import register_tower
 
@@ -152,7 +153,8 @@ class HuggingFaceText(HuggingFaceTower):
             if cut:
                 self._warned = True
                 warnings.warn(
-                    f"raw_texts: cut to {self.max_seq_len} tokens: {cut[0][:40]!r}... (said once)",
+                    f"raw_texts: cut to {plural(self.max_seq_len, 'token')}: "
+                    f"{cut[0][:40]!r}... (said once)",
                     stacklevel=3,
                 )
         device = self.device

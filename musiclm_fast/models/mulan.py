@@ -20,6 +20,7 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.reading import read_sound
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.arguments import record_arguments
@@ -246,7 +247,11 @@ class MuLaN(Pretrained, nn.Module):
                 fail("input_sample_hz", input_sample_hz, "None: a file knows its rate")
             read = read_sound(sound, rate)
             if read.file_channels > 1 and not mix_down:
-                fail("sound", f"{read.file_channels} channels in {os.fspath(sound)!r}", allowed)
+                fail(
+                    "sound",
+                    f"{plural(read.file_channels, 'channel')} in {os.fspath(sound)!r}",
+                    allowed,
+                )
             return read.wav.to(device)
         if not isinstance(sound, Tensor):
             fail("sound", describe(sound), "a file's path or a torch.Tensor", TypeError)
@@ -338,7 +343,7 @@ class MuLaN(Pretrained, nn.Module):
             fail("texts, raw_texts", both, "exactly one of them")
         count = len(raw_texts) if raw_texts is not None else texts.shape[0]  # type: ignore[union-attr]
         if not return_pairwise_similarities and count != len(wavs):
-            found = describe(wavs) if isinstance(wavs, Tensor) else f"{len(wavs)} clips"
+            found = describe(wavs) if isinstance(wavs, Tensor) else plural(len(wavs), "clip")
             fail("wavs", found, f"as many clips as there are texts ({count})")
         wants_layers = self.multi_layer_contrastive_learning is not None and not (
             return_latents or return_similarities or return_pairwise_similarities

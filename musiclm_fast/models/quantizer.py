@@ -20,6 +20,7 @@ from musiclm_fast._checks import (
     check_shape,
     fail,
 )
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.conditioner import AudioConditionerBase
 from musiclm_fast.models.mulan import MuLaN
@@ -76,8 +77,8 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         if len(conditioning_dims) != len(namespaces):
             fail(
                 "conditioning_dims",
-                f"{len(conditioning_dims)} widths",
-                f"one for each of the {len(namespaces)} namespaces",
+                plural(len(conditioning_dims), "width"),
+                f"one for each of {plural(len(namespaces), 'namespace')}",
             )
         self.mulan = mulan
         self.namespaces = tuple(namespaces)

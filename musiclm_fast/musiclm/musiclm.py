@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_fast._checks import check_positive_int, describe, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.audio_lm import AudioLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
@@ -166,7 +167,7 @@ class MusicLM(nn.Module):
         if not ids:
             fail("text", repr(text), "a text that says something")
         if len(ids) > length:
-            fail("text", f"one of {len(ids)} tokens", f"at most MuLaN's {length}")
+            fail("text", f"one of {plural(len(ids), 'token')}", f"at most MuLaN's {length}")
         return {"texts": torch.tensor([ids], device=self.device)}
 
     def _check_stages(self, stages: dict[str, Any]) -> None:

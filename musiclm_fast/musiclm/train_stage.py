@@ -11,6 +11,7 @@ import torch
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._config import ConfigError, differences, from_plain
 from musiclm_fast._progress import progress_bar
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.sampling import SeededRows
 from musiclm_fast.datasets.sound_folder import SoundFolder
 from musiclm_fast.models.checkpoint import load_mulan
@@ -95,7 +96,7 @@ def train_stage(stage: str, config: TrainStageConfig, *, restart: bool = False) 
     if state.is_main_process:
         print(
             f"{stage}: loss {log['loss']:.3f}, in validation {log['valid_loss']:.3f}, "
-            f"after {log['steps']} steps, in {output}"
+            f"after {plural(int(log['steps']), 'step')}, in {output}"
         )
     return log
 

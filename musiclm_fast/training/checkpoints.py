@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._config import plain_differences
+from musiclm_fast._wording import plural
 from musiclm_fast.training.accelerated import Accelerator, gather_object
 from musiclm_fast.training.monitor import SkippedSteps
 from musiclm_fast.training.optimizer import make_schedule
@@ -158,7 +159,7 @@ class Checkpoints(nn.Module):
         """Put the optimizer's state back; which kernel computes the step is this run's affair."""
         own = self.optim.param_groups
         if len(state["param_groups"]) != len(own):
-            raise ValueError(f"the optimizer has {len(own)} groups of weights")
+            raise ValueError(f"the optimizer has {plural(len(own), 'group')} of weights")
         kernels = ("fused", "foreach", "capturable", "differentiable")
         groups = [
             {**saved, **{name: group[name] for name in kernels if name in group}}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, random_split
 
 from musiclm_fast._checks import NonFiniteError, fail
 from musiclm_fast._signals import stop_requests
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.sampling import training_loader
 from musiclm_fast.training.accelerated import Accelerator
 from musiclm_fast.training.checkpoints import Checkpoints
@@ -154,21 +155,26 @@ class Engine(Checkpoints):
         valid = rows - int((1 - share) * rows) if share > 0 and valid_dataset is None else 0
         processes = self.accelerator.num_processes
         if rows - valid < self.batch_size * processes:
-            shared = f" for each of {processes} processes" if processes > 1 else ""
-            found = f"{rows - valid} rows for training ({rows} in all)"
+            each = f" for each of {plural(processes, 'process', 'processes')}"
+            shared = each if processes > 1 else ""
+            found = f"{plural(rows - valid, 'row')} for training ({rows} in all)"
             fail("dataset", found, f"at least one batch of {self.batch_size}{shared}")
         if valid_dataset is not None:
             count = len(valid_dataset)  # type: ignore[arg-type]
-            self.print(f"training with dataset of {rows} samples and validating with {count}")
+            self.print(
+                f"training with dataset of {plural(rows, 'sample')} and validating with {count}"
+            )
             return dataset, valid_dataset
         if not valid:
-            self.print(f"training with shared training and valid dataset of {rows} samples")
+            self.print(
+                f"training with shared training and valid dataset of {plural(rows, 'sample')}"
+            )
             return dataset, dataset
         generator = torch.Generator().manual_seed(self.seed)
         parts = random_split(dataset, [rows - valid, valid], generator=generator)
         self.print(
-            f"training with dataset of {rows - valid} samples and validating with "
-            f"randomly split {valid} samples"
+            f"training with dataset of {plural(rows - valid, 'sample')} and validating with "
+            f"randomly split {plural(valid, 'sample')}"
         )
         return parts[0], parts[1]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from musiclm_fast._wording import plural
 from musiclm_fast.evaluation.metrics import collapsed_loss
 from musiclm_fast.models.losses import SigmoidContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
@@ -119,10 +120,10 @@ class SkippedSteps:
         self.total += skipped
         if self.in_a_row >= self.most:
             raise FloatingPointError(
-                f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to "
-                f"step {step} ({self.total} in all); the weights are those before them. A lower "
-                "learning rate, a longer warm-up, a smaller max_grad_norm or another precision "
-                "may help; so may a look at the data"
+                "the loss or its gradient was not finite in "
+                f"{plural(self.in_a_row, 'step')} in a row, up to step {step} ({self.total} in "
+                "all); the weights are those before these steps. Try a lower learning rate, a "
+                "longer warm-up, a smaller max_grad_norm or another precision, and check the data"
             )
 
 
@@ -178,10 +179,10 @@ class CollapseMonitor:
         self.warned = True
         mean = sum(losses) / len(losses)
         return (
-            f"the loss has been at {mean:.3f} for {self.window} steps, up to step {step}; "
-            f"{self.level:.3f} is what it is when all similarities are equal: nothing is being "
-            "learned. Check that captions differ and belong to their clips (`musiclm-fast data "
-            'check`), use a log-mel front end (front_end="mulan", not "upstream"), a learning '
+            f"the loss has been at {mean:.3f} for {plural(self.window, 'step')}, up to step "
+            f"{step}; {self.level:.3f} is its value when all similarities are equal: the model "
+            "learns nothing. Check that captions differ and belong to their clips (`musiclm-fast "
+            'data check`), use a log-mel front end (front_end="mulan", not "upstream"), a learning '
             "rate that is 3 to 10 times lower or higher with a warm-up, a larger batch, and text "
             "embeddings that start small"
         )

@@ -76,7 +76,7 @@ class TextTowerConfig:
         max_tokens: longest caption in tokens; longer ones are cut
         attn_dropout: dropout of attention weights
         ff_dropout: dropout in the feed-forwards
-        embedding_std: spread of the first token embeddings; null for the reference's 1, which
+        embedding_std: spread of the first token embeddings; null for upstream's 1, which
             learns more slowly
     """
 
@@ -145,7 +145,7 @@ class DataConfig:
         extra_words: most random words before a caption and after it in training, from which the
             text tower learns to pass over words that it does not know; of use where captions are
             few or alike
-        sample_hz: rate of the clips in Hz; null is the front end's (16,000 for reference, which has
+        sample_hz: rate of the clips in Hz; null is the front end's (16,000 for upstream, which has
             none)
         num_workers: processes that read sounds ahead; 0 reads in the training process
     """

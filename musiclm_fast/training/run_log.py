@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from musiclm_fast._progress import progress_bar
+from musiclm_fast._wording import plural
 from musiclm_fast.training.accelerated import Accelerator, gather_object
 from musiclm_fast.training.run_folder import RunFolder
 
@@ -93,13 +94,13 @@ class RunLog:
     def report(self, step: int, skipped_steps: int) -> None:
         """What was skipped in the run; all processes must call it."""
         if skipped_steps:
-            self.print(f"{skipped_steps} steps were skipped: not finite")
+            self.print(f"skipped {plural(skipped_steps, 'step')}: not finite")
         rows: Counter[tuple[str, str]] = Counter()
         for items in gather_object([[*self.skipped_rows.items()]]):
             for key, times in items:
                 rows[key] += times
         if rows:
-            entry = [[name, reason, times] for (name, reason), times in sorted(rows.items())]
-            lines = [f"  {name}: {reason} ({times} times)" for name, reason, times in entry]
-            self.print("\n".join([f"{len(rows)} sounds could not be read:", *lines]))
+            entry = [(name, reason, times) for (name, reason), times in sorted(rows.items())]
+            lines = [f"  {name}: {reason} ({plural(n, 'time')})" for name, reason, n in entry]
+            self.print("\n".join([f"{plural(len(rows), 'sound')} could not be read:", *lines]))
             self.line({"step": step, "skipped_sounds": entry})

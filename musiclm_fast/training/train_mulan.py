@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from musiclm_fast._config import ConfigError, plain_differences
+from musiclm_fast._wording import plural
 from musiclm_fast.datasets.opening import open_dataset
 from musiclm_fast.datasets.splitting import split
 from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
@@ -122,8 +123,9 @@ def make_trainer(config: TrainMuLaNConfig) -> MuLaNTrainer:
     needed = training.batch_size * PartialState(cpu=processes_on_cpu()).num_processes
     if len(train) < needed:
         raise ConfigError(
-            f"training.batch_size: got {training.batch_size}, {needed} pairs a step, expected at "
-            f"most the {len(train)} sounds to train on ({len(valid)} are for validation)"
+            f"training.batch_size: got {training.batch_size}, {plural(needed, 'pair')} a step, "
+            f"expected at most the {plural(len(train), 'sound')} to train on ({len(valid)} are "
+            "for validation)"
         )
     trainer = MuLaNTrainer(
         mulan,

@@ -325,7 +325,7 @@ def test_wrong_columns_are_named(folder):
     with pytest.raises(ValueError, match=r"other.csv.*columns file, caption.*lacking: path"):
         opened(path)
     path = write_csv(folder / "other.csv", ["path", "caption"], ["sounds/0.wav"])
-    with pytest.raises(ValueError, match=r"1 x 1 cells under 2 columns \(sounds/0.wav \(line 2"):
+    with pytest.raises(ValueError, match=r"1 x 1 cell under 2 columns \(sounds/0.wav \(line 2"):
         opened(path)
 
 
@@ -354,7 +354,7 @@ def test_no_source(tmp_path):
         opened(str(tmp_path / "{a,b}.tar"))
     write(tmp_path / "a.wav", noise(1.0))
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(ValueError, match=r"1 sound files, no manifest and no \.tar, expected"):
+    with pytest.raises(ValueError, match=r"1 sound file, no manifest and no \.tar, expected"):
         opened(tmp_path)
     with pytest.raises(ValueError, match="kind: got 'zip', expected one of 'auto'"):
         opened(tmp_path, kind="zip")

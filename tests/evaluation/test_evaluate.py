@@ -274,7 +274,7 @@ def test_labels_of_files(tmp_path):
     [
         ("a.csv", "path,mood\na,b\n", "columns path, mood, expected path and labels"),
         ("a.csv", "", "columns nothing"),
-        ("a.csv", "path,label\na,b\n", "1 labels, expected at least two"),
+        ("a.csv", "path,label\na,b\n", "1 label, expected at least two"),
         ("a.json", "{", "a.json"),
         ("a.json", "[]", "no object with 'labels'"),
         ("a.json", '{"labels": {"a": 3}}', "labels of 'a': got 3"),

@@ -296,7 +296,7 @@ def test_bad_texts_and_batches(wavs):
         (lambda: FrontEnd(sample_hz=16000, n_mels=64, f_max=9000.0), "Nyquist"),
         (lambda: make_mulan(hierarchical_contrastive_loss=True,
                             hierarchical_contrastive_loss_layers=2), "1 to 1"),
-        (lambda: MuLaNEmbedQuantizer(make_mulan(), (8, 8)), "one for each of the 3 namespaces"),
+        (lambda: MuLaNEmbedQuantizer(make_mulan(), (8, 8)), "one for each of 3 namespaces"),
         (lambda: MuLaNEmbedQuantizer(make_mulan(), (), namespaces=()), "at least one name"),
     ],
 )  # fmt: skip

@@ -93,7 +93,7 @@ def test_the_command_line_trains(tmp_path, capsys):
     assert main([*command, "--seconds", "0.2"]) == 0
     assert "fine: loss" in capsys.readouterr().out
     assert main([*command, "--seconds", "0.2"]) == 0  # nothing is left to do
-    assert "after 1 steps" in capsys.readouterr().out
+    assert "after 1 step," in capsys.readouterr().out
     assert main([*command, "--seconds", "0.2", "--steps", "2"]) == 2
     assert "training.steps = 1, not 2" in capsys.readouterr().err
     assert main([*command, "--seconds", "0.2", "--set", "music.dim=64"]) == 2

@@ -65,7 +65,7 @@ def test_the_example_trains(music: Path, tmp_path: Path, capsys: Any) -> None:
     out, _ = capsys.readouterr()
     assert "training complete" in out
     assert "stays at a loss of 1.10" in out  # ln(3)
-    assert "1 sounds could not be read:\n  tone 3.wav" in out
+    assert "1 sound could not be read:\n  tone 3.wav" in out
     assert "the model is in" in out
     model, extra = load_mulan(tmp_path / "out" / "latest")
     assert extra == {"clip_seconds": 0.5, "sample_rate": 16000}

@@ -429,8 +429,8 @@ def test_a_collapsed_run_is_warned_about_once(tmp_path: Path, capsys: Any) -> No
     trainer._collapse.window = 20
     trainer.train()
     said = capsys.readouterr().out
-    assert said.count("nothing is being learned") == 1
-    assert "1.099 is what it is when all similarities are equal" in said
+    assert said.count("the model learns nothing") == 1
+    assert "1.099 is its value when all similarities are equal" in said
     warning = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in warning if "warning" in entry] == [25]
 
@@ -589,7 +589,7 @@ def test_sounds_that_could_not_be_read_are_reported(tmp_path: Path, capsys: Any)
     trainer.train()
     said = capsys.readouterr().out
     assert said.count("skipped a.wav: no such file") == 1
-    assert "1 sounds could not be read:\n  a.wav: no such file (2 times)" in said
+    assert "1 sound could not be read:\n  a.wav: no such file (2 times)" in said
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["skipped_sounds"] == [["a.wav", "no such file", 2]]
 

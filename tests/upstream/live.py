@@ -181,10 +181,10 @@ def run_script(script: str, *arguments: str) -> str:
 def _check_installed() -> None:
     absent = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if absent:
-        raise UpstreamMissing(f"parity tests need {', '.join(absent)}, not installed here")
+        raise UpstreamMissing(f"upstream needs {', '.join(absent)}, not installed here")
     for name, wanted in VERSIONS.items():
         if (found := metadata.version(name)) != wanted:
-            raise UpstreamMissing(f"parity tests need {name} {wanted}, found {found}")
+            raise UpstreamMissing(f"upstream needs {name} {wanted}, found {found}")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_an_old_script_runs_after_one_line():
 
 
 def test_the_alias_is_refused_once_the_real_package_is_in_use(upstream: live.Upstream):
-    with pytest.raises(RuntimeError, match="imported already"):
+    with pytest.raises(RuntimeError, match="already imported"):
         musiclm_fast.install_as_musiclm_pytorch()
     assert sys.modules["musiclm_pytorch"] is upstream.musiclm
 

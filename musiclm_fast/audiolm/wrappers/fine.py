@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import describe, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
 from musiclm_fast.audiolm.sampling import Sampling, forgetful_mask
@@ -103,7 +104,7 @@ class FineTransformerWrapper(Wrapper):
             fail(
                 "coarse_token_ids",
                 describe(coarse_token_ids),
-                f"a multiple of {self.num_coarse_quantizers} tokens per row, above 0",
+                f"a multiple of {plural(self.num_coarse_quantizers, 'token')} per row, above 0",
             )
         prime = prime_ids(
             self, prime_wave, prime_wave_input_sample_hz, prime_fine_token_ids, batch,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
 from musiclm_fast.audiolm.sampling import (
     Sampling,
@@ -107,7 +108,7 @@ class SemanticTransformerWrapper(Wrapper):
             ids = unique_consecutive(ids, self.pad_id)
         batch, primed = ids.shape
         if primed >= max_length:
-            fail("max_length", max_length, f"more than the prime's {primed} tokens")
+            fail("max_length", max_length, f"more than the prime's {plural(primed, 'token')}")
         context, context_mask, halves = self._prompt_condition(
             batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
         )

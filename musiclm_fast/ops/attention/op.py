@@ -17,6 +17,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._wording import plural
 from musiclm_fast.ops.attention import _cpp, _triton
 from musiclm_fast.ops.attention.reference import attention_reference
 
@@ -136,7 +137,7 @@ def _check(
     check_dtype("k", k, q.dtype)
     kv_heads, keys = k.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
-        fail("k", f"{kv_heads} heads", f"a number that divides q's {heads} heads")
+        fail("k", plural(kv_heads, "head"), f"a number that divides q's {plural(heads, 'head')}")
     check_shape("v", v, (batch, kv_heads, keys, head_dim), "(B, Hkv, N, D)")
     check_dtype("v", v, q.dtype)
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from musiclm_fast._checks import check_choice, fail
+from musiclm_fast._wording import plural
 from musiclm_fast.ops.contrastive import _autograd
 from musiclm_fast.ops.contrastive.op import (
     KINDS,
@@ -121,7 +122,11 @@ def _across_ranks(
         if len(sizes) != world or sizes[rank] != audio.shape[1]:
             fail("batch_sizes", sizes, f"{world} sizes, rank {rank}'s being {audio.shape[1]}")
     if sum(sizes) < (2 if kind == "decoupled" else 1):
-        fail("audio", f"{sum(sizes)} pairs on all ranks", "at least one, or two for decoupled")
+        fail(
+            "audio",
+            f"{plural(sum(sizes), 'pair')} on all ranks",
+            "at least one, or two for decoupled",
+        )
 
     chosen = dispatcher.select(
         backend, audio.device, audio=audio, text=text, temperature=temperature, bias=bias, kind=kind

@@ -15,6 +15,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._wording import plural
 from musiclm_fast.ops import _triton_target
 from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
@@ -137,7 +138,7 @@ def check_finite(
         if bad.any():
             rows = bad.nonzero().flatten().tolist()
             shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            found = f"non-finite latents in {len(rows)} of {len(bad)} rows ({shown})"
+            found = f"non-finite latents in {len(rows)} of {plural(len(bad), 'row')} ({shown})"
             fail(name, found, "finite", NonFiniteError)
     if not (temperature.detach() > 0).all():
         fail("temperature", temperature.tolist(), "factors above 0")

@@ -20,6 +20,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._wording import plural
 from musiclm_fast.ops.spectrogram import _cpp, _cuda
 from musiclm_fast.ops.spectrogram._autograd import PAD_MODES
 from musiclm_fast.ops.spectrogram.reference import num_frames, spectrogram_reference
@@ -138,7 +139,8 @@ def spectrogram(
         lengths=lengths, stretch_rate=stretch_rate if isinstance(stretch_rate, Tensor) else None,
     )  # fmt: skip
     if crop[1] > num_frames(samples, n_fft, hop_length, pad, center):
-        fail("wav", describe(wav), f"at least crop[1] = {crop[1]} frames of {hop_length} samples")
+        each = plural(hop_length, "sample")
+        fail("wav", describe(wav), f"at least crop[1] = {crop[1]} frames of {each}")
 
     if wav.device.type == "cpu" if check_finite is None else check_finite:
         check_finite_clips("wav", wav, lengths)
@@ -175,9 +177,9 @@ def _check_stretch_rate(rate: float | Tensor | None, batch: int) -> None:
 
 def _check_lengths(lengths: Tensor | None, wav: Tensor, shortest: int, n_fft: int) -> None:
     batch, samples = wav.shape
-    allowed = f"at least {shortest} samples for n_fft = {n_fft}"
+    allowed = f"at least {plural(shortest, 'sample')} for n_fft = {n_fft}"
     if samples < shortest:
-        fail("wav", f"{samples} samples", allowed)
+        fail("wav", plural(samples, "sample"), allowed)
     if lengths is None:
         return
     check_shape("lengths", lengths, (batch,), "(B,)")
@@ -186,7 +188,11 @@ def _check_lengths(lengths: Tensor | None, wav: Tensor, shortest: int, n_fft: in
         return
     for clip, length in enumerate(lengths.tolist()):
         if length > samples:
-            fail("lengths", f"{length} of clip {clip}", f"at most the {samples} samples of wav")
+            fail(
+                "lengths",
+                f"{length} of clip {clip}",
+                f"at most the {plural(samples, 'sample')} of wav",
+            )
         if length < shortest:
             fail("lengths", f"{length} of clip {clip}", allowed)
 
