@@ -134,7 +134,7 @@ demo-output/mulan.pt: | $(READY)
 	$(VENV)/bin/musiclm-fast demo --output demo-output
 
 .PHONY: demo-music
-demo-music: $(READY) demo-output/mulan.pt  ## go on from the demo's MuLaN to music, and judge it
+demo-music: $(READY) demo-output/mulan.pt  ## train a small MusicLM on the demo's MuLaN, generate and evaluate
 	$(VENV)/bin/musiclm-fast demo-music --checkpoint demo-output/mulan.pt --output demo-output/music
 
 .PHONY: wheel

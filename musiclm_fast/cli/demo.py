@@ -1,4 +1,4 @@
-"""``musiclm-fast demo``: a small MuLaN learns from rendered instruments."""
+"""``musiclm-fast demo``: train a small MuLaN on rendered instruments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from musiclm_fast.cli._common import INTERRUPTED
 
-HELP = "train a small MuLaN on real audio, here and now"
+HELP = "train a small MuLaN on rendered instruments"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="train anew, even where a stopped or finished run could go on",
+        help="discard an earlier run instead of resuming it",
     )
 
 

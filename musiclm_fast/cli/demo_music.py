@@ -7,7 +7,7 @@ import sys
 
 from musiclm_fast.cli._common import DEFAULT_CHECKPOINT, INTERRUPTED
 
-HELP = "go on from the demo's MuLaN to music, here and now"
+HELP = "train a small MusicLM on the demo's MuLaN and generate music"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,21 +25,24 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="the MuLaN that `musiclm-fast demo` wrote (default: %(default)s)",
     )
     parser.add_argument(
-        "--num-samples", type=int, metavar="N", help="per prompt; MuLaN's favourite is kept"
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="samples per prompt; the one that MuLaN ranks first is kept",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of every random draw")
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="begin anew, even where a stopped or finished run could go on",
+        help="discard an earlier run instead of resuming it",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train three small stages on melodies of rendered instruments, generate, and judge.
+    """Train three small stages on melodies of rendered instruments, generate, and evaluate.
 
-    Each of 32 instruments is asked for in a text that training never read. A judge that knows
-    real melodies, and nothing of MuLaN, says which instrument it hears.
+    The prompts name 32 instruments in sentences that training did not use. An instrument
+    classifier, fitted to real melodies and independent of MuLaN, evaluates the generated clips.
     """
     from musiclm_fast.demo.music_demo import run_music_demo
     from musiclm_fast.demo.music_run import MusicDemoConfig

@@ -1,4 +1,4 @@
-"""Rendered notes with random captions, detuned and joined to phrases."""
+"""Rendered notes with random captions, detuned and joined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CaptionedNotes(Dataset):
         templates: forms of the captions, with fields ``{a}``, ``{name}`` and ``{register}``.
         gain_db: largest change of level either way, in dB; 0 changes nothing.
         max_delay: largest silence before a note, in seconds; 0 for none.
-        phrases: share of clips with two notes.
+        joined: share of clips with two notes.
         detune_cents: largest detuning either way, in hundredths of a semitone; 0 for none.
         extra_words: most random words before a caption and after it, see
             :func:`captions.with_extra_words`; 0 for none.
@@ -52,7 +52,7 @@ class CaptionedNotes(Dataset):
         templates: Sequence[str] = TRAIN_TEMPLATES,
         gain_db: float = 12.0,
         max_delay: float = 0.1,
-        phrases: float = 0.5,
+        joined: float = 0.5,
         detune_cents: float = 0.0,
         extra_words: int = 0,
         generator: torch.Generator | None = None,
@@ -62,7 +62,7 @@ class CaptionedNotes(Dataset):
         self.indices = np.arange(len(notes)) if indices is None else np.asarray(indices)
         self.by_program = {item.program: item for item in instruments}
         self.gain_db, self.max_delay = gain_db, round(max_delay * notes.sample_rate)
-        self.phrases, self.fade = phrases, round(0.02 * notes.sample_rate)
+        self.joined, self.fade = joined, round(0.02 * notes.sample_rate)
         self.detune_cents, self.extra_words = detune_cents, extra_words
         program = notes.program[self.indices]
         self.relatives = {int(p): self.indices[program == p] for p in np.unique(program)}
@@ -82,7 +82,7 @@ class CaptionedNotes(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         note = int(self.indices[index])
         wav = self._detuned(self.notes.audio(note))  # (samples,)
-        if self._uniform(0, 1) < self.phrases:
+        if self._uniform(0, 1) < self.joined:
             relatives = self.relatives[int(self.notes.program[note])]
             other = self.notes.audio(int(relatives[self._below(len(relatives))]))
             wav = self._phrase(wav, self._detuned(other))

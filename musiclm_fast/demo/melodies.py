@@ -1,4 +1,4 @@
-"""Short melodies of rendered notes, to learn music from: each clip one instrument."""
+"""Short melodies of rendered notes, each of one instrument: the music demo's data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _BEATS, _SHARES = (1, 2, 4), (0.3, 0.5, 0.2)
 _MAJOR_PENTATONIC = (0, 2, 4, 7, 9)
 
 
-_LARGEST_STEP = 7  # semitones from a note to the next
+_LARGEST_STEP = 7  # semitones between two successive notes
 
 
 _FADE_SECONDS = 0.02
 
 
 @dataclass
-class Phrases(Dataset[Tensor]):
+class MelodyDataset(Dataset[Tensor]):
     """Clips of one length, row i of instrument ``label[i]``.
 
     Args:
@@ -55,7 +55,7 @@ class Phrases(Dataset[Tensor]):
         return torch.from_numpy(self.pcm.astype(np.float32) / PCM_SCALE)
 
 
-def compose_phrases(
+def compose_melodies(
     notes: NoteSet,
     programs: Sequence[int],
     pitches: Sequence[int],
@@ -63,7 +63,7 @@ def compose_phrases(
     seconds: float = 2.0,
     seed: int = 0,
     scale: bool = True,
-) -> Phrases:
+) -> MelodyDataset:
     """Melodies from single notes: a random walk over the pitches of a major pentatonic scale.
 
     Notes last one, two or four beats of 0.25 s and are cut there with a short fade; each melody
@@ -76,7 +76,7 @@ def compose_phrases(
         count: melodies per program.
         seconds: length of a clip.
         seed: of all draws.
-        scale: keep to a scale; False takes all pitches.
+        scale: use one scale; False uses all pitches.
 
     Returns:
         ``count`` clips per program, ordered by program.
@@ -107,7 +107,7 @@ def compose_phrases(
             if scale:
                 clips = _in_scale(clips, notes.pitch[clips], int(draw.integers(12)))
             _write_melody(pcm[row], notes, clips, beat, draw)
-    return Phrases(pcm, np.repeat(np.arange(len(programs)), count), rate)
+    return MelodyDataset(pcm, np.repeat(np.arange(len(programs)), count), rate)
 
 
 def _in_scale(clips: np.ndarray, pitch: np.ndarray, root: int) -> np.ndarray:

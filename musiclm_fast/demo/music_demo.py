@@ -1,4 +1,4 @@
-"""``musiclm-fast demo-music``: fit, train, generate, judge and draw."""
+"""``musiclm-fast demo-music``: fit, train, generate, classify and draw."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ from musiclm_fast.musiclm.project import PARTS, MusicProject
 from musiclm_fast.training.run_folder import RunFolder, stage_form
 
 
+# Earlier names of fields in results.json.
+_RENAMED = {"phrases": "melodies", "judged_phrases": "known_melodies"}
+
+
 def plain_recipe(config: MusicDemoConfig) -> dict[str, Any]:
     """The configuration as JSON has it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
 
 
-def _judged(ranks: Tensor, distances: Tensor) -> dict[str, float]:
+def _scores(ranks: Tensor, distances: Tensor) -> dict[str, float]:
     return {
         "count": len(ranks),
         "top-1": (ranks <= 1).double().mean().item(),
@@ -42,10 +46,10 @@ def _judged(ranks: Tensor, distances: Tensor) -> dict[str, float]:
     }
 
 
-def judge_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
-    """The judge's results as text, with chance."""
+def classifier_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
+    """The classifier's results as text, with chance."""
     lines = [
-        f"{'the judge hears, of ' + str(instruments) + ' instruments':<42}{'clips':>6}{'top-1':>8}"
+        f"{f'classified among {instruments} instruments':<42}{'clips':>6}{'top-1':>8}"
         f"{'top-5':>8}{'nearest training clip':>24}"
     ]
     for row in rows:
@@ -70,24 +74,24 @@ def run_music_demo(
     restart: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Fit, train (or go on), generate, judge, and write everything to ``folder``.
+    """Fit, train (or resume), generate, classify, and write everything to ``folder``.
 
     Files: ``parts.pt`` and one file per stage, which ``musiclm-fast generate --music`` takes;
     ``generated/`` with a wav file for every prompt; for eight of them ``NAME.wav`` and
-    ``NAME.png``, its spectrogram under that of a real melody; ``results.json``.
+    ``NAME.png``, its spectrogram below that of a real melody; ``results.json``.
 
     Args:
         folder: of the output.
         config: the recipe.
         checkpoint: the MuLaN that ``musiclm-fast demo`` wrote.
-        restart: begin anew where a run lies in the folder.
+        restart: discard a run in the folder.
         say: receives progress messages.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
-        KeyboardInterrupt: stopped; the same call goes on from there.
+        KeyboardInterrupt: stopped; the same call resumes.
         FileNotFoundError, CheckpointError: see :class:`MusicDemo`.
     """
     began = time.monotonic()
@@ -113,12 +117,12 @@ def run_music_demo(
         results["stages"][name] = log
         _write_json(folder / RESULTS_FILE, results)
         say(
-            f"{name} stage: loss {log['loss']:.3f}, at melodies held out {log['valid_loss']:.3f} "
-            f"({log['seconds']:.0f} s in this sitting)"
+            f"{name} stage: loss {log['loss']:.3f}, on held-out melodies {log['valid_loss']:.3f} "
+            f"({log['seconds']:.0f} s in this session)"
         )
     waves = _generate(demo, project)
 
-    judge = demo.judge()
+    classifier = demo.classifier()
     trained = demo.train.audio()
     labels = torch.arange(config.instruments)
     generator = torch.Generator().manual_seed(config.seed)
@@ -136,15 +140,15 @@ def run_music_demo(
         )
     replayed = demo.through_codec(project, trained[some])
     rows.append(("training melodies through the codec", replayed, trained_labels))
-    results["judge"] = [
+    results["classifier"] = [
         {
             "clips": name,
-            **_judged(judge.ranks(clips, right), nearest_clip(clips, trained, demo.rate)),
+            **_scores(classifier.ranks(clips, right), nearest_clip(clips, trained, demo.rate)),
         }
         for name, clips, right in rows
     ]
     results["chance"] = {"top-1": 1 / config.instruments, "top-5": 5 / config.instruments}
-    ranks = judge.ranks(waves, labels).tolist()
+    ranks = classifier.ranks(waves, labels).tolist()
     results["prompts"] = {
         text: {"rank": rank, "instrument": item.name}
         for text, rank, item in zip(demo.prompts(), ranks, demo.instruments, strict=True)
@@ -156,7 +160,7 @@ def run_music_demo(
 
     written = music_figures.write_all(demo, waves, ranks)
     say("")
-    say(judge_table(results["judge"], config.instruments))
+    say(classifier_table(results["classifier"], config.instruments))
     say("")
     say(f"wrote to {folder}/: {RESULTS_FILE}, generated/, {', '.join(p.name for p in written)}")
     say(f'try: musiclm-fast generate "{demo.prompts()[0]}" --music {folder} '
@@ -178,16 +182,19 @@ def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[
         try:
             results: dict[str, Any] = json.loads(path.read_text())
             saved, _ = results["config"], results["stages"]
-        except (ValueError, KeyError, TypeError) as error:
+            saved = {_RENAMED.get(name, name): value for name, value in saved.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"output: {str(path)!r} is damaged ({error!r}); --restart trains anew"
             ) from error
         if saved != recipe:
-            other = [k for k in recipe if not isinstance(saved, dict) or saved.get(k) != recipe[k]]
+            other = [k for k in recipe if saved.get(k) != recipe[k]]
             raise CheckpointError(
                 f"output: {str(path)!r} is another run (another {', '.join(other)}); choose "
                 "another --output, or --restart to train anew"
             )
+        results["config"] = recipe
+        results.pop("judge", None)  # the classifier's results by their earlier name
         return results
     held = [name for name in names if (folder / name).exists()]
     if held:
@@ -202,7 +209,7 @@ def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[
 
 
 def _generate(demo: MusicDemo, project: MusicProject) -> Tensor:
-    # One clip (prompts, samples) per prompt, from generated/ where it lies there already.
+    # One clip (prompts, samples) per prompt, from generated/ where it exists.
     soundfile = require("soundfile")
 
     config, clips = demo.config, []
@@ -221,7 +228,7 @@ def _generate(demo: MusicDemo, project: MusicProject) -> Tensor:
                     progress=False,
                 )  # fmt: skip
                 wave = samples[0].wave
-                if wave is None:  # every sample ended at once: silence, which the judge judges
+                if wave is None:  # every sample ended at once: silence, which is classified too
                     wave = torch.zeros(1, demo.rate // 10)
                 write_wave(path, wave, project.codec.target_sample_hz)
             read, _ = soundfile.read(path, dtype="float32")

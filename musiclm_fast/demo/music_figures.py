@@ -27,7 +27,7 @@ def write_all(demo: MusicDemo, waves: Tensor, ranks: list[int]) -> list[Path]:
     Args:
         demo: the demo.
         waves: ``(prompts, samples)``, what was generated.
-        ranks: the judge's place for the prompted instrument.
+        ranks: the classifier's rank of the prompted instrument.
 
     Returns:
         The files.
@@ -44,7 +44,7 @@ def write_all(demo: MusicDemo, waves: Tensor, ranks: list[int]) -> list[Path]:
         picture = path.with_suffix(".png")
         titles = (
             f"a real melody: {item.name}",
-            f'generated for "{demo.prompts()[index]}"; the judge puts it at place {ranks[index]}',
+            f'generated for "{demo.prompts()[index]}"; rank {ranks[index]} by the classifier',
         )
         _spectrograms(picture, (real, waves[index]), titles, demo.rate)
         written += [path, picture]

@@ -1,10 +1,10 @@
-"""From the demo's MuLaN to sound: three small stages learn melodies of 32 instruments, and play.
+"""From the demo's MuLaN to sound: three small stages learn melodies of 32 instruments.
 
-Tokenizer, codec and quantizer are fitted to melodies of rendered notes, the three stages trained
-on them. Then each instrument is asked for in a text that training never read, and an independent
-judge, which knows log-mel statistics of real clips and nothing of MuLaN, says what it hears. What
-the same judge makes of real clips, and of real clips through the codec alone, stands beside it,
-and so does each clip's distance to the nearest training clip.
+Tokenizer, codec and quantizer are fitted to melodies of rendered notes, and the three stages are
+trained on them. The stages then generate a clip for each instrument from a text that training did
+not use. An independent classifier, based on log-mel statistics of real clips and not on MuLaN,
+names the instrument of each clip. For comparison it also classifies real clips and real clips
+through the codec alone. Each clip's distance to the nearest training clip is reported too.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from musiclm_fast._checks import check_positive, check_positive_int, fail
 from musiclm_fast.audiolm.audio_lm import STAGES
 from musiclm_fast.audiolm.sampling import Sampling
 from musiclm_fast.demo.instruments import PROMPT_TEMPLATES, Instrument, zero_shot_prompts
-from musiclm_fast.demo.melodies import Phrases, compose_phrases
+from musiclm_fast.demo.melodies import MelodyDataset, compose_melodies
 from musiclm_fast.demo.mulan_run import DemoConfig, Notes
 from musiclm_fast.demo.pitches import split_by_pitch
-from musiclm_fast.evaluation.instrument_classifier import InstrumentJudge
+from musiclm_fast.evaluation.instrument_classifier import InstrumentClassifier
 from musiclm_fast.models.checkpoint import CheckpointError, load_mulan
 from musiclm_fast.musiclm.project import PARTS, MusicConfig, MusicProject
 
 RESULTS_FILE = "results.json"
 
 
-_CALIBRATION = 4  # real melodies per instrument that calibrate the judge
+_CALIBRATION = 4  # real melodies per instrument, for comparison
 
 
 _SEMANTIC = Sampling(temperature=0.8, cond_scale=2.0)
@@ -52,21 +52,21 @@ class MusicDemoConfig:
 
     Args:
         instruments: how many of those that the MuLaN knows, evenly spaced. Half of the demo's 64:
-            the judge tells 32 apart, and each of them is trained on twice as often.
-        phrases: training melodies per instrument.
-        judged_phrases: melodies per instrument that the judge knows; none is a training melody.
+            the classifier can tell 32 apart, and each gets twice the training steps.
+        melodies: training melodies per instrument.
+        known_melodies: the classifier's melodies per instrument; none is a training melody.
         seconds: length of a melody.
         sizes: of the stages, tokenizer, codec and quantizer.
         semantic_steps, coarse_steps, fine_steps: optimizer steps of each stage.
         batch_size, learning_rate: of all stages.
         semantic_sampling, coarse_sampling, fine_sampling: how each stage's tokens are drawn.
-        num_samples: drawn for each prompt; MuLaN's favourite counts.
+        num_samples: drawn for each prompt; the one that MuLaN ranks first counts.
         seed: of everything.
     """
 
     instruments: int = 32
-    phrases: int = 128
-    judged_phrases: int = 48
+    melodies: int = 128
+    known_melodies: int = 48
     seconds: float = 2.0
     sizes: MusicConfig = field(
         default_factory=lambda: MusicConfig(
@@ -87,8 +87,8 @@ class MusicDemoConfig:
 
     def __post_init__(self) -> None:
         if self.instruments < 6:
-            fail("instruments", self.instruments, "at least 6: five of them are the judge's best")
-        for name in ("phrases", "judged_phrases", "batch_size", "num_samples"):
+            fail("instruments", self.instruments, "at least 6: top-5 accuracy is reported")
+        for name in ("melodies", "known_melodies", "batch_size", "num_samples"):
             check_positive_int(name, getattr(self, name))
         for name in STAGES:
             check_positive_int(f"{name}_steps", getattr(self, f"{name}_steps"))
@@ -101,7 +101,7 @@ class MusicDemoConfig:
 
 
 class MusicDemo:
-    """The demo's data, model and judge, in a folder.
+    """The demo's data, model and classifier, in a folder.
 
     Args:
         config: the recipe.
@@ -110,7 +110,7 @@ class MusicDemo:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointError: the checkpoint is none of the demo's, or the folder is another run's.
+        CheckpointError: the checkpoint is not the demo's, or the folder holds another run.
     """
 
     def __init__(self, config: MusicDemoConfig, folder: Path, checkpoint: str | Path) -> None:
@@ -132,20 +132,20 @@ class MusicDemo:
         programs = [item.program for item in self.instruments]
         split = split_by_pitch(known.low, known.high, known.every, known.octave)
 
-        def compose(pitches: tuple[int, ...], per: int, seed: int, scale: bool) -> Phrases:
-            return compose_phrases(
+        def compose(pitches: tuple[int, ...], per: int, seed: int, scale: bool) -> MelodyDataset:
+            return compose_melodies(
                 data.notes, programs, pitches, per, config.seconds, 4 * config.seed + seed, scale
             )
 
-        self.train = compose(split.train, config.phrases, 0, True)
-        self.known = compose(split.train, config.judged_phrases, 1, True)
+        self.train = compose(split.train, config.melodies, 0, True)
+        self.known = compose(split.train, config.known_melodies, 1, True)
         self.new = compose(split.train, _CALIBRATION, 2, True)
-        # The pitches between the training pitches are four semitones apart: no scale holds them.
+        # The held-out pitches are four semitones apart: no scale contains them.
         self.held_out = compose(split.held_out, _CALIBRATION, 3, False)
         self.rate = self.train.sample_rate
 
     def prompts(self) -> list[str]:
-        """One text per instrument, in forms that no training caption has, taken in turn."""
+        """One text per instrument; the forms, which no training caption has, alternate."""
         texts = zero_shot_prompts(self.instruments, PROMPT_TEMPLATES)
         return [forms[i % len(forms)] for i, forms in enumerate(texts)]
 
@@ -177,9 +177,10 @@ class MusicDemo:
             )
         return project
 
-    def judge(self) -> InstrumentJudge:
-        """The judge, who knows real melodies of the training pitches."""
-        return InstrumentJudge(self.known.audio(), torch.from_numpy(self.known.label), self.rate)
+    def classifier(self) -> InstrumentClassifier:
+        """The instrument classifier, with real melodies at the training pitches."""
+        labels = torch.from_numpy(self.known.label)
+        return InstrumentClassifier(self.known.audio(), labels, self.rate)
 
     def padded(self, clips: Tensor) -> Tensor:
         """Clips ``(B, samples)`` as long as a training clip: cut, or silent at the end."""

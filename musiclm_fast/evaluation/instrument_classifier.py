@@ -1,4 +1,4 @@
-"""Judges of generated sound that share nothing with what made it: plain log-mel statistics."""
+"""Evaluation of generated sound by log-mel statistics alone, without any trained model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def log_mel(clips: Tensor, sample_hz: int, bands: int = _BANDS, hop: int = 256) 
     return 10 * (power / loudest).clamp_min(_FLOOR).log10().transpose(1, 2)
 
 
-class InstrumentJudge:
+class InstrumentClassifier:
     """Names the instrument of a clip by its nearest neighbour among clips of known instruments.
 
     A clip is described by the mean and the standard deviation over its frames of 20 mel-frequency

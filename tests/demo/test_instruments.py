@@ -102,7 +102,7 @@ def test_extra_words_stand_around_the_caption():
 def test_captioned_notes_vary_level_and_start_only():
     notes = silence([0], [60], samples=1600)
     notes.pcm[0, 0] = 16384  # a click at the start, half of full scale
-    data = CaptionedNotes(notes, gain_db=6.0, max_delay=0.05, phrases=0.0)
+    data = CaptionedNotes(notes, gain_db=6.0, max_delay=0.05, joined=0.0)
     for _ in range(40):
         wav, _ = data[0]
         assert wav.shape == (1600,)
@@ -115,7 +115,7 @@ def test_captioned_notes_vary_level_and_start_only():
 def test_detuning_moves_the_pitch_by_at_most_so_many_cents():
     notes = silence([0], [60], samples=16000)
     notes.pcm[0] = np.round(8000 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000))
-    data = CaptionedNotes(notes, gain_db=0.0, max_delay=0.0, phrases=0.0, detune_cents=50.0)
+    data = CaptionedNotes(notes, gain_db=0.0, max_delay=0.0, joined=0.0, detune_cents=50.0)
     window = np.hanning(8000)
     peaks = []
     for _ in range(30):
@@ -127,11 +127,11 @@ def test_detuning_moves_the_pitch_by_at_most_so_many_cents():
     assert cents.max() > 10
 
 
-def test_phrases_join_two_notes_of_one_instrument_in_the_chosen_part():
+def test_joined_notes_are_two_of_one_instrument_in_the_chosen_part():
     notes = silence([3, 5], [40, 50, 60, 70], samples=1600)
     notes.pcm += 1000 * np.arange(1, 9, dtype=np.int16)[:, None]  # note i is i + 1, all along
     chosen = [0, 2, 5, 6]  # programs 3, 3, 5, 5
-    data = CaptionedNotes(notes, indices=chosen, gain_db=0.0, phrases=1.0)
+    data = CaptionedNotes(notes, indices=chosen, gain_db=0.0, joined=1.0)
     assert len(data) == 4
     seen = set()
     for _ in range(30):

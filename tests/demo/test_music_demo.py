@@ -1,4 +1,4 @@
-"""The music demo in small: from a MuLaN to judged sound; stopping changes nothing."""
+"""The music demo in small: from a MuLaN to classified sound; stopping changes nothing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from musiclm_fast.demo.instruments import (
     TRAIN_TEMPLATES,
     zero_shot_prompts,
 )
-from musiclm_fast.demo.melodies import compose_phrases
+from musiclm_fast.demo.melodies import compose_melodies
 from musiclm_fast.demo.mulan_run import DemoConfig
-from musiclm_fast.demo.music_demo import judge_table, run_music_demo
+from musiclm_fast.demo.music_demo import classifier_table, run_music_demo
 from musiclm_fast.demo.music_run import MusicDemo, MusicDemoConfig
 from musiclm_fast.demo.rendering import NoteSet
-from musiclm_fast.evaluation.instrument_classifier import InstrumentJudge, log_mel, nearest_clip
+from musiclm_fast.evaluation.instrument_classifier import (
+    InstrumentClassifier,
+    log_mel,
+    nearest_clip,
+)
 from musiclm_fast.models.checkpoint import CheckpointError, save_checkpoint
 from musiclm_fast.musiclm.project import MusicConfig, MusicProject
 from tests.audiolm.test_tokenizers import RATE, notes
@@ -42,7 +46,7 @@ SIZES = MusicConfig(
     codec_hop=512, condition_quantizers=2, condition_codes=6, window_seconds=0.5,
 )  # fmt: skip
 SMALL = MusicDemoConfig(
-    instruments=6, phrases=3, judged_phrases=2, seconds=1.0, sizes=SIZES, semantic_steps=3,
+    instruments=6, melodies=3, known_melodies=2, seconds=1.0, sizes=SIZES, semantic_steps=3,
     coarse_steps=3, fine_steps=2, batch_size=4, num_samples=2,
     coarse_sampling=Sampling(0.5, 0.5, 1.0),
 )  # fmt: skip
@@ -75,14 +79,14 @@ def test_it_writes_and_says(finished, capsys):
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.with_suffix(".wav").is_file()
-    table = judge_table(results["judge"], 6)
+    table = classifier_table(results["classifier"], 6)
     assert table in said
     for row in ("pitches not trained on", "a ceiling", "generated, 6 prompts", "chance"):
         assert row in table
-    for row in results["judge"]:
+    for row in results["classifier"]:
         assert 0 <= row["top-1"] <= row["top-5"] <= 1
     ranks = [prompt["rank"] for prompt in results["prompts"].values()]
-    generated = results["judge"][0]
+    generated = results["classifier"][0]
     assert generated["clips"] == "generated, 6 prompts"
     assert generated["top-5"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
     command = ["generate", "a violin", "--music", str(folder), "--seconds", "0.5", "--seed", "1"]
@@ -95,6 +99,18 @@ def test_a_finished_run_is_not_made_again(finished, checkpoint, monkeypatch):
     monkeypatch.setattr(MusicProject, "train", lambda *a, **k: pytest.fail("trained"))
     monkeypatch.setattr(MusicProject, "musiclm", lambda *a, **k: pytest.fail("generated"))
     assert run_music_demo(folder, SMALL, checkpoint=checkpoint, say=lambda _: None) == results
+
+
+def test_a_finished_run_with_earlier_names_of_fields(finished, checkpoint):
+    folder, results, _ = finished
+    config = dict(results["config"])
+    config["phrases"] = config.pop("melodies")
+    config["judged_phrases"] = config.pop("known_melodies")
+    earlier = {**results, "config": config, "judge": results["classifier"]}
+    del earlier["classifier"]
+    (folder / "results.json").write_text(json.dumps(earlier))
+    again = run_music_demo(folder, SMALL, checkpoint=checkpoint, say=lambda _: None)
+    assert again == results
 
 
 def test_other_runs_are_refused(finished, checkpoint, tmp_path):
@@ -184,7 +200,7 @@ def test_killed_runs_end_as_one_that_never_was(finished, checkpoint, tmp_path):
         assert code in (0, -signal.SIGKILL)
     assert code == 0
     again = json.loads((tmp_path / "results.json").read_text())
-    assert again["judge"] == results["judge"]
+    assert again["classifier"] == results["classifier"]
     assert again["prompts"] == results["prompts"]
 
 
@@ -201,7 +217,7 @@ def test_prompts_are_unseen():
     assert not prompts & captions
 
 
-# ---- phrases and judge
+# ---- melodies and classifier
 
 
 def tones(programs=(0, 1), pitches=range(60, 72), velocities=(64, 112), seconds=1.0):
@@ -219,17 +235,17 @@ def tones(programs=(0, 1), pitches=range(60, 72), velocities=(64, 112), seconds=
     return NoteSet(pcm, program, pitch, velocity, RATE)
 
 
-def test_phrases():
+def test_melodies():
     known = tones()
     pitches = (60, 62, 64, 65, 67)
-    first = compose_phrases(known, (0, 1), pitches, 4, seconds=1.5, seed=1)
+    first = compose_melodies(known, (0, 1), pitches, 4, seconds=1.5, seed=1)
     assert first.pcm.shape == (8, 24_000)
     assert first.label.tolist() == [0] * 4 + [1] * 4
     assert first.audio().shape == (8, 24_000)
     assert torch.equal(first[3], first.audio()[3])
-    again = compose_phrases(known, (1,), pitches, 4, seconds=1.5, seed=1)
+    again = compose_melodies(known, (1,), pitches, 4, seconds=1.5, seed=1)
     assert np.array_equal(first.pcm[4:], again.pcm)  # whatever else is composed
-    other = compose_phrases(known, (1,), pitches, 4, seconds=1.5, seed=2)
+    other = compose_melodies(known, (1,), pitches, 4, seconds=1.5, seed=2)
     assert not np.array_equal(again.pcm, other.pcm)
     # every pitch that sounds at the start is one of those that may
     spectrum = np.abs(np.fft.rfft(first.pcm[:, :3000].astype(float), 1 << 16))
@@ -237,30 +253,32 @@ def test_phrases():
     heard = np.round(69 + 12 * np.log2(hertz / 440)).astype(int)
     assert set(heard.tolist()) <= set(pitches)
     with pytest.raises(ValueError, match="silent at all pitches"):
-        compose_phrases(known, (5,), pitches, 4)
+        compose_melodies(known, (5,), pitches, 4)
     with pytest.raises(ValueError, match="samples a note"):
-        compose_phrases(tones(seconds=0.5), (0,), pitches, 4)
+        compose_melodies(tones(seconds=0.5), (0,), pitches, 4)
 
 
-def test_the_judge():
+def test_the_classifier():
     known = tones(programs=range(6))
-    learned = compose_phrases(known, range(6), range(60, 72), 6, seed=0)
-    asked = compose_phrases(known, range(6), range(60, 72), 3, seed=1)
-    judge = InstrumentJudge(learned.audio(), torch.from_numpy(learned.label), RATE)
+    learned = compose_melodies(known, range(6), range(60, 72), 6, seed=0)
+    asked = compose_melodies(known, range(6), range(60, 72), 3, seed=1)
+    classifier = InstrumentClassifier(learned.audio(), torch.from_numpy(learned.label), RATE)
     labels = torch.from_numpy(asked.label)
-    ranks = judge.ranks(asked.audio(), labels)
+    ranks = classifier.ranks(asked.audio(), labels)
     assert (ranks == 1).float().mean() > 0.6  # chance is a sixth
     assert (ranks <= 2).float().mean() > 0.9
-    assert (judge.ranks(learned.audio(), torch.from_numpy(learned.label)) == 1).all()
-    assert torch.equal(judge.ranks(asked.audio(), labels), judge.ranks(0.1 * asked.audio(), labels))
-    assert (judge.ranks(asked.audio(), (labels + 3) % 6) > 1).all()
+    assert (classifier.ranks(learned.audio(), torch.from_numpy(learned.label)) == 1).all()
+    assert torch.equal(
+        classifier.ranks(asked.audio(), labels), classifier.ranks(0.1 * asked.audio(), labels)
+    )
+    assert (classifier.ranks(asked.audio(), (labels + 3) % 6) > 1).all()
     # silence has one order of instruments, whoever is asked for
-    silence = judge.ranks(torch.zeros(6, 32_000), torch.arange(6))
+    silence = classifier.ranks(torch.zeros(6, 32_000), torch.arange(6))
     assert sorted(silence.tolist()) == [1, 2, 3, 4, 5, 6]
 
 
 def test_nearest_clip():
-    known = compose_phrases(tones(), (0, 1), range(60, 72), 6, seed=0).audio()
+    known = compose_melodies(tones(), (0, 1), range(60, 72), 6, seed=0).audio()
     clips = torch.stack((0.2 * known[3], torch.randn(32_000)))
     replayed, noise = nearest_clip(clips, known, RATE, chunk=5).tolist()
     assert replayed == pytest.approx(0, abs=0.1)
