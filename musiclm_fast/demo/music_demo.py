@@ -26,7 +26,6 @@ from musiclm_fast.models.checkpoint import CheckpointError
 from musiclm_fast.musiclm.project import PARTS, MusicProject
 from musiclm_fast.training.run_folder import RunFolder, stage_form
 
-
 # Earlier names of fields in results.json.
 _RENAMED = {"phrases": "melodies", "judged_phrases": "known_melodies"}
 
