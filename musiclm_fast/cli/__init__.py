@@ -15,7 +15,7 @@ from typing import Any
 from musiclm_fast._version import __version__
 from musiclm_fast.cli._common import FAILED, INTERRUPTED
 
-# command, in words: its module in this package
+# command: its module in this package
 _COMMANDS = {
     "demo": "demo",
     "demo-music": "demo_music",
@@ -36,7 +36,7 @@ _COMMANDS = {
     "info": "info",
 }
 _GROUPS = {
-    "data": "check, list or convert a collection of music",
+    "data": "check, list or convert a music collection",
     "train": "train a MuLaN or a stage of MusicLM",
 }
 
@@ -44,12 +44,11 @@ _GROUPS = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="musiclm-fast", description="Joint embeddings of music and text: train one, ask one."
+        prog="musiclm-fast",
+        description="Joint embeddings of music and text: train, evaluate, search, generate.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where an error arose, not only what it says"
-    )
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     groups: dict[str, Any] = {}
     for words, name in _COMMANDS.items():
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: arguments; None takes the process's own.
+        argv: the arguments; default: those of the process.
 
     Returns:
         0, 2 after an error, which is printed to stderr in one line, or 130 when interrupted.

@@ -27,18 +27,18 @@ def add_source(parser: argparse.ArgumentParser, collection: str = _COLLECTION) -
         "--kind",
         default="auto",
         metavar="KIND",
-        help="manifest, musiccaps, folder or webdataset (default: look)",
+        help="manifest, musiccaps, folder or webdataset (default: detect)",
     )
-    parser.add_argument("--audio", metavar="FOLDER", help="the sounds, if not beside the manifest")
+    parser.add_argument("--audio", metavar="FOLDER", help="sound files not next to the manifest")
     parser.add_argument(
         "--captions",
         choices=("names", "tags"),
-        help="a folder without a manifest: captions from the files' names or their tags",
+        help="for a folder without a manifest: captions from file names or tags",
     )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that say how sounds are embedded."""
+    """Declare the arguments that determine how sounds are embedded."""
     parser.add_argument(
         "--model",
         default=DEFAULT_CHECKPOINT,
@@ -46,16 +46,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the model: a checkpoint's file or folder (default: %(default)s)",
     )
     parser.add_argument(
-        "--window", type=float, metavar="SECONDS", help="default: the length of the model's clips"
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="window length (default: the model's clip length)",
     )
     parser.add_argument(
-        "--stride", type=float, metavar="SECONDS", help="between windows; default: the window"
+        "--stride",
+        type=float,
+        metavar="SECONDS",
+        help="step between windows (default: the window length)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows at once")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows per batch")
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
-    """The model that :func:`add_model`'s arguments ask for."""
+    """The model given by :func:`add_model`'s arguments."""
     from musiclm_fast.inference.embedder import Embedder
 
     try:
@@ -68,7 +74,7 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
 
 
 def choose_workers(asked: int | None, sounds: int) -> int:
-    """How many processes read: what was asked for, else one per core where it pays."""
+    """Number of reading processes: as requested, else one per core for larger collections."""
     if asked is not None:
         if asked < 0:
             raise ValueError(f"workers: got {asked}, expected 0 or more")
@@ -78,5 +84,5 @@ def choose_workers(asked: int | None, sounds: int) -> int:
 
 
 def shown(name: str) -> str:
-    """A file's name, which may be any bytes, as text that can be printed."""
+    """A file name, which may contain any bytes, as printable text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""What the ``train`` commands share: a configuration from a file and from the command line."""
+"""Shared by the ``train`` commands: configurations from a file and the command line."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def add(parser: argparse.ArgumentParser, config: Any, short: dict[str, str]) -> 
     Args:
         parser: of the command.
         config: the defaults.
-        short: option: the field that it is short for.
+        short: option: the field that it abbreviates.
     """
-    parser.add_argument("--config", metavar="FILE", help="YAML with fields of those listed below")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with fields listed below")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="one field, before the file's, as in --set training.steps=100; may be repeated",
+        help="set one field; overrides the file, such as --set training.steps=100; repeatable",
     )  # fmt: skip
     for option, path in short.items():
         parser.add_argument(
             option, metavar="VALUE", dest=f"field {path}", help=f"short for --set {path}=VALUE"
         )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the configuration and do nothing"
+        "--print-config", action="store_true", help="print the configuration and exit"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="fail where there is no run to resume (an earlier run is resumed in any case)",
+        help="fail if there is no run to resume (an existing run is always resumed)",
     )
     parser.add_argument(
         "--restart", action="store_true", help="delete an earlier run's checkpoints and log"
@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser, config: Any, short: dict[str, str]) -> 
 
 
 def values(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the file and the command line give, as nested dictionaries."""
+    """The fields set by the file and the command line, as nested dictionaries."""
     if args.resume and args.restart:
         raise ValueError("resume, restart: got both, expected at most one")
     given = [
@@ -56,7 +56,7 @@ def values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(train: Callable[[], Any]) -> int:
-    """Train; Ctrl-C is an answer, not an error."""
+    """Train. Ctrl-C is not an error: the run is saved."""
     try:
         train()
     except KeyboardInterrupt:

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "turn a checkpoint of musiclm-pytorch into a folder that loads by itself"
+HELP = "convert a checkpoint of musiclm-pytorch to a model folder"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("checkpoint", help="of its MuLaNTrainer, or a MuLaN's state_dict (.pt)")
-    parser.add_argument(
-        "--output", "-o", required=True, metavar="FOLDER", help="where the model is written"
-    )
+    parser.add_argument("checkpoint", help="a .pt file of MuLaNTrainer, or a MuLaN's state_dict")
+    parser.add_argument("--output", "-o", required=True, metavar="FOLDER", help="output folder")
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML of constructor arguments that shapes do not tell, in audio, text and mulan",
+        help="YAML of constructor arguments, in audio, text and mulan",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="ARGUMENT=VALUE",
-        help="one of them, as in --set audio.spec_n_fft=512; may be repeated",
+        help="one constructor argument, such as --set audio.spec_n_fft=512; repeatable",
     )
-    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="of the clips, in Hz")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="sample rate of the clips")
     parser.add_argument("--clip-seconds", type=float, metavar="S", help="length of the clips")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the weights of a MuLaN of musiclm-pytorch as model.safetensors and config.json.
 
-    Sizes are read off the weights. What they do not tell is upstream's default unless it is
-    given, and is listed. Only weights are read; the optimizer's state is left behind.
+    Sizes are read from the weights. Other arguments are upstream's defaults unless given, and are
+    listed. The optimizer's state is not converted.
     """
     from musiclm_fast._checkpoint import CheckpointError, read_checkpoint
     from musiclm_fast._config import read_values
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     model.save_pretrained(args.output, **{k: v for k, v in extra.items() if v is not None})
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters written to {args.output}")
-    print("assumed, since no weight tells (--set changes it):")
+    print("assumed, since the weights do not determine it (--set changes it):")
     for name, value in assumed.items():
         print(f"  {name} = {value!r}")
     return 0

@@ -1,4 +1,4 @@
-"""``musiclm-fast data check``: what is wrong with a collection, before training."""
+"""``musiclm-fast data check``: problems of a collection, before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import add_source, choose_workers
 
-HELP = "read a whole collection and say what is wrong with it"
+HELP = "read a whole collection and report problems"
 SHOWN = 10  # names printed for each reason
 WOULD_FAIL = 1
 
@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="S",
-        help="training skips shorter sounds (default: %(default)s; the audio tower needs a patch)",
+        help="training skips shorter sounds (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -34,23 +34,25 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="the text tower cuts longer captions (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=2, metavar="N", help="training needs that many sounds"
+        "--batch-size", type=int, default=2, metavar="N", help="training needs at least N sounds"
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that read (default: one per core, none for a small collection)",
+        help="reading processes (default: one per core, none for a small collection)",
     )
-    parser.add_argument("--all", action="store_true", help=f"name all, not {SHOWN} per reason")
+    parser.add_argument(
+        "--all", action="store_true", help=f"list all names, not {SHOWN} per reason"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read every sound and caption of a collection and report what is wrong.
 
-    Exit status: 0 where all can be used, 1 where training would leave something out or could not
-    start, 2 where the source itself is wrong.
+    Exit status: 0 if all sounds can be used, 1 if training would skip some or could not start,
+    2 if the source itself is invalid.
     """
     for name in ("max_tokens", "batch_size"):
         if getattr(args, name) < 1:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     need_soundfile()
     listing = list_source(args.source, args.kind, audio=args.audio, captions=args.captions)
-    # the rate is of no consequence: nothing is resampled
+    # the rate does not matter: nothing is resampled
     sounds = CaptionedSounds(
         listing, sample_hz=16_000, clip_seconds=None, min_seconds=args.min_seconds
     )

@@ -1,4 +1,4 @@
-"""``musiclm-fast data convert``: a collection as wav files that training reads without work."""
+"""``musiclm-fast data convert``: convert a collection to wav files at the model's rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELP = "decode and resample a collection once, for faster training"
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_source(parser)
-    parser.add_argument("folder", help="where manifest.csv and sounds/ go")
+    parser.add_argument("folder", help="output folder of manifest.csv and sounds/")
     parser.add_argument(
         "--sample-hz", type=int, default=16_000, metavar="HZ", help="rate (default: %(default)s)"
     )
@@ -26,8 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a collection as mono 16-bit wav files at the model's rate, with a manifest.
 
-    Training then decodes nothing. The same command goes on where it was stopped. Sounds that
-    cannot be read are named and left out.
+    Training then needs no decoding. The same command resumes a stopped conversion. Sounds that
+    cannot be read are listed and skipped.
     """
     from musiclm_fast.datasets.convert import MANIFEST, convert_data
     from musiclm_fast.datasets.opening import open_dataset, summary

@@ -1,4 +1,4 @@
-"""``musiclm-fast data titles``: a manifest of a folder of music, captioned by title."""
+"""``musiclm-fast data titles``: a manifest of a music folder, with titles as captions."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import sys
 
 from musiclm_fast._wording import plural
 
-HELP = "write a manifest of a folder of music, with titles as captions"
+HELP = "write a manifest of a music folder, with titles as captions"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="sound files, in subfolders too")
+    parser.add_argument("folder", help="folder of sound files, including subfolders")
     parser.add_argument(
         "--captions",
         choices=("tags", "names"),
         default="tags",
-        help="title and genre of a file's tags, its name where it has none (default), or its name",
+        help="title and genre of a file's tags, else its name (default); or its name",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="the manifest, a .csv (default: print it, with paths relative to the folder)",
+        help="the manifest, a .csv file (default: print it, with paths relative to the folder)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write a csv manifest, path and caption, of a folder of sound files.
 
-    The captions are a start, to be edited: a file's title and, where its tags tell a genre, the
-    title with the genre.
+    The captions are a starting point for editing: a file's title and, if its tags have a genre,
+    the title with the genre.
     """
     import io
     import os

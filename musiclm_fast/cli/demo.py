@@ -16,16 +16,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="demo-output",
         metavar="FOLDER",
-        help="where everything is written (default: %(default)s)",
+        help="output folder (default: %(default)s)",
     )
     parser.add_argument(
         "--instruments",
         type=int,
         metavar="N",
-        help="how many of the 128 instruments, evenly spaced",
+        help="number of instruments, evenly spaced over the 128 programs",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    parser.add_argument("--seed", type=int, metavar="N", help="of every random draw")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed")
     parser.add_argument(
         "--restart",
         action="store_true",

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="demo-output/music",
         metavar="FOLDER",
-        help="where everything is written (default: %(default)s)",
+        help="output folder (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples per prompt; the one that MuLaN ranks first is kept",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of every random draw")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed")
     parser.add_argument(
         "--restart",
         action="store_true",

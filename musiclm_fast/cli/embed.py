@@ -15,7 +15,7 @@ from musiclm_fast.cli.search import updated_index
 if TYPE_CHECKING:
     from musiclm_fast.inference.embedder import Embedded, Embedder
 
-HELP = "write the embeddings of sounds (and captions) to a file"
+HELP = "write embeddings of sounds (and captions) to a file"
 _SUFFIXES = (".npz", ".safetensors")
 
 
@@ -23,22 +23,21 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_source(parser, "a folder of sound files, or captioned sounds as for `eval`")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="ends in .npz or .safetensors"
+        "-o", "--output", required=True, metavar="FILE", help="output file, .npz or .safetensors"
     )
     add_model(parser)
     parser.add_argument(
-        "--index", metavar="FILE", help="of a folder of sound files, as for `search`"
+        "--index", metavar="FILE", help="index of a folder of sound files, as for `search`"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the embeddings of sounds to a file.
 
-    The file holds names, audio (sounds, d): a unit vector for each sound; windows (windows, d),
-    window_sound and window_start: the windows of them, the sound that each is of, and its start in
-    seconds; of captioned sounds also texts, text (captions, d) and text_sound. In safetensors the
-    strings are JSON in the header. A folder without a manifest is embedded as `search` does, and
-    its index is used and kept.
+    The file contains names; audio (sounds, d), a unit vector for each sound; windows (windows, d);
+    window_sound, the sound of each window; window_start, in seconds. With captions also texts,
+    text (captions, d) and text_sound. In safetensors the strings are JSON in the header. A folder
+    without a manifest is embedded as by `search`, with the same index.
     """
     output = Path(args.output)
     if output.suffix not in _SUFFIXES:
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plain_folder(args: argparse.Namespace) -> bool:
-    # A folder of sound files alone, and nothing said about captions.
+    # A folder of sound files without captions.
     if args.captions is not None or args.kind != "auto" or not os.path.isdir(args.source):
         return False
     suffixes = {Path(name).suffix.lower() for name in os.listdir(args.source)}

@@ -1,4 +1,4 @@
-"""``musiclm-fast eval``: how good a model is on captioned sounds."""
+"""``musiclm-fast eval``: evaluate a model on captioned sounds."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="csv of path and labels (a;b), or json, for zero-shot accuracy and ROC-AUC",
+        help="csv with path and labels (a;b), or json: adds zero-shot accuracy and ROC-AUC",
     )
     parser.add_argument(
-        "-o", "--output", metavar="FOLDER", help="write report.json and pictures there"
+        "-o", "--output", metavar="FOLDER", help="write report.json and figures to this folder"
     )
     parser.add_argument(
         "--map",
         choices=("auto", "pca", "tsne"),
         default="auto",
-        help="of the embeddings (default: t-SNE where scikit-learn is installed)",
+        help="projection of the embeddings (default: t-SNE if scikit-learn is installed)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -34,8 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate a model on captioned sounds.
 
-    Recall, median rank and mAP@10 both ways, and whether the embeddings have collapsed; with
-    --labels also zero-shot accuracy and ROC-AUC. Nothing is random.
+    Recall, median rank and mAP@10 in both directions, and embedding collapse; with --labels also
+    zero-shot accuracy and ROC-AUC. The results are deterministic.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""``musiclm-fast generate``: music for a text."""
+"""``musiclm-fast generate``: music from a text."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import argparse
 
 from musiclm_fast.cli._common import DEFAULT_MUSIC
 
-HELP = "music for a text"
+HELP = "generate music from a text"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("text", help="what the music should be")
+    parser.add_argument("text", help="description of the music")
     parser.add_argument("--seconds", type=float, default=10.0, help="length (default: %(default)s)")
     parser.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="draw N, keep MuLaN's favourite"
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="generate N samples; keep the one that MuLaN ranks first",
     )
     parser.add_argument("-o", "--output", default="music.wav", metavar="FILE", help="wav file")
     parser.add_argument("--all", action="store_true", help="write every sample, best first")
@@ -22,9 +26,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--window-seconds",
         type=float,
         metavar="S",
-        help="write a long piece S seconds at a time, each window going on from the one before",
+        help="generate a long piece in windows of S seconds, each continuing the previous one",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="for the same music again")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="random seed; the same seed gives the same music"
+    )
     parser.add_argument(
         "--music",
         default=DEFAULT_MUSIC,

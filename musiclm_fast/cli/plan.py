@@ -1,4 +1,4 @@
-"""``musiclm-fast plan``: which batch fits in a GPU's memory."""
+"""``musiclm-fast plan``: the largest batch for a GPU's memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 
 from musiclm_fast._wording import plural
 
-HELP = "which batch fits in a GPU's memory, and what a step costs"
-# Beside the step's own tensors: CUDA's context and libraries, and attention's workspace.
+HELP = "largest batch for a GPU's memory, and the cost of a step"
+# In addition to the step's tensors: CUDA's context and libraries, attention's workspace.
 RESERVED = 1.0e9
-# Of what is left, for what the allocator cannot use between tensors.
+# Share of the rest that the allocator can use; fragmentation takes the remainder.
 USABLE = 0.92
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -32,20 +32,26 @@ def size(text: str) -> float:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--gpu-memory", type=size, required=True, metavar="SIZE", help="as 24GB")
+    parser.add_argument(
+        "--gpu-memory", type=size, required=True, metavar="SIZE", help="such as 24GB"
+    )
     parser.add_argument("--seconds", type=float, required=True, help="length of a clip")
     parser.add_argument("--dim", type=int, default=512, help="width of both towers (%(default)s)")
     parser.add_argument("--depth", type=int, default=6, help="blocks of each tower (%(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="of 64 values each (%(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="heads of 64 values (%(default)s)")
     parser.add_argument(
         "--front-end", default="mulan", choices=("upstream", "mulan", "ast"),
-        help="of the audio tower (%(default)s)",
+        help="front end of the audio tower (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--sample-hz", type=int, metavar="HZ", help="rate of the clips; default: the front end's"
     )
     parser.add_argument(
-        "--text-tokens", type=int, default=77, metavar="N", help="longest text (%(default)s)"
+        "--text-tokens",
+        type=int,
+        default=77,
+        metavar="N",
+        help="tokens of the longest text (%(default)s)",
     )
     parser.add_argument(
         "--precision", default="bf16", choices=("bf16", "float32"),
@@ -54,12 +60,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer", default="adam", choices=("adam", "lion"), help="(%(default)s)"
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="tell about this batch instead")
+    parser.add_argument("--batch", type=int, metavar="N", help="report this batch instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell which batch of MuLaN's training step fits in a GPU's memory, what holds that memory, and
-    how long a step takes at least. Counted from the shapes; nothing is run."""
+    """Report the largest batch of MuLaN's training step that fits in a GPU's memory.
+
+    Also the use of the memory and a lower bound of a step's time. All is computed from the shapes;
+    nothing is run.
+    """
     from musiclm_fast import cost
     from musiclm_fast._checks import check_positive, check_positive_int, fail
     from musiclm_fast.models.front_end import resolve_front_end
@@ -70,7 +79,11 @@ def run(args: argparse.Namespace) -> int:
     front = resolve_front_end(args.front_end)
     rate = args.sample_hz or front.sample_hz
     if rate is None:
-        fail("sample_hz", None, f"a rate in Hz, which the front end {args.front_end!r} has not")
+        fail(
+            "sample_hz",
+            None,
+            f"a rate in Hz, which front end {args.front_end!r} lacks",
+        )
     check_positive_int("sample_hz", rate)
     tower = cost.Tower(dim=args.dim, depth=args.depth, heads=args.heads)
     step = cost.mulan_step(
@@ -92,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"largest batch in {args.gpu_memory / 1e9:.1f} GB: {plural(most, 'pair')}")
     if not shown:
         needed = cost.memory(step, values).total / USABLE + RESERVED
-        print(f"not even one pair fits: that takes {needed / 1e9:.1f} GB")
+        print(f"not even one pair fits: one pair needs {needed / 1e9:.1f} GB")
         return 1
     at = step.with_batch(shown)
     memory = cost.memory(at, values)

@@ -1,4 +1,4 @@
-"""``musiclm-fast search``: which of one's own music files a text describes."""
+"""``musiclm-fast search``: find music files by a text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ HELP = "find music in a folder by a text"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="a folder with sound files, also in folders below it")
+    parser.add_argument("folder", help="folder of sound files, including subfolders")
     parser.add_argument("text", help='what to find, such as "calm piano with strings"')
-    parser.add_argument("-k", type=int, default=10, metavar="N", help="files to show (%(default)s)")
+    parser.add_argument(
+        "-k", type=int, default=10, metavar="N", help="number of results (%(default)s)"
+    )
     add_model(parser)
     parser.add_argument(
-        "--index", metavar="FILE", help="where the index is kept (default: the user's cache folder)"
+        "--index", metavar="FILE", help="file of the index (default: in the user's cache folder)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -30,8 +32,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Rank the files of a folder by how well a text describes them.
 
-    The first search embeds the whole folder and keeps the result; a later one embeds what is new
-    or has changed. A file's best window stands for it, and its place in the file is shown.
+    The first search embeds the whole folder and saves the index; later ones embed new and changed
+    files only. A file is ranked by its best window, whose position is printed.
     """
     if not args.text.strip():
         raise ValueError(f"text: got {args.text!r}, expected words")
@@ -72,7 +74,7 @@ def clock(seconds: float) -> str:
 def updated_index(
     args: argparse.Namespace, folder: str
 ) -> tuple[MusicIndex | None, Changes | None]:
-    """The index of a folder, brought up to date with progress on stderr; None if interrupted."""
+    """The index of a folder, updated with progress on stderr; None if interrupted."""
     from tqdm import tqdm
 
     from musiclm_fast.inference.search_index import MusicIndex
@@ -80,7 +82,7 @@ def updated_index(
     embedder = load_embedder(args)
     index = MusicIndex(folder, embedder, args.index)
     if index.rebuilt:
-        print(f"{index.path}: made anew, since {index.rebuilt}", file=sys.stderr)
+        print(f"{index.path}: rebuilt, since {index.rebuilt}", file=sys.stderr)
     try:
         with tqdm(desc="indexing", unit="file", leave=False, file=sys.stderr, delay=0.5) as bar:
 
@@ -90,7 +92,7 @@ def updated_index(
 
             changes = index.update(show)
     except KeyboardInterrupt:
-        print("\nstopped; what is done is kept, the same command goes on", file=sys.stderr)
+        print("\nstopped; finished files are saved, the same command resumes", file=sys.stderr)
         return None, None
     failed = index.failed()
     readable = len(index.sounds) - len(failed)

@@ -14,7 +14,7 @@ HELP = "how well texts describe a sound file"
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("file", help="a sound file: wav, flac, ogg, mp3")
-    parser.add_argument("text", nargs="+", help="one or more texts to compare it with")
+    parser.add_argument("text", nargs="+", help="one or more texts to compare with the file")
     parser.add_argument(
         "--checkpoint",
         default=DEFAULT_CHECKPOINT,
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the cosine similarity of a sound file and each text.
 
     The file is averaged to mono, resampled to the model's rate and cut into windows of the
-    model's clip length, overlapping by half; the mean of their embeddings stands for the file.
+    model's clip length, overlapping by half; the mean of their embeddings represents the file.
     """
     for text in args.text:
         if not text.strip():
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     rate = mulan.audio.front_end.sample_hz or extra.get("sample_rate")
     if not rate:
-        raise ValueError(f"checkpoint: {args.checkpoint!r} does not say its sample rate")
+        raise ValueError(f"checkpoint: {args.checkpoint!r} does not contain its sample rate")
     sound = read_sound(args.file, rate)
     seconds = extra.get("clip_seconds", 10.0)
     windows = cut_windows(sound.wav, round(seconds * rate))

@@ -1,4 +1,4 @@
-"""``musiclm-fast train mulan``: a MuLaN on sounds and captions of one's own."""
+"""``musiclm-fast train mulan``: train a MuLaN on captioned sounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from musiclm_fast._config import from_plain, to_yaml
 from musiclm_fast.cli import _train
 from musiclm_fast.training.mulan_config import TrainMuLaNConfig
 
-HELP = "train a MuLaN on sounds and captions of your own"
+HELP = "train a MuLaN on captioned sounds"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

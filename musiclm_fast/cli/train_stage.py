@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "field data.source", nargs="?", metavar="SOUNDS",
-        help="a folder of sound files to learn from; short for --set data.source=SOUNDS",
+        help="folder of sound files; short for --set data.source=SOUNDS",
     )  # fmt: skip
     _train.add(parser, TrainStageConfig(), _SHORT)
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Train a stage of MusicLM on a folder of sound files.
 
     The first stage that is trained in an output folder also fits the semantic tokenizer, the
-    codec and the quantizer of MuLaN's embeddings there; the other stages use the same. The same
+    codec and the quantizer of MuLaN's embeddings; the other stages use these. The same
     command resumes a run that was stopped or killed.
     """
     values = _train.values(args)

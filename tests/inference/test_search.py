@@ -144,20 +144,20 @@ def test_another_model_has_an_index_of_its_own(music, model, tmp_path, capsys, m
     seen = embedded_by(capsys, monkeypatch)
     first, _ = search(capsys, music, model)
     second, err = search(capsys, music, other)
-    assert len(seen) == 8 and "made anew" not in err
+    assert len(seen) == 8 and "rebuilt" not in err
     assert first["matches"] != second["matches"]
     seen.clear()
     assert search(capsys, music, model)[0]["matches"] == first["matches"] and seen == []
     copy = shutil.copy(model, tmp_path / "copy.pt")
     assert search(capsys, music, copy)[0]["matches"] == first["matches"] and seen == []
-    # one named file is made anew, and that is said
+    # one named file is rebuilt with a message
     index = str(tmp_path / "index")
     search(capsys, music, model, "--index", index)
     again, err = search(capsys, music, other, "--index", index)
-    assert f"{index}: made anew, since it was made by another model" in err
+    assert f"{index}: rebuilt, since it was made by another model" in err
     assert again["matches"] == second["matches"]
     _, err = search(capsys, music, other, "--index", index, "--stride", "0.1")
-    assert "made anew" in err
+    assert "rebuilt" in err
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None])
@@ -166,7 +166,7 @@ def test_a_damaged_index_is_made_anew(music, model, tmp_path, capsys, damage):
     first, _ = search(capsys, music, model, "--index", str(index))
     index.write_bytes(index.read_bytes()[:-50] if damage is None else damage)
     again, err = search(capsys, music, model, "--index", str(index))
-    assert "made anew, since it is damaged" in err
+    assert "rebuilt, since it is damaged" in err
     assert again["matches"] == first["matches"]
 
 
