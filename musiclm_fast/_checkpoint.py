@@ -13,13 +13,13 @@ from musiclm_fast._files import atomic_file
 
 
 class CheckpointError(ValueError):
-    """What exists but is not a checkpoint that can be used; the message says why."""
+    """A checkpoint that exists but cannot be used; the message has the reason."""
 
 
 def save_atomically(path: str | os.PathLike[str], content: Any) -> None:
     """``torch.save`` next to ``path``, flush to disk, then move there.
 
-    A crash or a full disk leaves what was at ``path`` before untouched.
+    A crash or a full disk leaves an existing ``path`` untouched.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -36,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, cut short, or holds anything but plain data.
+        CheckpointError: the file is damaged, truncated, or contains more than plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,10 +45,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # pickle, zip and torch each have their own for a damaged file
+    except Exception as error:  # pickle, zip and torch raise different errors for a damaged file
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"checkpoint: {str(path)!r} is damaged or no checkpoint of plain tensors ({reason})"
+            f"checkpoint: {str(path)!r} is damaged or not a checkpoint of plain tensors ({reason})"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint: {str(path)!r} holds {describe(content)}, not a dict")

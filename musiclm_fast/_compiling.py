@@ -1,4 +1,4 @@
-"""What torch.compile is told of our functions."""
+"""Hints for torch.compile."""
 
 from __future__ import annotations
 

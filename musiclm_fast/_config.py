@@ -36,8 +36,8 @@ def setting(
     """A field of a configuration.
 
     Args:
-        default: its value where nothing else is said.
-        argument: its name as a keyword argument, if that is another.
+        default: default value.
+        argument: its name as a keyword argument, if it differs.
         may_change: whether a resumed run may have another value.
         renamed: the current name of each value that files may have by an earlier name.
     """
@@ -50,12 +50,12 @@ def read_config(cls: type[T], file: str | Path | None, overrides: Sequence[str] 
 
     Args:
         cls: a dataclass whose fields have defaults.
-        file: of the values that are not the defaults.
-        overrides: go before the file; their values are YAML.
+        file: YAML with the values that differ from the defaults.
+        overrides: have priority over the file; their values are YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: it is no YAML, or a field is unknown, of a wrong type or out of range; the
+        ConfigError: it is not YAML, or a field is unknown, of a wrong type or out of range; the
             message names it.
         ImportError: pyyaml is not installed.
     """
@@ -102,7 +102,7 @@ def _put(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def from_plain(default: T, values: Any, path: str = "") -> T:
-    """A configuration from nested dictionaries of plain values; what they lack is ``default``'s.
+    """A configuration from nested dictionaries of plain values; missing fields are ``default``'s.
 
     Raises:
         ConfigError: a field is unknown, of a wrong type or out of range.
@@ -166,7 +166,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         kinds = [inner[0]] * len(value) if many else inner
         return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if hint is float and not isinstance(value, bool):
-        # YAML reads 1e-3 as a string: it wants a point.
+        # YAML reads 1e-3 as a string, since it has no decimal point.
         try:
             return float(value) if isinstance(value, (int, float, str)) else float("x")
         except ValueError:
@@ -199,7 +199,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """What each field of a dataclass is, from the ``Args:`` of its docstring and its bases'."""
+    """Each field's explanation, from the ``Args:`` of the docstrings of the class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         found |= _explained(inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2])
@@ -234,7 +234,7 @@ def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any, str, b
 
 
 def to_yaml(config: Any) -> str:
-    """The configuration as YAML, each field with what it is and what it may be."""
+    """The configuration as YAML, each field with its type and explanation."""
     lines: list[str] = []
     for path, hint, value, about, _ in _fields(config):
         *parents, name = path.split(".")

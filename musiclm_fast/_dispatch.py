@@ -5,7 +5,7 @@ backend says whether it can take a call from shapes, dtypes and devices alone, s
 traces under ``torch.compile`` and costs no host synchronisation.
 
 ``backend=None`` takes the first backend that supports the call. Naming one, in the call, with
-:func:`use_backend` or in the environment variable ``MUSICLM_FAST_BACKEND``, is an order: if that
+:func:`use_backend` or in the environment variable ``MUSICLM_FAST_BACKEND``, is binding: if that
 backend cannot run the call, it raises with the reason. The variable holds one name for all ops
 that have such a backend (``torch``) or pairs (``attention=torch,spectrogram=cpp``); it is read
 once, at import.
@@ -39,7 +39,7 @@ class Backend:
         run: takes the same arguments, returns the op's result.
         available: ``(ok, reason)`` on this machine, whatever the arguments.
         self_check: for kernels that no machine of the authors may have run: compares the kernel
-            with the reference and returns None, or what is wrong; raises what is no wrong number.
+            with the reference and returns None or the difference; other errors are raised.
             It runs once per device and dtype (of the op's first floating tensor), at the first call
             there (:class:`SelfChecks` says when else), unless the backend was asked for by name.
         check_dtypes: in which dtypes there is something to check on a device.
@@ -69,7 +69,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BackendError(RuntimeError):
-    """A backend asked for by name cannot run the call."""
+    """A backend that was chosen by name cannot run the call."""
 
 
 _dispatchers: dict[str, Dispatcher] = {}

@@ -25,7 +25,7 @@ HOW_TO_BUILD = (
     "`pip install .` in a checkout of musiclm_fast, where torch and a C++ compiler are installed"
 )
 
-# What csrc/library.cpp declares: a library without one of these is an older build's.
+# The ops that csrc/library.cpp declares: a library without one of them is an older build.
 OPS = (
     "attention_forward",
     "attention_backward",
@@ -87,7 +87,7 @@ def extension_status() -> ExtensionStatus:
 
 @assume_constant_result
 def warn_of_missing_kernels(reason: str) -> None:
-    """The first call that compiled kernels would have run warns of why they are not there."""
+    """The first call that would use compiled kernels warns why they are missing."""
     if reason in _warned:
         return
     _warned.add(reason)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUFFIX = ".tmp"
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file for the block to write, next to ``path``; flushed to disk and moved there at the end.
 
-    A crash, an error or a full disk leaves what was at ``path`` before untouched.
+    A crash, an error or a full disk leaves an existing ``path`` untouched.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -30,7 +30,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; this one gets the permissions of any other new file.
+        # mkstemp creates private files; this one gets the permissions of other new files.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync(path.parent)
@@ -43,8 +43,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder for the block to fill, next to ``path``; flushed to disk and moved there at the end.
 
-    A crash, an error or a full disk leaves what was at ``path`` before untouched. Where a folder
-    lies at ``path`` already, the new one takes its place.
+    A crash, an error or a full disk leaves an existing ``path`` untouched. An existing
+    folder at ``path`` is replaced.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -69,7 +69,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_folder(path: Path, put_in_place: Path | None = None) -> None:
-    """Delete a folder in a way that never leaves half of it under its name."""
+    """Delete a folder so that its name never shows an incomplete folder."""
     aside = _temporary_folder(path)
     os.rename(path, aside)  # onto an empty folder
     if put_in_place is not None:
@@ -81,7 +81,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
     """Delete what a killed process left half-written in ``folder`` for names like ``name``.
 
     Args:
-        folder: where the complete files and folders lie.
+        folder: of the complete files and folders.
         name: the beginning of their names.
     """
     for left in folder.glob(f".{name}*{_SUFFIX}"):
@@ -95,7 +95,7 @@ def point_link(link: Path, target: str) -> None:
     """Make ``link`` a symbolic link to ``target`` (relative to its folder), in one step.
 
     Raises:
-        FileExistsError: something that is no link is in its place.
+        FileExistsError: something other than a link exists there.
     """
     if link.exists() and not link.is_symlink():
         raise FileExistsError(f"{link}: in the way of a link of that name; move it elsewhere")

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, or one line that says how to get them."""
+"""Optional packages: imported on use; if missing, an error names the command to install them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = {
 
 
 def missing(name: str, error: ImportError | None = None) -> ImportError:
-    """The error to raise where optional package ``name`` is missing, or failed with ``error``."""
+    """The error to raise if optional package ``name`` is missing, or failed with ``error``."""
     what, package, extra = PACKAGES[name]
     gone = error is None or (isinstance(error, ModuleNotFoundError) and error.name == name)
     why = "is not installed" if gone else f"does not import ({error})"
@@ -33,7 +33,7 @@ def require(name: str) -> Any:
     """Import an optional package.
 
     Raises:
-        ImportError: it cannot be imported; what it is for and the command that installs it.
+        ImportError: it cannot be imported; the message names the command that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -44,9 +44,9 @@ def require(name: str) -> Any:
 def transformers_class(name: str) -> Any:
     """A class of transformers by name.
 
-    transformers imports torchaudio wherever that is installed, for files it never opens here. A
-    torchaudio that was built for another torch fails to load; transformers is then told that
-    there is none.
+    transformers imports torchaudio if it is installed, though nothing here needs it. A torchaudio
+    that was built for another torch fails to load; transformers is then told that it is not
+    installed.
 
     Raises:
         ImportError: transformers is not installed.

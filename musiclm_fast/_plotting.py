@@ -1,4 +1,4 @@
-"""The look of all pictures."""
+"""The style of all figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INK, LINE, ACCENT, MUTED = "#222222", "#2a6f97", "#c8553d", "#8a8a8a"
 
 def pyplot() -> Any:
     """matplotlib.pyplot in one style for all figures, without a display."""
-    require("matplotlib").use("Agg")  # no display is needed, whatever the environment says
+    require("matplotlib").use("Agg")  # no display is needed, independent of the environment
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(

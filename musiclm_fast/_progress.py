@@ -9,6 +9,6 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Any = None, **options: Any) -> Any:
-    """A tqdm bar: live on a terminal, a line now and then in a log file."""
+    """A tqdm bar: live on a terminal, occasional lines in a log file."""
     live = sys.stderr.isatty()
     return tqdm(iterable, mininterval=0.2 if live else 10.0, dynamic_ncols=live, **options)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-# Compares a kernel with the reference on a device in a dtype: None, or what went wrong. Raises what
-# is no wrong number.
+# Compares a kernel with the reference on a device in a dtype: None, or the difference. Other errors
+# are raised.
 SelfCheck = Callable[[torch.device, torch.dtype], str | None]
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests to stop, so that a step is never cut in two."""
+"""Ctrl-C and SIGTERM as requests to stop, so a step is never interrupted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Tell whether Ctrl-C or SIGTERM came.
+    """Whether Ctrl-C or SIGTERM was received.
 
-    A second one acts at once. Outside the main thread, where Python allows no handlers, nothing
+    A second one acts immediately. Outside the main thread, where Python allows no handlers, nothing
     is caught.
     """
     received: list[int] = []

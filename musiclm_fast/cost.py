@@ -1,4 +1,4 @@
-"""What a training step of MuLaN costs, counted from its shapes: operations, traffic, memory, time.
+"""Cost of a training step of MuLaN from its shapes: operations, traffic, memory, time.
 
 Nothing is run and torch is not imported. Operations are floating-point additions and
 multiplications; traffic is the bytes that an op must read and write if nothing stays in a cache
@@ -23,7 +23,7 @@ class Device:
     """Published peak rates of a device: dense, without sparsity.
 
     Args:
-        name: what it is called.
+        name: of the device.
         products: operations per second of matrix products, by precision.
         arithmetic: operations per second of everything else, in float32.
         bandwidth: bytes per second of its memory.
@@ -180,7 +180,7 @@ class Op:
     """Operations and traffic of one op, forward and backward, over the whole step.
 
     Args:
-        name: what it is.
+        name: of the op.
         operations: floating-point operations.
         traffic: bytes read and written.
         matrix: whether the operations are matrix products.
@@ -348,7 +348,7 @@ def _tower_pieces(tower: Tower, batch: int, tokens: int, precision: str) -> list
 
 
 def memory(step: Step, optimizer_values: int = 2) -> Memory:
-    """What a step holds at its peak, by walking through it as autograd does.
+    """Peak memory of a step, following autograd's order.
 
     The backward pass frees what a part saved once it is through it, and makes the gradients of its
     parameters; the peak is the largest sum on the way. The text tower runs last forward, so first

@@ -1,4 +1,4 @@
-"""What runs where: ``python -m musiclm_fast.info`` prints versions, the build and every backend.
+"""``python -m musiclm_fast.info`` prints versions, the build and every backend.
 
 With ``--check`` it runs the self-check of every kernel that has one instead.
 """
@@ -92,10 +92,10 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def check() -> int:
-    """Run every self-check on every device and in every dtype; a line for each, as it ends.
+    """Run every self-check on every device and in every dtype; one line for each.
 
     Returns:
-        How many found something wrong, or did not run to their end.
+        The number of failed or unfinished checks.
     """
     import torch
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print :func:`render` of :func:`collect`, or run :func:`check`.
 
     Args:
-        argv: arguments; None takes the process's own.
+        argv: the arguments; default: those of the process.
 
     Returns:
         1 where a self-check failed, else 0.

@@ -50,7 +50,7 @@ SPECIAL_IDS = {"<|startoftext|>": VOCAB_SIZE - 2, "<|endoftext|>": VOCAB_SIZE - 
 NUM_MERGES = VOCAB_SIZE - 512 - len(SPECIAL_IDS)
 
 CACHED_WORDS = 32_768  # at most about 10 MB
-MAX_CACHED_WORD = 64  # characters; longer words hardly ever repeat
+MAX_CACHED_WORD = 64  # characters; longer words rarely repeat
 
 _SPECIAL_AND_SUFFIXES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
 # Printable ASCII, tabs and line feeds, with every & standing alone: neither ftfy nor html.unescape
@@ -185,7 +185,7 @@ class SimpleTokenizer:
 
     Where it differs from that class: text beyond ``context_length`` is truncated with a warning
     where x-clip raises; ids are always int64, where x-clip returns floats if the first text of a
-    batch is empty; ``decode`` drops the end token, which x-clip keeps by a typing error.
+    batch is empty; ``decode`` drops the end token, which x-clip keeps because of a typo.
 
     Source: Radford et al., https://arxiv.org/abs/2103.00020.
     """

@@ -1,1 +1,1 @@
-"""Sound: files read and written, rates changed, clips put into batches."""
+"""Audio: reading, writing, resampling, windows, batches."""

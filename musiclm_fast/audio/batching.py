@@ -1,4 +1,4 @@
-"""Clips of several lengths in one padded batch, and groups of similar lengths."""
+"""Padded batches of clips, and groups of clips of similar lengths."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def as_batch(
     Args:
         wavs: ``(B, samples)``, or B tensors ``(samples,)``.
         lengths: ``(B,)`` integer samples of each clip of a padded batch.
-        from_hz: rate of wavs, if it is to be changed.
-        to_hz: rate wanted; None where the model does not know its rate.
+        from_hz: rate of wavs, if it differs from to_hz.
+        to_hz: target rate; None if the model does not define its rate.
 
     Returns:
-        ``(B, samples)`` and ``(B,)`` int64, or None where all clips are as long as the batch.
+        ``(B, samples)`` and ``(B,)`` int64, or None if all clips are as long as the batch.
 
     Raises:
-        ValueError, TypeError: clips of other shapes, lengths beside a list, a rate that cannot be
+        ValueError, TypeError: clips of other shapes, lengths with a list, a rate that cannot be
             changed.
     """
     if from_hz is not None:
         check_positive_int("input_sample_hz", from_hz)
         if to_hz is None:
-            fail("input_sample_hz", from_hz, "None: this front end has no sample_hz of its own")
+            fail("input_sample_hz", from_hz, "None: this front end has no sample_hz")
     if not isinstance(wavs, Tensor):
         if lengths is not None:
             fail("lengths", describe(lengths), "None beside a list of clips")
@@ -78,7 +78,7 @@ def _padded(clips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     lengths = [len(clip) for clip in clips]
     if len(set(lengths)) == 1:
         return torch.stack(clips), None
-    # lengths stay on the CPU: buckets are made of them without waiting for a device
+    # lengths stay on the CPU: groups are formed without waiting for a device
     return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), torch.tensor(lengths)
 
 

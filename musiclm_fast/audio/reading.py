@@ -22,7 +22,7 @@ class Sound:
     Args:
         wav: ``(samples,)`` float32, mono.
         sample_rate: of wav, in Hz.
-        file_channels, file_rate: what the file had.
+        file_channels, file_rate: of the file.
     """
 
     wav: Tensor
@@ -36,7 +36,7 @@ class Sound:
         return len(self.wav) / self.sample_rate
 
     def describe(self) -> str:
-        """What was done to the file, for people."""
+        """The conversion of the file, in words."""
         parts = [f"{self.seconds:.2f} s"]
         if self.file_channels > 1:
             parts.append(f"{plural(self.file_channels, 'channel')} averaged to mono")
@@ -46,7 +46,7 @@ class Sound:
 
 
 def read_sound(path: str | os.PathLike[str], sample_rate: int) -> Sound:
-    """Read a wav, flac, ogg or mp3 file (whatever libsndfile reads) as mono at ``sample_rate``.
+    """Read a wav, flac, ogg or mp3 file (any format of libsndfile) as mono at ``sample_rate``.
 
     Channels are averaged; the rate is changed by soxr at its highest quality.
 
@@ -56,7 +56,7 @@ def read_sound(path: str | os.PathLike[str], sample_rate: int) -> Sound:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no sound file, holds no samples, or holds NaN or infinity.
+        ValueError: it is not a sound file, is empty, or contains NaN or infinity.
         ImportError: soundfile or soxr is not installed.
     """
     check_positive_int("sample_rate", sample_rate)

@@ -14,16 +14,16 @@ def resample(wav: Tensor, from_hz: int | None, to_hz: int | None) -> Tensor:
     """Change the sample rate, with soxr at its highest quality, on the CPU.
 
     Args:
-        wav: ``(samples,)`` or ``(B, samples)`` floating; on another device it goes there and back.
-        from_hz: its rate in Hz; None means that it already has the wanted one.
-        to_hz: the wanted rate in Hz; None is a model that does not know its rate.
+        wav: ``(samples,)`` or ``(B, samples)`` floating; copied to the CPU and back if need be.
+        from_hz: its rate in Hz; None if it already has the target rate.
+        to_hz: target rate in Hz; None for a model without a defined rate.
 
     Returns:
         The same sound at ``to_hz``, on wav's device and in its dtype.
 
     Raises:
         ValueError: from_hz is given and to_hz is not known, or wav requires a gradient, which
-            does not pass through.
+            resampling does not support.
         ImportError: soxr is not installed.
     """
     if from_hz is None:

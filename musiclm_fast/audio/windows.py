@@ -1,4 +1,4 @@
-"""Sounds for training and evaluation: read, and cut into clips of a model's length."""
+"""Sounds cut into windows of a model's clip length."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from musiclm_fast._checks import check_ndim, check_positive_int, fail
 
 
 def cut_windows(wav: Tensor, samples: int, silence: float = 1e-3) -> Tensor:
-    """Cut a sound into windows that overlap by half; what is shorter is padded with zeros.
+    """Cut a sound into windows that overlap by half; a shorter sound is padded with zeros.
 
-    Windows whose peak lies below ``silence`` times the sound's peak (-60 dB) are left out, since
-    they say nothing about it.
+    Windows whose peak lies below ``silence`` times the sound's peak (-60 dB) are skipped as
+    silent.
 
     Args:
         wav: ``(n,)`` floating.
@@ -20,7 +20,7 @@ def cut_windows(wav: Tensor, samples: int, silence: float = 1e-3) -> Tensor:
         silence: relative peak below which a window counts as silent.
 
     Returns:
-        ``(windows, samples)``, at least one; the last one ends where the sound ends.
+        ``(windows, samples)``, at least one; the last one ends at the end of the sound.
 
     Raises:
         ValueError: the sound is empty or all zeros.

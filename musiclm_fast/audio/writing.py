@@ -13,7 +13,7 @@ from musiclm_fast._optional import require
 
 
 def write_wave(path: str | Path, wave: Tensor | None, sample_hz: int) -> None:
-    """Write ``(1, samples)`` as a sound file of the name's kind, scaled down where it would clip.
+    """Write ``(1, samples)`` as a sound file in the name's format, scaled down if it would clip.
 
     Raises:
         ValueError: there is nothing to write.

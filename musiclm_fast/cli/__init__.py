@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="musiclm-fast",
-        description="Joint embeddings of music and text: train, evaluate, search, generate.",
+        description="Train, evaluate and use MuLaN and MusicLM.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")

@@ -1,7 +1,7 @@
-"""Captioned sounds for training and evaluation: opened, drawn, split and put into batches.
+"""Captioned sounds for training and evaluation.
 
-A draw is a function of its index and a seed, nothing else, so that a resumed run draws what the
-one that was stopped would have drawn. What cannot be read is replaced, counted and named.
+A draw is a function of its index and a seed only, so a resumed run draws the same clips as an
+uninterrupted one. Unreadable sounds are replaced, counted and named.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from musiclm_fast.datasets.decoding import (
 from musiclm_fast.datasets.listing import Listing, Skipped
 from musiclm_fast.datasets.random_words import with_extra_words
 
-_TRIES = 1000  # other rows that a draw tries before it gives up
+_TRIES = 1000  # replacement rows that a draw tries at most
 
 
 class Row(tuple[Tensor, str]):
-    """A clip and its caption, which unpacks as ``wav, text``.
+    """A clip and its caption, unpacks as ``wav, text``.
 
     Args:
         wav: ``(samples,)`` float32, mono.
@@ -45,7 +45,7 @@ class Row(tuple[Tensor, str]):
         name: of the sound.
         position: index of the sound in its dataset.
         start: where the clip starts in its file, in seconds.
-        skipped: sounds that were to be drawn first and could not be read.
+        skipped: sounds that this one replaces, since they could not be read.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Row(tuple[Tensor, str]):
         return row
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """What pickle makes the row of."""
+        """The arguments with which pickle rebuilds the row."""
         return (*self, self.name, self.position, self.start, self.skipped)
 
     @property
@@ -99,20 +99,20 @@ class _Strings(Sequence[str]):
 
 
 class CaptionedSounds(Dataset[Row]):
-    """Sounds with one or more captions each, read from disk when they are drawn.
+    """Sounds with one or more captions each, read from disk on each draw.
 
     Args:
-        listing: what there is, see :func:`open_dataset`, which makes it from a source.
+        listing: the entries, made from a source by :func:`open_dataset`.
         sample_hz: of the clips, in Hz.
         clip_seconds: length of a clip; a longer sound is cropped, a shorter one stays short. None
-            is whole sounds.
+            gives whole sounds.
         min_seconds: shorter sounds are skipped. The audio tower needs one patch: 0.16 s with
             patches of 16 frames at 10 ms.
-        extra_words: most random words before the caption of a draw and after it, see
+        extra_words: maximum number of random words before and after a caption, see
             :func:`~musiclm_fast.datasets.random_words.with_extra_words`; 0 for none.
 
     Attributes:
-        left_out: sounds of the source that cannot be drawn at all, such as missing files.
+        left_out: entries of the source that can never be drawn, such as missing files.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class CaptionedSounds(Dataset[Row]):
         spans = [(e.start or 0.0, math.inf if e.end is None else e.end) for e in entries]
         self._spans = np.array(spans, dtype=np.float64).reshape(-1, 2)  # start, end in seconds
         self._bytes = np.array([(e.offset, e.size) for e in entries], dtype=np.int64).reshape(-1, 2)
-        self._rows = np.arange(len(entries))  # rows of the tables above that are this dataset's
+        self._rows = np.arange(len(entries))  # this dataset's rows of the tables above
 
     def __len__(self) -> int:
-        """How many sounds there are."""
+        """Number of sounds."""
         return len(self._rows)
 
     def _row(self, index: int) -> int:
@@ -165,18 +165,18 @@ class CaptionedSounds(Dataset[Row]):
         return [self._captions[caption] for caption in range(first, end)]
 
     def file(self, index: int) -> str:
-        """The file's name as the source has it; several parts of one file share it."""
+        """The file's name in the source; parts of one file share it."""
         return str(self._files[self._row(index)])
 
     def name(self, index: int) -> str:
-        """The file's name, with the part in seconds where a part was asked for."""
+        """The file's name, with the seconds of the part if it is a part."""
         start, end = self._spans[self._row(index)].tolist()
         if start == 0 and end == math.inf:
             return self.file(index)
         return f"{self.file(index)} [{start:g}-{'' if end == math.inf else f'{end:g}'} s]"
 
     def select(self, indices: Sequence[int] | np.ndarray) -> CaptionedSounds:
-        """The dataset of some of the sounds; it shares the tables of this one."""
+        """A dataset of some of the sounds, which shares this one's tables."""
         part = copy.copy(self)
         part._rows = self._rows[np.asarray(indices, dtype=np.int64)]
         return part
@@ -190,7 +190,7 @@ class CaptionedSounds(Dataset[Row]):
         Raises:
             RuntimeError: none of 1,000 sounds, or of all, can be read.
         """
-        self._row(index)  # is there
+        self._row(index)  # raises if there is no such sound
         index %= len(self)
         generator = np.random.default_rng([index, seed % 2**64])
         where, which = generator.random(2).tolist()
@@ -220,10 +220,10 @@ class CaptionedSounds(Dataset[Row]):
             yield other
 
     def whole(self, index: int) -> Row:
-        """A sound for evaluation: its middle ``clip_seconds`` and its first caption, no chance.
+        """A sound for evaluation: its middle ``clip_seconds`` and first caption; deterministic.
 
         Raises:
-            UnreadableSoundError: it cannot be read; the message names it and says why.
+            UnreadableSoundError: it cannot be read; the message has its name and the reason.
         """
         try:
             wav, start = self._read(index, 0.5)
@@ -232,9 +232,9 @@ class CaptionedSounds(Dataset[Row]):
         return Row(wav, self.captions(index)[0], self.name(index), index, start)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Row:
-        """A draw: of ``(index, seed)``, or of an index with a seed from torch's generator.
+        """The draw of ``(index, seed)``, or of an index with a seed from torch's generator.
 
-        A sound that an index alone cannot read is warned about, since not every loader looks at
+        With an index alone, unreadable sounds raise a warning, since not every loader reads
         ``row.skipped``.
         """
         if isinstance(index, tuple):
@@ -275,7 +275,7 @@ class CaptionedSounds(Dataset[Row]):
         """First frame and end of the part of a file with that many frames at ``rate`` Hz.
 
         Raises:
-            UnreadableSoundError: the file holds nothing of the part.
+            UnreadableSoundError: the part lies outside the file.
         """
         start, end = self._spans[self._row(index)].tolist()
         if self.cut_files and frames <= (end - start + 1) * rate:
@@ -288,7 +288,7 @@ class CaptionedSounds(Dataset[Row]):
         return first, last
 
     def seconds(self, index: int) -> float:
-        """Length of a sound, as its file's header has it.
+        """Length of a sound in seconds, from its file's header.
 
         Raises:
             UnreadableSoundError: it cannot be opened, or is shorter than ``min_seconds``.
@@ -301,7 +301,7 @@ class CaptionedSounds(Dataset[Row]):
         return seconds
 
     def window(self, index: int, start: float, seconds: float) -> Tensor:
-        """What a sound holds of ``seconds`` from ``start`` (from where the sound starts) on.
+        """At most ``seconds`` of a sound from ``start``, counted from the sound's start.
 
         Returns:
             ``(samples,)`` float32 at ``sample_hz``, mono.
@@ -323,7 +323,7 @@ class CaptionedSounds(Dataset[Row]):
             return torch.from_numpy(wav[:samples])
 
     def _read(self, index: int, where: float) -> tuple[Tensor, float]:
-        # A clip of the sound and its start in seconds; where in [0, 1) says which clip.
+        # A clip of the sound and its start in seconds; where in [0, 1) selects the clip.
         with self.open(index) as file:
             rate = file.samplerate
             first, end = self.part(index, file.frames, rate)

@@ -1,4 +1,4 @@
-"""What is wrong with a collection of captioned sounds, found by reading all of it."""
+"""Problems of a collection of captioned sounds, found by reading all of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BLOCK = 1 << 18  # frames read at a time
 
 @dataclass(frozen=True)
 class _Sound:
-    # What reading one sound found; ``error`` where it could not be read.
+    # The result of reading one sound; ``error`` if it could not be read.
     error: str | None = None
     seconds: float = 0.0
     rate: int = 0
@@ -42,19 +42,19 @@ class _Sound:
 
 @dataclass
 class DataReport:
-    """What :func:`check_data` found.
+    """The result of :func:`check_data`.
 
     Args:
-        sounds: that can be drawn or were meant to be.
+        sounds: entries of the source.
         usable: that training can draw.
         files: distinct files among the sounds that are not left out.
         captions: of the same sounds.
-        seconds: total length of what was read.
+        seconds: total length of the readable sounds.
         shortest, median, longest: lengths in seconds; 0 where nothing was read.
         rates: files' sample rates in Hz and how many sounds have them.
         channels: numbers of channels and how many sounds have them.
-        failing: what training would leave out or skip, and why.
-        notes: what training would take all the same, and what is odd about it.
+        failing: sounds that training would skip, with the reason.
+        notes: sounds that training would use, with a possible problem.
     """
 
     sounds: int = 0
@@ -126,12 +126,12 @@ def _read_all(sounds: CaptionedSounds, index: int) -> _Sound:
 def check_data(
     sounds: CaptionedSounds, *, workers: int = 0, max_tokens: int = 256, progress: bool = False
 ) -> DataReport:
-    """Read every sound and look at every caption.
+    """Read every sound and check every caption.
 
     Args:
         sounds: the collection, as :class:`CaptionedSounds` of the whole listing.
         workers: processes that read; 0 reads in this one.
-        max_tokens: longer captions are cut by the text tower.
+        max_tokens: the text tower truncates longer captions.
         progress: show a bar on stderr.
 
     Returns:

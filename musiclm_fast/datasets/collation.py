@@ -18,10 +18,10 @@ def collate(rows: Sequence[Any]) -> dict[str, Any]:
     """Turn rows of a dataset into the keyword arguments of a MuLaN.
 
     Rows of :class:`CaptionedSounds` give ``wavs`` padded to the longest clip, ``lengths`` where
-    the clips differ, ``raw_texts``, and ``skipped`` (a list, for the caller to take out) where
+    the clips differ, ``raw_texts``, and ``skipped`` (a list, which the caller removes) if
     sounds could not be read.
 
-    Other rows are upstream's: a clip alone or a tuple with a clip and a text. Clips are
+    Other rows are as in upstream: a clip alone or a tuple with a clip and a text. Clips are
     floating tensors ``(samples,)`` or spectrograms ``(time, frequency)`` and are cut to the
     shortest of the batch; texts are strings or integer tensors ``(n,)``, padded with 0 to the
     longest.
@@ -59,13 +59,13 @@ def collate(rows: Sequence[Any]) -> dict[str, Any]:
 
 
 def collate_fields(rows: Sequence[Any], waves: Sequence[str]) -> dict[str, Any]:
-    """Turn rows of a data set into a wrapper's keyword arguments.
+    """Turn rows of a dataset into a wrapper's keyword arguments.
 
-    A row is a clip or a tuple. Clips ``(samples,)`` go by the names ``waves`` in turn, padded with
+    A row is a clip or a tuple. Clips ``(samples,)`` get the names ``waves`` in order, padded with
     zeros to the longest; strings are ``text``; floating ``(c, dim)`` tensors ``text_embeds``.
 
     Raises:
-        TypeError: an element is none of these, or there is one too many.
+        TypeError: an element is none of these, or there are too many.
     """
     rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
     names = iter(waves)

@@ -1,7 +1,7 @@
-"""Sounds decoded, mixed and resampled once: mono wav files that loaders read without work.
+"""Convert sounds once to mono wav files at the model's rate, which need no decoding.
 
-Ten seconds out of an ogg or mp3 of 44.1 kHz stereo cost 13 to 20 ms of a core per draw; out of a
-mono wav at the model's rate, 0.7 ms.
+Drawing ten seconds from a 44.1 kHz stereo ogg or mp3 file takes 13 to 20 ms of a core, from a mono
+wav file at the model's rate 0.7 ms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MANIFEST = "manifest.csv"
 
 
 class _Conversions(Dataset[Any]):
-    # Row i writes sound i, and is its file's name, or the error that kept it from being written.
+    # Row i writes sound i and is its file's name, or the error.
     def __init__(self, sounds: CaptionedSounds, folder: Path) -> None:
         self.sounds, self.folder = sounds, folder
 
@@ -89,11 +89,11 @@ def convert_data(
 ) -> list[Skipped]:
     """Write every sound as a mono 16-bit wav at ``sounds.sample_hz``, and a manifest of them.
 
-    Stopped, it goes on where it was: files that are there, at that rate, are not made again.
+    A stopped conversion resumes: existing files at that rate are kept.
 
     Args:
         sounds: the collection, with ``clip_seconds=None``.
-        folder: gets ``manifest.csv`` (path, caption) and ``sounds/``.
+        folder: output, ``manifest.csv`` (path, caption) and ``sounds/``.
         workers: processes that convert; 0 converts in this one.
         progress: show a bar on stderr.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from musiclm_fast._optional import require
 
-_CONTEXT = 1024  # frames around a clip that the resampler's filter sees
+_CONTEXT = 1024  # frames around a clip within the resampler's filter
 
 
 # Headers of sound files overstate the length a little (an ogg of a Debian package: 0.13 s of 207).
@@ -23,7 +23,7 @@ class UnreadableSoundError(ValueError):
 
 
 class _Member(io.RawIOBase):
-    # A member of a tar as a file of its own, opened anew by each reader.
+    # A member of a tar as a file; each reader opens it separately.
     def __init__(self, path: str, offset: int, size: int) -> None:
         self.file = open(path, "rb")  # noqa: SIM115 - closed with this object
         self.offset, self.size, self.position = offset, size, 0
@@ -55,7 +55,7 @@ class _Member(io.RawIOBase):
 
 
 def _message(error: Exception) -> str:
-    # What an error says, without the file's name, so that equal reasons can be counted.
+    # An error's message without the file's name, so that equal reasons can be counted.
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
@@ -71,7 +71,7 @@ def slack(frames: int, rate: int) -> int:
 
 def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.ndarray, int]:
     # Frames of an open file as mono at sample_hz, (samples,) float32, and how many are missing at
-    # the file's end. What lies around them is read too, for the resampler's filter, as a multiple
+    # the file's end. The surroundings are read too, for the resampler's filter, as a multiple
     # of the least common period of both rates: sample 0 is then exactly at frame ``first``.
     soundfile = require("soundfile")
 
@@ -107,6 +107,6 @@ def _read_mono(file: Any, first: int, frames: int, sample_hz: int) -> tuple[np.n
 
 
 def need_soundfile() -> None:
-    """Raise ImportError, with what to install, where sounds cannot be read."""
+    """Raise ImportError with the command to install, if a package to read sounds is missing."""
     require("soundfile")
     require("soxr")

@@ -1,4 +1,4 @@
-"""What a source of captioned sounds holds: entries, and what was left out."""
+"""The entries of a source of captioned sounds, and the sounds that were left out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Skipped(NamedTuple):
     """A sound that was left out.
 
     Args:
-        name: of the sound, as :meth:`CaptionedSounds.name` has it.
+        name: of the sound, as from :meth:`CaptionedSounds.name`.
         reason: why, without the name; equal reasons are counted together.
-        line: of the manifest, from 1, where the reason lies there.
+        line: of the manifest, from 1, if the reason is in the manifest.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Entry:
         path: the file on disk; of a shard's member, the shard.
         captions: at least one, none of them blank.
         start, end: the part of the file in seconds; None for its start and its end.
-        offset, size: a shard's member in bytes; a size of -1 is a file of its own.
+        offset, size: a shard's member in bytes; size -1 means a separate file.
     """
 
     file: str
@@ -54,13 +54,13 @@ class Entry:
 
 @dataclass
 class Listing:
-    """What a source holds.
+    """The contents of a source.
 
     Args:
-        entries: what can be drawn, in the source's order.
-        left_out: what cannot.
-        cut_files: files may hold no more than the part that start and end name: these apply only
-            where the file is longer than that part.
+        entries: sounds that can be drawn, in the source's order.
+        left_out: sounds that cannot.
+        cut_files: files may already be cut to the part from start to end; start and end apply
+            only to a file that is longer than the part.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -84,7 +84,7 @@ def sound_files(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def captions_of(value: Any) -> list[str] | None:
-    """Captions of a cell: a string, a list of strings or such a list in writing; else None."""
+    """Captions of a cell: a string, a list of strings or such a list as JSON; else None."""
     if isinstance(value, str):
         text = value.strip()
         if text.startswith("[") and text.endswith("]"):

@@ -41,20 +41,20 @@ def open_dataset(
               ``music-{000..012}.tar`` or ``music-*.tar``.
         sample_hz: rate of the clips, in Hz.
         clip_seconds: length of a clip, or None for whole sounds.
-        kind: ``manifest``, ``musiccaps``, ``folder``, ``webdataset``, or ``auto``, which looks.
-        audio: the folder of the sounds, where it is not the manifest's.
+        kind: ``manifest``, ``musiccaps``, ``folder``, ``webdataset``, or ``auto`` (detected).
+        audio: the folder of the sounds, if it is not the manifest's.
         captions: of a folder without a manifest: ``names`` of the files, or ``tags`` in them.
         min_seconds: shorter sounds are skipped.
         extra_words: see :class:`CaptionedSounds`.
         cache_folder: where indices of shards are kept; None is the user's cache folder.
 
     Returns:
-        The dataset. Rows that can never be drawn, since the file is missing or the caption empty,
-        are not in it: they are its ``left_out``, and a warning counts them.
+        The dataset. Rows that can never be drawn (missing file, empty caption) are in its
+        ``left_out``, and a warning counts them.
 
     Raises:
         FileNotFoundError: there is nothing at ``source``.
-        ValueError: an unknown kind, wrong columns, or not one row that can be drawn.
+        ValueError: an unknown kind, wrong columns, or no row that can be drawn.
         ImportError: soundfile or soxr is not installed.
     """
     need_soundfile()
@@ -76,7 +76,7 @@ def open_dataset(
 
 
 def summary(skipped: Sequence[Skipped], names: int = 3) -> str:
-    """Skipped sounds in one line: how many for each reason, and some of their names."""
+    """Skipped sounds in one line: the count for each reason and some of the names."""
     reasons = Counter(skip.reason for skip in skipped)
     parts = []
     for reason, count in reasons.most_common(names):

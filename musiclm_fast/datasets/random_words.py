@@ -12,15 +12,14 @@ _FIRST = 512  # before it are single bytes
 def with_extra_words(text: str, most: int, below: Callable[[int], int]) -> str:
     """``text`` with 0 to ``most`` random words of the vocabulary before it, and after it.
 
-    A text tower that is trained on few captions knows them by heart and takes a word it never saw
-    for a sign of something; from these words it learns to pass over what it does not know. On the
-    demo's recipe they raise the accuracy with a single unseen sentence from 65% to 81% (128
-    instruments, 3,000 steps).
+    A text tower that is trained on few captions memorizes them and overreacts to unknown words.
+    Random words teach it to ignore them. On the demo's recipe they raise the accuracy with a single
+    unseen sentence from 65% to 81% (128 instruments, 3,000 steps).
 
     Args:
         below: ``below(n)`` draws from 0 to n - 1.
     """
-    if not most:  # nothing is drawn, so that draws without words stay what they are
+    if not most:  # no draw: the other draws stay the same
         return text
 
     def words() -> list[str]:

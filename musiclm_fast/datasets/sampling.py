@@ -1,4 +1,4 @@
-"""The order of batches, and rows that are a function of the seed and their place in that order."""
+"""The order of batches, and rows as a function of the seed and their position in the order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-Key = tuple[int, int]  # row of the dataset, and its place in the order of all draws
+Key = tuple[int, int]  # row of the dataset and its position in the order of all draws
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Shuffled batches, epoch after epoch without end, from any position.
+    """Shuffled batches of endless epochs, from any position.
 
-    The order of an epoch is a function of seed and epoch alone, so that a resumed run goes on
-    with the batch at which it stopped. A last batch that is not full is left out.
+    The order of an epoch is a function of seed and epoch only, so a resumed run continues with
+    the batch at which it stopped. An incomplete last batch is dropped.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int = 0) -> None:
@@ -55,13 +55,13 @@ class EveryNth(Sampler[list[int]]):
 class SharedBatches(Sampler[list[Key]]):
     """One process's rows of batches that all processes share.
 
-    Process i of n takes the i-th n-th of every global batch, so that n processes see together what
-    one with n times the batch size sees.
+    Process i of n takes the i-th part of n of every global batch, so n processes together see
+    the same batches as one with n times the batch size.
 
     Args:
         batches: the global batches.
-        processes: how many share each.
-        index: which of them this is.
+        processes: number of processes that share each.
+        index: of this process.
     """
 
     def __init__(self, batches: EpochBatches, processes: int, index: int) -> None:
@@ -76,12 +76,12 @@ class SharedBatches(Sampler[list[Key]]):
 
 
 class SeededRows(Dataset[Any]):
-    """Rows of a dataset, each drawn with a random state of its own.
+    """Rows of a dataset, each drawn with its own random state.
 
-    A dataset with a method ``draw(index, seed)`` is drawn by it. Any other is indexed while the
-    generators of torch (on the CPU), numpy and Python are seeded, and they are put back afterwards.
-    So random crops and the like depend on the seed and a row's place in the order alone: not on
-    workers, and not on where a run was stopped.
+    If the dataset has a method ``draw(index, seed)``, it is used. Otherwise the dataset is indexed
+    with seeded generators of torch (on the CPU), numpy and Python, which are restored afterwards.
+    So random crops depend only on the seed and a row's position in the order, not on workers or
+    interruptions.
 
     Args:
         dataset: the rows.
@@ -98,7 +98,7 @@ class SeededRows(Dataset[Any]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
-        """The rows of a batch: the generators are put back once for all of them."""
+        """The rows of a batch; the generators are restored once for all of them."""
         with _generators_kept():
             return [self._row(*key) for key in keys]
 
@@ -140,17 +140,17 @@ def training_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches without end, from batch ``start`` on.
+    """This process's endless batches from batch ``start`` on.
 
     Args:
         dataset: the rows.
         batch_size: rows per batch and process.
         seed: of the order and of the rows.
-        start: how many batches each process has seen.
-        processes, index: how many processes share the batches, and which this is.
+        start: number of batches that each process has seen.
+        processes, index: number of processes that share the batches, and this one's index.
         collate: makes a batch of rows.
-        num_workers: processes that read rows ahead; 0 reads them when they are needed.
-        pin_memory: whether batches lie in memory that a GPU reads from by itself.
+        num_workers: processes that read rows ahead; 0 reads them on demand.
+        pin_memory: whether batches are in pinned memory.
     """
     order = EpochBatches(len(dataset), batch_size * processes, seed, start)  # type: ignore[arg-type]
     loader = DataLoader(

@@ -1,8 +1,7 @@
 """webdataset shards: tar files whose members KEY.wav and KEY.txt or KEY.json belong together.
 
-A shard's index (where each sound lies, and its captions) is kept in a cache folder and used again
-as long as the shard's size and time of change are the same, so a new shard costs its own reading
-only.
+A shard's index (the positions and captions of its sounds) is cached and reused while the shard's
+size and modification time are the same, so only new shards are read.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def shard_paths(pattern: str) -> list[str]:
     ``{000..012}`` counts, with as many digits as written; ``{a,b}`` lists.
 
     Raises:
-        FileNotFoundError: there are none, or one that braces name is not there.
+        FileNotFoundError: there are none, or one that the braces name is missing.
     """
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), "*.tar")
@@ -76,7 +75,7 @@ def list_shards(pattern: str, cache_folder: str | os.PathLike[str] | None = None
 
     Args:
         pattern: see :func:`shard_paths`.
-        cache_folder: where indices are kept; None is ``shards`` in musiclm_fast's cache folder.
+        cache_folder: folder of the indices; None is ``shards`` in musiclm_fast's cache folder.
 
     Raises:
         FileNotFoundError: there are no shards.
@@ -90,7 +89,7 @@ def list_shards(pattern: str, cache_folder: str | os.PathLike[str] | None = None
 
         cache_folder = default_cache_folder() / "shards"
     listing = Listing()
-    # a bar for what takes long only
+    # show the bar only if it takes long
     for path in tqdm(paths, "reading shards", unit="shard", delay=2, leave=False):
         shard = os.path.basename(path)
         index = _index(path, Path(cache_folder))

@@ -20,10 +20,10 @@ class SoundFolder(Dataset[Any]):
 
     Args:
         folder: searched with all its subfolders.
-        sample_hz: a rate in Hz, or one per wave that a row shall hold.
+        sample_hz: a rate in Hz, or one per wave of a row.
         max_length: samples of a clip at the highest rate; longer files are cut at random, shorter
             ones padded with zeros. None keeps files whole.
-        multiple_of: clips are cut to a multiple of so many samples, one number or one per rate.
+        multiple_of: clips are cut to a multiple of this many samples; one, or one per rate.
         extensions: of the files.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Where captioned sounds come from: manifests, MusicCaps, folders and webdataset shards.
+"""Sources of captioned sounds: manifests, MusicCaps, folders and webdataset shards.
 
-Each reader gives a :class:`Listing`: what can be drawn, and what cannot with the reason. Nothing
-is decoded here.
+Each reader returns a :class:`Listing`: the sounds that can be drawn, and the others with the
+reason. Nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def list_source(
 
     Raises:
         FileNotFoundError: there is nothing at ``source``.
-        ValueError: it is none of the kinds, or lacks a column.
+        ValueError: unknown kind, or a column is missing.
     """
     check_choice("kind", kind, KINDS)
     if captions is not None:

@@ -1,4 +1,4 @@
-"""A dataset's part for training and its part for validation."""
+"""Split a dataset into training and validation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def split(
 ) -> tuple[CaptionedSounds, CaptionedSounds]:
     """Split into a part for training and one for validation.
 
-    A file's part is a function of its name and the seed, so that adding files moves none, and all
-    parts of one file stay together. Either may be empty where there are few files.
+    A file's split is a function of its name and the seed: adding files moves no other file, and all
+    parts of one file stay in the same split. With few files a split may be empty.
 
     Args:
-        dataset: to be split.
+        dataset: the dataset.
         valid_frac: share of the files for validation, in [0, 1); met on average.
-        seed: another one splits otherwise.
+        seed: of the split.
 
     Returns:
         ``(train, valid)``.

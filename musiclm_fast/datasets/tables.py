@@ -21,8 +21,8 @@ _TABLES = (".csv", ".tsv", ".jsonl")
 
 
 def _manifest_in(folder: str) -> str | None:
-    # The one table of a folder that has a manifest's columns; manifest.* wins over others. A single
-    # table without them is taken for one too, so that its columns are complained about.
+    # The one table of a folder that has a manifest's columns; manifest.* has priority. A single
+    # table without them counts too, so that the error names its columns.
     inside = sorted(os.listdir(folder))
     names = [name for name in inside if Path(name).suffix.lower() in _TABLES]
     only = len(names) == 1 and not any(name.endswith(".tar") for name in inside)
@@ -78,7 +78,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
         header = _header(reader)
-        line = reader.line_num + 1  # on which the next row starts: cells may hold line breaks
+        line = reader.line_num + 1  # of the next row: cells may contain line breaks
         try:
             for cells in reader:
                 row = dict(zip(header, cells, strict=False))
@@ -113,7 +113,7 @@ def _seconds(row: dict[str, Any], name: str) -> float | None:
 
 
 class _Exists:
-    # Which files exist, by one listing per folder in place of one stat per file.
+    # Whether files exist: one listing per folder instead of one stat per file.
     def __init__(self) -> None:
         self.folders: dict[str, frozenset[str]] = {}
 
@@ -124,7 +124,7 @@ class _Exists:
                 self.folders[parent] = frozenset(os.listdir(parent or "."))
             except OSError:
                 self.folders[parent] = frozenset()
-        # a file system that ignores case or normalises accents lists another spelling
+        # a file system that ignores case or normalises accents may list another spelling
         return name in self.folders[parent] or os.path.exists(path)
 
 
@@ -146,7 +146,7 @@ def _list_manifest(table: str, audio: str | os.PathLike[str] | None) -> Listing:
 def _read_table(
     table: str, key: str, entry: Callable[[dict[str, Any], list[str]], Entry | str]
 ) -> Listing:
-    # One Entry per row of a table, or what is wrong with the row.
+    # One Entry per row of a table, or the error of the row.
     listing = Listing()
     for line, row in _rows(table):
         file = row.get(key)

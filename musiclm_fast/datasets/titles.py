@@ -1,4 +1,4 @@
-"""Captions of sound files without any: their titles."""
+"""Titles as captions of sound files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def title_of(name: str) -> str:
 
 
 def title_captions(path: str, name: str, source: str) -> list[str]:
-    """Captions of a sound file without any: its title, from its name or from its tags.
+    """The title of a sound file as its caption, from its name or its tags.
 
     Args:
         path: the file.
-        name: the name that a title is made of.
-        source: ``names``, or ``tags``: the title tag where there is one, and the genre.
+        name: the file name from which a title is made.
+        source: ``names``, or ``tags``: the title tag, if present, and the genre.
     """
     title, genre = title_of(name), ""
     if source == "tags":
@@ -40,7 +40,7 @@ def title_captions(path: str, name: str, source: str) -> list[str]:
             with soundfile.SoundFile(path) as file:
                 tags = file.copy_metadata()
         except (soundfile.SoundFileError, OSError):
-            tags = {}  # reading the sound will say why
+            tags = {}  # reading the sound reports the error
         title, genre = tags.get("title", "").strip() or title, tags.get("genre", "").strip()
     captions = [title, f"{title}, {genre}"] if title and genre else [title or genre]
     return [caption for caption in captions if caption]
@@ -68,14 +68,14 @@ def write_manifest(
     """Write a csv manifest of a folder's sound files, captioned by title.
 
     Args:
-        file: where it goes.
+        file: the output.
         folder: the sounds.
         captions: ``names`` or ``tags``, see :func:`title_captions`.
-        relative_to: the folder that paths are relative to; None is ``folder``. Sounds that do not
-            lie in it get absolute paths.
+        relative_to: the folder that paths are relative to; None is ``folder``. Sounds outside
+            it get absolute paths.
 
     Returns:
-        How many sounds it lists.
+        The number of sounds.
 
     Raises:
         ValueError: the folder holds no sound files.

@@ -1,1 +1,1 @@
-"""The two demos and what they are made of."""
+"""The two demos and their parts."""

@@ -22,25 +22,24 @@ from musiclm_fast.demo.rendering import NoteSet
 
 
 class CaptionedNotes(Dataset):
-    """Notes with a caption drawn anew each time, for contrastive training.
+    """Notes with a random caption on each access, for contrastive training.
 
-    Each clip gets a random gain, and either a random silence before the note or a neighbour: the
-    end of a first note and the beginning of a second one of the same instrument, as in a melody.
-    So neither loudness nor where a note begins tells instruments apart. Each caption gets a random
-    template and synonym.
+    Each clip gets a random gain, and either a random silence before the note or the end of another
+    note of the same instrument, as in a melody. So neither loudness nor onset distinguishes
+    instruments. Each caption gets a random template and synonym.
 
     Args:
         notes: the rendered notes.
-        instruments: what captions call each program.
-        indices: which of the notes; None for all. No other note is ever heard.
+        instruments: names of each program in captions.
+        indices: of the notes that are used; None for all.
         templates: forms of the captions, with fields ``{a}``, ``{name}`` and ``{register}``.
-        gain_db: largest change of level either way, in dB; 0 changes nothing.
+        gain_db: largest change of level in either direction, in dB; 0 for none.
         max_delay: largest silence before a note, in seconds; 0 for none.
         joined: share of clips with two notes.
-        detune_cents: largest detuning either way, in hundredths of a semitone; 0 for none.
-        extra_words: most random words before a caption and after it, see
+        detune_cents: largest detuning in either direction, in cents; 0 for none.
+        extra_words: maximum number of random words before and after a caption, see
             :func:`captions.with_extra_words`; 0 for none.
-        generator: draws all of this; None is torch's global one.
+        generator: of all draws; None is torch's global one.
     """
 
     def __init__(

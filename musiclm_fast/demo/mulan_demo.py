@@ -61,8 +61,8 @@ def run_demo(
     Args:
         folder: of the output.
         config: the recipe.
-        restart: train anew where a saved run lies in the folder.
-        device: None takes a GPU where there is one.
+        restart: discard a saved run in the folder.
+        device: None takes a GPU if available.
         say: receives progress messages.
 
     Returns:
@@ -73,7 +73,7 @@ def run_demo(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for package in ("matplotlib", "soundfile"):  # needed only once the training is done
+    for package in ("matplotlib", "soundfile"):  # needed only after training
         require(package)
 
     data = Notes.render(config)

@@ -1,4 +1,4 @@
-"""The demo's pictures: spectrograms before and after augmentation, loss curve, similarities."""
+"""The demo's figures: spectrograms before and after augmentation, loss curve, similarities."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _mel_ticks(config: Any, wanted: tuple[int, ...]) -> list[float]:
 
 @torch.no_grad()
 def spectrograms(run: DemoRun, count: int = 3) -> None:
-    """What the audio tower sees of a few training notes, in evaluation and in training."""
+    """The audio tower's input for a few training notes, in evaluation and in training."""
     plt = pyplot()
     audio, data = cast(AudioSpectrogramTransformer, run.mulan.audio), run.data
     config = audio.front_end

@@ -1,9 +1,9 @@
-"""The main job on real audio: a small MuLaN learns to name General MIDI instruments by sound.
+"""The demo's training: a small MuLaN learns to recognise General MIDI instruments.
 
-Notes are rendered, captioned and split by pitch; the two towers are trained by contrast; the model
-is then asked to name instruments at pitches it never heard, from texts it never read
-(``zero-shot``: the label whose text lies nearest to the clip). Every random draw is a function of
-the seed and the step, so a run that was stopped and resumed equals one that never was.
+Notes are rendered, captioned and split by pitch; the two towers are trained by contrastive
+learning. The model is then evaluated by zero-shot classification (the label whose text is nearest
+to the clip) at pitches and with texts that training did not use. Every random draw is a function
+of the seed and the step, so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DemoConfig:
         instruments: how many of the 128 programs, evenly spaced (2 to 128).
         steps: optimizer steps.
         batch_size: pairs per step; instruments are drawn without repetition as long as possible,
-            since two clips of one instrument are no negatives of each other.
+            since two clips of one instrument are not negatives of each other.
         dim, depth, text_depth, heads, dim_head, patch_size: of the towers.
         patch_dropout: share of patches dropped in training.
         front_end: ``"mulan"``, or ``"upstream"`` for upstream's default front end with its
@@ -67,8 +67,8 @@ class DemoConfig:
         low, high, every, octave: MIDI pitches, see :func:`general_midi.split_by_pitch`.
         velocities: MIDI velocities of each note.
         clip_seconds: length of a note's clip.
-        detune_cents: training notes are detuned by at most so many hundredths of a semitone.
-        extra_words: training captions have at most so many random words at either end.
+        detune_cents: training notes are detuned by at most this many cents.
+        extra_words: maximum number of random words before and after a training caption.
         seed: of everything.
     """
 
@@ -133,8 +133,8 @@ class DemoConfig:
             dim_head=self.dim_head,
             max_seq_len=64,
         )
-        # Standard normal embeddings, the default, hardly move at Adam's step sizes; small ones
-        # learn words in two thirds of the steps.
+        # Standard normal embeddings, the default, hardly change at Adam's step sizes; small
+        # ones learn words in two thirds of the steps.
         for embedding in (text.token_emb, text.pos_emb):
             torch.nn.init.normal_(embedding.weight, std=0.05)
         return MuLaN(audio, text, max_temperature=self.max_temperature)
@@ -205,7 +205,7 @@ class Notes:
 
 
 class Batches:
-    """Draws batches; the same step gives the same batch, whatever came before it."""
+    """Draws batches; the batch is a function of the step."""
 
     def __init__(self, data: Notes, config: DemoConfig) -> None:
         self.config = config
@@ -240,7 +240,7 @@ class DemoTrainer(MuLaNTrainer):
     Args:
         config: the recipe.
         data: the notes.
-        folder: of the checkpoints; a run that is there is resumed.
+        folder: of the checkpoints; an existing run is resumed.
         device: where the model trains.
     """
 
@@ -292,11 +292,11 @@ class DemoRun:
     Args:
         config: the recipe.
         data: the notes.
-        folder: where everything is written; checkpoints and the log are in ``training/`` there.
+        folder: output folder; checkpoints and the log are in its ``training/``.
         device: where the model trains.
 
     Raises:
-        CheckpointError: the folder holds a run of another recipe, or a damaged one.
+        CheckpointError: the folder holds a run of another recipe, or a damaged run.
     """
 
     def __init__(self, config: DemoConfig, data: Notes, folder: Path, device: str = "cpu") -> None:

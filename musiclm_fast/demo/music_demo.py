@@ -95,7 +95,7 @@ def run_music_demo(
     """
     began = time.monotonic()
     config = config or MusicDemoConfig()
-    for package in ("matplotlib", "soundfile"):  # needed only once the training is done
+    for package in ("matplotlib", "soundfile"):  # needed only after training
         require(package)
     folder = Path(folder)
     demo = MusicDemo(config, folder, Path(checkpoint))

@@ -1,4 +1,4 @@
-"""The music demo's pictures and sounds: eight prompts, each under a real melody."""
+"""The music demo's figures and sounds: eight prompts, each below a real melody."""
 
 from __future__ import annotations
 

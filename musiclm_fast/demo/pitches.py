@@ -1,4 +1,4 @@
-"""Pitches to train on, and pitches held out."""
+"""Training pitches and held-out pitches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from musiclm_fast._checks import check_positive_int, fail
 
 @dataclass(frozen=True)
 class PitchSplit:
-    """MIDI pitches to train on and two kinds of pitches that training never hears.
+    """MIDI pitches for training and two kinds of held-out pitches.
 
     Args:
         train: pitches of the training notes, at every velocity.
         held_out: pitches between training pitches, used at no velocity in training.
-        octave: a whole octave of which training hears nothing.
+        octave: a whole octave that training does not use.
     """
 
     train: tuple[int, ...]

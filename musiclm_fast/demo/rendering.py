@@ -1,4 +1,4 @@
-"""Notes rendered from a soundfont, and kept in a cache."""
+"""Notes rendered from a soundfont, with a cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NoteSet:
 
     Args:
         pcm: ``(n, samples)`` int16, the clips; 32767 is full scale.
-        program, pitch, velocity: ``(n,)`` int64, what each clip is.
+        program, pitch, velocity: ``(n,)`` int64, of each clip.
         sample_rate: in Hz.
     """
 
@@ -93,14 +93,14 @@ class _Renderer:
     """Renders single notes; the samples of a note do not depend on the notes before it.
 
     The synthesizer runs at twice the output rate: below that some of the soundfont's resonant
-    filters lie so near to the Nyquist frequency that they become unstable (peaks of 25).
+    filters are so close to the Nyquist frequency that they are unstable (peaks of 25).
     """
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
         tinysoundfont, self.soxr = _load_renderer()
         self.rate, self.inner_rate = sample_rate, 2 * sample_rate
         self.samples = round(seconds * sample_rate)
-        self.sustained = round(0.8 * seconds * self.inner_rate)  # then the key is let go
+        self.sustained = round(0.8 * seconds * self.inner_rate)  # then the key is released
         self.released = 2 * self.samples - self.sustained
         self.synth = tinysoundfont.Synth(samplerate=self.inner_rate)
         self.font = self.synth.sfload(str(soundfont))
@@ -117,7 +117,7 @@ class _Renderer:
         synth.noteoff(0, pitch)
         note = np.concatenate([sustained, self._generate(self.released)])
         synth.sounds_off()
-        # Silence until every voice has faded, else the next note would start on its remains.
+        # Silence until every voice has faded, else the next note would overlap with it.
         self._generate(self.inner_rate // 10)
         note = self.soxr.resample(note, self.inner_rate, self.rate, quality="HQ")
         note = note[: self.samples]
@@ -127,7 +127,7 @@ class _Renderer:
 def _to_pcm(note: np.ndarray, peak: float = 0.5, floor: float = 1e-3) -> np.ndarray:
     """int16 samples with the given peak; a note below ``floor`` (about -60 dB) becomes silence.
 
-    Loudness says nothing about the instrument, and 16 bits suit a clip that fills them.
+    Loudness carries no information about the instrument; the scaled clip uses all 16 bits.
     """
     loudest = float(np.abs(note).max(initial=0.0))
     gain = peak / loudest if loudest > floor else 0.0
@@ -147,8 +147,8 @@ def render_notes(
     """Render every program at every pitch and velocity, one note per clip.
 
     A key is held for 80% of the clip, then released. Clips are scaled to one peak; combinations
-    that the soundfont leaves silent (a reed far above its range, say) are left out. The same
-    arguments give the same samples, whatever was rendered before.
+    that the soundfont leaves silent (a reed far above its range, say) are left out. The
+    samples are a function of the arguments.
 
     Args:
         programs: General MIDI programs, 0 to 127.
@@ -156,7 +156,7 @@ def render_notes(
         velocities: MIDI velocities, 1 to 127.
         sample_rate: of the clips, in Hz.
         seconds: length of a clip.
-        cache_folder: where rendered sets are kept as ``.npz`` files; None keeps none.
+        cache_folder: folder of rendered sets as ``.npz`` files; None for no cache.
         progress: wraps the programs while they are rendered, as ``tqdm.tqdm`` does.
 
     Returns:
@@ -207,19 +207,19 @@ def render_notes(
 
 
 def _read_cache(path: Path) -> NoteSet | None:
-    """The cached set, or None if there is none or the file is not whole."""
+    """The cached set, or None if it is missing or incomplete."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as data:
             fields = {name: data[name] for name in ("pcm", "program", "pitch", "velocity")}
             return NoteSet(**fields, sample_rate=int(data["sample_rate"]))
-    except Exception:  # whatever numpy or zipfile make of a damaged file: render anew
+    except Exception:  # numpy and zipfile raise various errors for a damaged file: render again
         return None
 
 
 def _write_cache(path: Path, notes: NoteSet) -> None:
-    """Write next to ``path`` and move it there, so that a reader never sees half a file."""
+    """Write next to ``path`` and move it there, so a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=".npz.tmp", dir=path.parent)
     try:

@@ -1,1 +1,1 @@
-"""How good a model is: metrics, reports and their figures."""
+"""Evaluation of models: metrics, reports and their figures."""

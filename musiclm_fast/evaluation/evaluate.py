@@ -1,6 +1,6 @@
-"""Evaluation of a MuLaN on captioned sounds: retrieval both ways, labels, and whether it collapsed.
+"""Evaluation of a MuLaN on captioned sounds: retrieval in both directions, labels, collapse.
 
-Nothing is drawn at random: the same model and files give the same report.
+The report is a deterministic function of model and files.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def evaluate(
 ) -> Report:
     """Evaluate a model on captioned sounds.
 
-    A sound is the mean of its windows' embeddings. All captions of a sound are right for it; those
-    that are equal are one candidate.
+    A sound's embedding is the mean of its windows'. All captions of a sound are correct for it;
+    equal captions are one candidate.
 
     Args:
         embedder: the model and its windows.
         sounds: opened with the embedder's ``sample_hz`` and ``clip_seconds=None``.
         labels: for zero-shot classification.
-        progress: called with the number of sounds that are done and that there are.
+        progress: called with the number of finished sounds and of all sounds.
 
     Raises:
         ValueError: fewer than two sounds can be read, or the labels are not of these sounds.
     """
     every = [sounds.name(index) for index in range(len(sounds))]
-    # a part of a file may have labels of its own, or the file's
+    # a part of a file has its own labels or the file's
     files = [sounds.file(index) for index in range(len(sounds))]
     if labels is not None:
         labels.table(every, files)  # before work is lost
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def label_vectors(embedder: Embedder, labels: Labels) -> Tensor:
-    """Unit vectors ``(C, d)``: the mean of each label's texts', made 1 long again.
+    """Unit vectors ``(C, d)``: the normalized mean of each label's texts'.
 
     Source: prompt ensembles, https://arxiv.org/abs/2103.00020.
     """
@@ -116,7 +116,7 @@ def label_scores(
     Args:
         audio: ``(n, d)`` unit vectors of the sounds.
         vectors: ``(C, d)`` unit vectors of the labels.
-        table: ``(n, C)`` bool, which sounds have which labels.
+        table: ``(n, C)`` bool, the labels of each sound.
         names: C labels.
 
     Raises:
@@ -143,16 +143,16 @@ def _of_one(text: Tensor) -> Spread:
 def write_report(
     report: Report, folder: str | os.PathLike[str], method: str = "auto"
 ) -> list[Path]:
-    """Write ``report.json`` and, where matplotlib is installed, the figures.
+    """Write ``report.json`` and, if matplotlib is installed, the figures.
 
-    ``similarity.png`` is of at most 200 sounds and their captions, ``map.png`` of at most 2,000
-    sounds, evenly spaced in the list, ``ranks.png`` of all.
+    ``similarity.png`` shows at most 200 sounds and their captions, ``map.png`` at most 2,000
+    sounds, evenly spaced in the list, ``ranks.png`` all.
 
     Args:
-        report: what was found.
-        folder: is made if need be.
+        report: the results.
+        folder: the output folder, created if missing.
         method: of the map: ``"pca"``, ``"tsne"`` (which needs scikit-learn), or ``"auto"``,
-            t-SNE where scikit-learn is installed.
+            t-SNE if scikit-learn is installed.
 
     Returns:
         The files.

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: similarities, ranks and a map of the embeddings."""
+"""Figures of an evaluation: similarities, ranks and a map of the embeddings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _evenly(count: int, most: int) -> Tensor:
 
 
 def similarity(report: Report, folder: Path) -> Path:
-    """Cosines of sounds and the first caption of each; the diagonal is right."""
+    """Cosine similarities of sounds and the first caption of each; the diagonal is correct."""
     plt = pyplot()
     some = _evenly(len(report.names), _SHOWN)
     first = dict(reversed(report.pairs.tolist()))  # sound: its first caption
@@ -56,13 +56,13 @@ def similarity(report: Report, folder: Path) -> Path:
     axis.set_ylabel("sound")
     every = plural(len(report.names), "sound")
     of = f"{len(some)} of {every}" if len(some) < len(report.names) else every
-    axis.set_title(f"cosine similarity, {of}; the diagonal is right", loc="left")
+    axis.set_title(f"cosine similarity, {of}; the diagonal is correct", loc="left")
     figure.colorbar(shown, ax=axis, shrink=0.5, pad=0.02)
     return save_figure(plt, figure, folder / "similarity.png")
 
 
 def ranks(report: Report, folder: Path) -> Path:
-    """How often which rank, both ways, beside what chance would give."""
+    """Distribution of ranks in both directions, with that of chance."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     ways = (("audio to text", report.audio_to_text), ("text to audio", report.text_to_audio))
@@ -110,7 +110,7 @@ def embedding_map(report: Report, folder: Path, method: str = "auto") -> Path:
 
 
 def project(vectors: Tensor, method: str = "auto") -> tuple[np.ndarray, str]:
-    """Vectors ``(n, d)`` in two dimensions ``(n, 2)``, and the name of what was done.
+    """Vectors ``(n, d)`` in two dimensions ``(n, 2)``, and the method's name.
 
     Args:
         vectors: at least two.

@@ -12,17 +12,17 @@ from musiclm_fast.ops import mel_filters
 _BANDS = 64
 
 
-_FLOOR = 1e-5  # of the loudest bin: what is 50 dB below it counts as silence
+_FLOOR = 1e-5  # relative to the loudest bin: -50 dB counts as silence
 
 
 def log_mel(clips: Tensor, sample_hz: int, bands: int = _BANDS, hop: int = 256) -> Tensor:
-    """Log-mel power of clips, each relative to its own loudest bin, so that level plays no part.
+    """Log-mel power of clips relative to each clip's loudest bin, which removes the level.
 
     Args:
         clips: ``(B, samples)``.
         sample_hz: their rate in Hz.
         bands: of the mel scale, 0 Hz to half the rate.
-        hop: samples from frame to frame; a frame has 512.
+        hop: samples between frames; a frame has 512.
 
     Returns:
         ``(B, frames, bands)`` in dB, from -50 to 0.
@@ -47,7 +47,7 @@ class InstrumentClassifier:
 
     Args:
         clips: ``(n, samples)`` the known clips.
-        labels: ``(n,)`` int64 from 0 to the number of instruments less one.
+        labels: ``(n,)`` int64 from 0 to the number of instruments minus one.
         sample_hz: rate of all clips, in Hz.
     """
 
@@ -77,20 +77,20 @@ class InstrumentClassifier:
         return nearest.scatter_reduce(1, self.labels.expand_as(to_known), to_known, "amin")
 
     def ranks(self, clips: Tensor, labels: Tensor) -> Tensor:
-        """Place of the right instrument for each clip ``(B,)``, 1 for the nearest."""
+        """Rank of the right instrument for each clip ``(B,)``, 1 for the nearest."""
         distances = self.distances(clips)
         right = distances.gather(1, labels[:, None])
         return (distances <= right).sum(dim=1)
 
 
 def nearest_clip(clips: Tensor, known: Tensor, sample_hz: int, chunk: int = 512) -> Tensor:
-    """How far each clip is from the nearest of the known ones, frame by frame.
+    """Distance of each clip to the nearest known clip, frame by frame.
 
     ::
 
         min over known of  root mean square over frames and bands of (log_mel - log_mel')
 
-    A clip that is played back, whatever its level, is at 0 dB.
+    A copy of a known clip at any level has distance 0 dB.
 
     Args:
         clips: ``(B, samples)``.

@@ -1,4 +1,4 @@
-"""Labels of sounds, and the texts that stand for each."""
+"""Labels of sounds, and their texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from musiclm_fast._wording import plural
 
 @dataclass(frozen=True)
 class Labels:
-    """A list of labels, texts that stand for each, and the labels of sounds.
+    """A list of labels, their texts, and the labels of sounds.
 
     Args:
-        prompts: label: one or more texts, whose mean stands for it.
-        of: a sound's name: its labels; several, or none.
+        prompts: for each label one or more texts, whose mean embedding represents it.
+        of: for each sound's name its labels, possibly none.
     """
 
     prompts: dict[str, list[str]]
@@ -35,12 +35,12 @@ class Labels:
 
         A csv (or tsv) with a header has ``path`` and ``labels`` (or ``label``), several of them
         separated by ``;``, or one a row; a label's text is the label itself. A json has
-        ``{"labels": {path: [label, ...]}, "prompts": {label: text or [text, ...]}}``; the labels
-        that are listed in ``prompts``, where it is there, are all there are.
+        ``{"labels": {path: [label, ...]}, "prompts": {label: text or [text, ...]}}``; ``prompts``,
+        if present, lists all labels.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no such table, or a sound has a label that ``prompts`` lacks.
+            ValueError: invalid table, or a sound has a label that is not in ``prompts``.
         """
         path = Path(path)
         if not path.is_file():
@@ -102,11 +102,11 @@ class Labels:
                     fail("labels", f"{label!r} of {name!r}", f"one of the labels: {known}, ...")
 
     def table(self, names: Sequence[str], files: Sequence[str] = ()) -> Tensor:
-        """Which sounds have which labels, ``(n, C)`` bool.
+        """The labels of each sound, ``(n, C)`` bool.
 
         Args:
             names: of the sounds.
-            files: of the sounds; looked up where the name is not in the labels' file.
+            files: of the sounds; used if the name is not in the labels' file.
 
         Raises:
             ValueError: none of the sounds is in the labels' file.

@@ -1,4 +1,4 @@
-"""How good a joint embedding is: recall, zero-shot accuracy, and the loss of a collapsed model."""
+"""Metrics of a joint embedding: recall, zero-shot accuracy, and the loss of a collapsed model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from musiclm_fast.models.mulan import MuLaN
 
 
 def collapsed_loss(batch_size: int, decoupled: bool = True) -> float:
-    """The contrastive loss when all similarities are equal, which no learning ever beats::
+    """The contrastive loss when all similarities are equal, the loss without learning::
 
         ln(B - 1) decoupled,  ln B otherwise
 
@@ -34,7 +34,7 @@ def ranks(similarities: Tensor, targets: Tensor) -> Tensor:
     """Rank of the right column in each row, 1 for the best.
 
     A column that ties with the right one counts as better, and a NaN is better than everything,
-    so that a collapsed model has rank C, not 1.
+    so a collapsed model has rank C, not 1.
 
     Args:
         similarities: ``(n, C)``.
@@ -78,7 +78,7 @@ def recall_at_k(
 
 @torch.no_grad()
 def embed_texts(mulan: MuLaN, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Unit vectors ``(n, dim_latent)`` of texts, in eval mode; the model's mode is put back."""
+    """Unit vectors ``(n, dim_latent)`` of texts, in eval mode; the model's mode is restored."""
     return _embed(
         mulan,
         range(0, len(texts), batch_size),
@@ -90,12 +90,12 @@ def embed_texts(mulan: MuLaN, texts: Sequence[str], batch_size: int = 256) -> Te
 def embed_clips(
     mulan: MuLaN, clips: Callable[[slice], Tensor], count: int, batch_size: int = 128
 ) -> Tensor:
-    """Unit vectors ``(count, dim_latent)`` of clips, in eval mode; the model's mode is put back.
+    """Unit vectors ``(count, dim_latent)`` of clips, in eval mode; the model's mode is restored.
 
     Args:
         mulan: the model.
-        clips: gives the waveforms ``(n, samples)`` of a slice of 0 to count; called batch by
-            batch, so that only one batch is ever in memory.
+        clips: gives the waveforms ``(n, samples)`` of a slice of 0 to count; called per
+            batch, so only one batch is in memory.
         count: number of clips.
         batch_size: clips per forward pass.
     """
@@ -159,14 +159,14 @@ def zero_shot_accuracy(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well queries find what belongs to them.
+    """Retrieval metrics.
 
     Args:
-        recall: for each k, the share of queries with something of theirs among the k nearest.
-        median_rank: of the nearest of a query's own, 1 for the best.
-        mean_average_precision: at 10, over all that belongs to a query.
-        ranks: ``(queries,)`` int64, the rank of the nearest of a query's own.
-        candidates: how many there are to find.
+        recall: for each k, the share of queries with a right answer among the k nearest.
+        median_rank: of each query's nearest right answer, 1 for the best.
+        mean_average_precision: at 10, over all right answers.
+        ranks: ``(queries,)`` int64, the rank of each query's nearest right answer.
+        candidates: number of candidates.
     """
 
     recall: dict[int, float]
@@ -189,15 +189,15 @@ def retrieval(
         rank of the r-th nearest own = r + #{others at least as near as it}
         AP@10 = sum over own with rank <= 10 of (r / rank) / min(10, #own)
 
-    A candidate of another query that ties with one's own counts as nearer, and a NaN is farthest
-    for one's own and nearest for another's, so that a collapsed model does not look good.
+    A wrong candidate that ties with a right one counts as nearer. NaN counts as farthest for a
+    right candidate and as nearest for a wrong one, so a collapsed model does not score well.
 
     Args:
         queries: ``(n, d)`` unit vectors.
         candidates: ``(m, d)`` unit vectors, on the same device, as are the pairs.
-        pairs: ``(p, 2)`` int64, a query and a candidate that belongs to it, each pair once; every
-            query has at least one.
-        ks: how many of the nearest count.
+        pairs: ``(p, 2)`` int64, a query and a right candidate, each pair once; every query has at
+            least one.
+        ks: numbers of nearest candidates that count.
         block_bytes: similarities of as many queries as fit into this many bytes are held at once,
             never all n x m (one query's at least).
 
@@ -232,7 +232,7 @@ def retrieval(
         kept = near[row, column].nan_to_num(nan=-torch.inf)
         others = near.nan_to_num(nan=torch.inf)
         others[row, column] = -torch.inf
-        # (rows, most of a query's own), each row falling; what is no pair stays at -inf
+        # (rows, most right answers of a query), descending; -inf beyond a query's pairs
         place = torch.arange(a, b, device=device) - first[query[a:b]]
         most = int(owns[begin:end].max())
         mine = torch.full((end - begin, most), -torch.inf, device=device)
@@ -257,15 +257,15 @@ def retrieval(
 
 
 def roc_auc(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Area under the ROC curve of each label: the chance that a clip with the label scores higher
-    than one without it, ties counting half.
+    """Area under the ROC curve of each label: the probability that a clip with the label scores
+    higher than one without it, ties counting half.
 
     Args:
         scores: ``(n, C)`` floating.
         relevant: ``(n, C)`` bool.
 
     Returns:
-        ``(C,)`` float64; NaN for a label that all clips have, or none, or with a NaN among its
+        ``(C,)`` float64; NaN for a label of all clips or of none, or with a NaN among its
         scores.
     """
     check_ndim("scores", scores, 2, "(n, C)")
@@ -284,13 +284,13 @@ def roc_auc(scores: Tensor, relevant: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Spread:
-    """How an embedding fills its sphere; see :func:`spread`.
+    """How an embedding fills the unit sphere; see :func:`spread`.
 
     Args:
-        mean_cosine: of all pairs of different vectors: 1 where all are one, about 0 where they
+        mean_cosine: of all pairs of different vectors: 1 if all are equal, about 0 if they
             spread evenly.
-        effective_rank: the number of directions that are in use, 1 to ``dim``.
-        uniformity: log of the mean of ``exp(-2 |x - y|^2)``: 0 where all are one, about -4 where
+        effective_rank: number of directions in use, 1 to ``dim``.
+        uniformity: log of the mean of ``exp(-2 |x - y|^2)``: 0 if all are equal, about -4 if
             they spread evenly over many dimensions.
         dim: width of the vectors.
         verdict: in words: ``collapsed``, ``narrow`` or ``healthy``, and why.
@@ -303,14 +303,14 @@ class Spread:
     verdict: str
 
 
-_SAMPLE = 4096  # vectors whose pairs the uniformity looks at
+_SAMPLE = 4096  # vectors whose pairs the uniformity uses
 
 
 def spread(latents: Tensor) -> Spread:
     """Whether an embedding has collapsed.
 
     ``effective_rank = exp(entropy(p))`` with ``p`` the singular values of the centred vectors,
-    made to sum to 1. The uniformity is that of at most 4,096 vectors, evenly spaced in the list.
+    normalized to sum 1. The uniformity is that of at most 4,096 vectors, evenly spaced in the list.
 
     Args:
         latents: ``(n, d)`` unit vectors, at least two.
@@ -349,7 +349,7 @@ def spread(latents: Tensor) -> Spread:
 def _verdict(cosine: float, rank: float, most: int) -> str:
     facts = f"mean cosine {cosine:.2f}, {rank:.1f} of at most {most} directions in use"
     if cosine > 0.98:
-        return f"collapsed: all vectors are nearly one ({facts})"
+        return f"collapsed: all vectors are nearly equal ({facts})"
     if most >= 8 and rank < 2:
         return f"collapsed: the vectors lie on a line ({facts})"
     if cosine > 0.8 or rank < 0.1 * most:

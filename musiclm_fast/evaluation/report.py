@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table and as plain values."""
+"""The results of an evaluation, as a table and as plain values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LabelScores:
     """Zero-shot classification.
 
     Args:
-        accuracy: for k of 1 and 5, the share of labelled sounds one of whose labels is among the k
-            whose texts are nearest.
-        roc_auc: of each label, the chance that a sound with it is nearer to its text than one
-            without; None where all sounds have it, or none.
-        macro_roc_auc: the mean of these; None where there is none.
-        sounds: with at least one label; those without count in the ROC-AUC alone.
+        accuracy: for k of 1 and 5, the share of labelled sounds with one of their labels among
+            the k whose texts are nearest.
+        roc_auc: of each label, the probability that a sound with it is nearer to its text than one
+            without; None if all sounds have it, or none.
+        macro_roc_auc: the mean of these; None if there is none.
+        sounds: number with at least one label; the others count in the ROC-AUC only.
     """
 
     accuracy: dict[int, float]
@@ -35,7 +35,7 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`evaluate` found.
+    """The results of :func:`evaluate`.
 
     Args:
         names: of the sounds, in the order of ``audio``.
@@ -43,12 +43,12 @@ class Report:
         texts: the different captions, in the order of ``text``.
         text: ``(m, d)`` float32, a unit vector for each caption.
         pairs: ``(p, 2)`` int64: a sound and a caption of it.
-        audio_to_text, text_to_audio: retrieval; captions that several sounds share are right for
-            all of them.
-        labels: zero-shot classification, where labels were given.
+        audio_to_text, text_to_audio: retrieval; a caption that several sounds share is correct
+            for all of them.
+        labels: zero-shot classification, if labels were given.
         audio_spread, text_spread: whether either side has collapsed.
-        left_out: sounds that could not be read, and why.
-        label_names, label_table: the labels, and ``(n, C)`` bool, which sounds have which.
+        left_out: sounds that could not be read, with the reason.
+        label_names, label_table: the labels, and ``(n, C)`` bool, the labels of each sound.
     """
 
     names: list[str]

@@ -1,1 +1,1 @@
-"""A trained MuLaN at work: embeddings of sounds, and search in them."""
+"""Inference with a trained MuLaN: embeddings of sounds, and search."""

@@ -22,13 +22,13 @@ from musiclm_fast.models.checkpoint import load_mulan
 from musiclm_fast.models.configuration import mulan_config
 from musiclm_fast.models.mulan import MuLaN
 
-_SILENCE = 1e-4  # a window whose peak is below it (-80 dB) says nothing
+_SILENCE = 1e-4  # windows whose peak is below it (-80 dB) are skipped as silent
 
 
-_BLOCK = 32  # windows that are read at once
+_BLOCK = 32  # windows read at once
 
 
-_AHEAD = 2  # files that are read while others are embedded
+_AHEAD = 2  # files read ahead of the embedding
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Embedded:
         starts: ``(windows,)`` float64, in seconds.
         latents: ``(windows, d)`` float32 unit vectors; of a sound that cannot be embedded, none.
         seconds: length of the sound.
-        reason: why there are none; empty otherwise.
+        reason: why there are no windows; else empty.
     """
 
     starts: np.ndarray
@@ -48,7 +48,7 @@ class Embedded:
     reason: str = ""
 
     def mean(self) -> np.ndarray:
-        """Unit vector ``(d,)`` of the whole sound: the mean of its windows', made 1 long again.
+        """Unit vector ``(d,)`` of the whole sound: the mean of its windows', normalized.
 
         Source: https://arxiv.org/abs/2301.11325 (MusicLM, section 4.1).
         """
@@ -57,14 +57,14 @@ class Embedded:
 
 
 class Embedder:
-    """A trained MuLaN that embeds sounds, a window at a time.
+    """Embeds sounds window by window with a trained MuLaN.
 
     Args:
         mulan: the model; it is put into evaluation mode.
-        sample_hz: rate of the sounds, in Hz; None is the audio tower's own.
+        sample_hz: rate of the sounds, in Hz; None is the audio tower's.
         window_seconds: length of a window; None is 10 s.
-        stride_seconds: from one window to the next; None is ``window_seconds``.
-        batch_size: windows that run at once.
+        stride_seconds: step between windows; None is ``window_seconds``.
+        batch_size: windows per forward pass.
 
     Raises:
         ValueError: no rate is known, or a number is not positive.
@@ -102,7 +102,7 @@ class Embedder:
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
-            CheckpointError: it is no checkpoint that can be used.
+            CheckpointError: it is not a usable checkpoint.
         """
         mulan, extra = load_mulan(path)
         if window_seconds is None:
@@ -115,7 +115,7 @@ class Embedder:
         return self.mulan.dim_latent
 
     def fingerprint(self) -> str:
-        """A hash of all that the embeddings of sounds depend on: audio tower and windows."""
+        """A hash of all that determines the embeddings of sounds: audio tower and windows."""
         digest = hashlib.blake2b(digest_size=16)
         config = mulan_config(self.mulan)
         own = [config["audio"], config["mulan"], self.sample_hz]
@@ -145,10 +145,10 @@ class Embedder:
         return torch.cat(parts).float().cpu()
 
     def sounds(self, sounds: CaptionedSounds) -> Iterator[tuple[int, Embedded]]:
-        """Embed all windows of all sounds, in order; what cannot be read has a reason.
+        """Embed all windows of all sounds, in order; unreadable sounds get a reason.
 
-        Windows start every ``stride_seconds``, and a last one ends where the sound ends; a shorter
-        sound is embedded whole. Silent windows are left out.
+        Windows start every ``stride_seconds``; the last one ends at the end of the sound. A shorter
+        sound is embedded as a whole. Silent windows are skipped.
 
         Args:
             sounds: opened with the embedder's ``sample_hz`` and ``clip_seconds=None``.
@@ -160,7 +160,7 @@ class Embedder:
             found = f"{sounds.sample_hz} Hz, clips of {sounds.clip_seconds} s"
             fail("sounds", found, f"{self.sample_hz} Hz, whole (clip_seconds=None)")
         waiting: deque[_Pending] = deque()
-        ready: list[Tensor] = []  # windows of the sounds in waiting, in order
+        ready: list[Tensor] = []  # windows of the pending sounds, in order
         for pending, windows in self._read_ahead(sounds):
             waiting.append(pending)
             for window in windows:
@@ -194,8 +194,8 @@ class Embedder:
                     future.cancel()
 
     def _read(self, sounds: CaptionedSounds, index: int) -> tuple[_Pending, list[Tensor]]:
-        # A sound's windows; long files are read in blocks, so that only mono at the model's rate
-        # is ever held whole.
+        # A sound's windows. Long files are read in blocks, so that the whole sound is in memory
+        # only as mono at the model's rate.
         pending = _Pending(index)
         windows: list[Tensor] = []
         try:
@@ -227,7 +227,7 @@ class Embedder:
 
     @torch.no_grad()
     def _embed(self, windows: list[Tensor]) -> list[np.ndarray | str]:
-        # A unit vector for each window, or why there is none.
+        # A unit vector for each window, or the reason why there is none.
         try:
             return [*self._latents(windows)]
         except ValueError as error:
@@ -242,7 +242,7 @@ class Embedder:
 
 
 class _Pending:
-    # A sound whose windows are being embedded; results are vectors, or reasons for their lack.
+    # A sound whose windows are being embedded; results are vectors or reasons.
     def __init__(self, index: int) -> None:
         self.index = index
         self.seconds = 0.0
@@ -263,7 +263,7 @@ class _Pending:
 
 
 def _deliver(waiting: deque[_Pending], results: list[np.ndarray | str]) -> None:
-    # Results come in the order of the windows of the sounds in waiting.
+    # Results come in the order of the windows of the pending sounds.
     missing = (p for p in waiting for _ in range(len(p.starts) - len(p.results)))
     for pending, result in zip([*missing], results):
         pending.results.append(result)

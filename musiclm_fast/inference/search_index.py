@@ -1,7 +1,7 @@
-"""An index of one's own music: the embeddings of a folder's files, kept in a file.
+"""A music index: the embeddings of a folder's files, saved in a file.
 
-The file is safetensors: ``latents (windows, d)``, ``starts (windows,)``, and JSON in its header
-that names the sounds. Only what is new or has changed is embedded again.
+The file is safetensors: ``latents (windows, d)``, ``starts (windows,)``, and the sounds' names as
+JSON in its header. Only new and changed files are embedded again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from musiclm_fast.inference.embedder import Embedded, Embedder
 FORMAT = 1
 
 
-_SAVE_EVERY = 30.0  # seconds of work that a kill can lose
+_SAVE_EVERY = 30.0  # seconds between saves: the most that a kill can lose
 
 
 @dataclass(frozen=True)
 class IndexedSound:
-    """A file of the index: its size and time of change, by which a change is seen, and windows."""
+    """A file of the index: its size and modification time, which detect changes, and windows."""
 
     size: int
     mtime_ns: int
@@ -41,7 +41,7 @@ class IndexedSound:
 
 @dataclass(frozen=True)
 class Changes:
-    """What an update found: how many files are new, changed, gone, and as they were."""
+    """The result of an update: numbers of new, changed, removed and unchanged files."""
 
     new: int
     changed: int
@@ -49,14 +49,14 @@ class Changes:
     kept: int
 
     def __str__(self) -> str:
-        """In words, without what there is none of."""
+        """In words, without zero counts."""
         counts = {"new": self.new, "changed": self.changed, "removed": self.removed}
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
 class Match:
-    """A file that answers a query.
+    """A result of a query.
 
     Args:
         name: its path relative to the folder.
@@ -74,15 +74,15 @@ class MusicIndex:
     """Embeddings of the windows of all sound files in a folder and below it.
 
     Args:
-        folder: of the music.
+        folder: the music folder.
         embedder: the model and its windows.
         path: the file of the index; None is one in the user's cache folder, made for this folder
             and this model.
 
     Attributes:
         sounds: the indexed files by their paths relative to the folder.
-        rebuilt: why what was at ``path`` is not used; empty where it is, or where nothing was.
-        unsaved: why the last update could not be written; empty where it was.
+        rebuilt: why an existing index at ``path`` is not used; else empty.
+        unsaved: why the last update could not be written; else empty.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -116,22 +116,22 @@ class MusicIndex:
             self._load()
 
     def failed(self) -> dict[str, str]:
-        """Files that could not be embedded, and why."""
+        """Files that could not be embedded, with the reason."""
         return {name: s.embedded.reason for name, s in self.sounds.items() if s.embedded.reason}
 
     def windows(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         return sum(len(sound.embedded.starts) for sound in self.sounds.values())
 
     def update(self, progress: Callable[[int, int], Any] | None = None) -> Changes:
-        """Embed what is new or has changed, drop what is gone, and write the index.
+        """Embed new and changed files, drop removed ones, and write the index.
 
-        What is done when it is interrupted is written; the next update goes on from there.
+        An interrupted update saves the finished files; the next update continues from there.
 
         Args:
             progress: called with the number of files that are done and that there are to do.
 
-        An index that cannot be written only costs time: ``unsaved`` then says why.
+        If the index cannot be written, ``unsaved`` has the reason.
         """
         stamps = {}
         for name in self.names:
@@ -183,7 +183,7 @@ class MusicIndex:
             count: how many files.
 
         Returns:
-            At most ``count`` matches, the best first; of equals, the first by name.
+            At most ``count`` matches, best first, ties by name.
         """
         check_shape("query", query, (self.embedder.dim,), "(d,)")
         check_positive_int("count", count)
@@ -204,7 +204,7 @@ class MusicIndex:
         """Write the index, atomically.
 
         Raises:
-            OSError: it cannot be written; what was there before is as it was.
+            OSError: it cannot be written; an earlier file is unchanged.
         """
         from safetensors.numpy import save
 
@@ -216,7 +216,7 @@ class MusicIndex:
             latents.append(own.latents)
             starts.append(own.starts)
             stamp = [sound.size, sound.mtime_ns]
-            # names of files are bytes: what is no UTF-8 is kept as surrogates, which JSON escapes
+            # file names are bytes: invalid UTF-8 is kept as surrogates, which JSON escapes
             rows.append([name, *stamp, own.seconds, own.reason, len(own.starts)])
         header = {"format": FORMAT, "model": self.model, "sounds": rows}
         tensors: dict[str, np.ndarray] = {
@@ -227,7 +227,7 @@ class MusicIndex:
             file.write(save(tensors, metadata={"musiclm_fast": json.dumps(header)}))
 
     def _load(self) -> None:
-        # Reads what is at path, or says in rebuilt why it is of no use.
+        # Reads the index at path, or sets rebuilt to the reason why it cannot be used.
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -1,1 +1,1 @@
-"""Upstream's names and upstream's models."""
+"""Compatibility with upstream: its module names and its models."""

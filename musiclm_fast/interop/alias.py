@@ -1,4 +1,4 @@
-"""Old scripts unchanged: ``import musiclm_pytorch`` resolves to this package."""
+"""Existing scripts run unchanged: ``import musiclm_pytorch`` resolves to this package."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _Alias(ModuleType):
 def install_as_musiclm_pytorch() -> None:
     """Make ``import musiclm_pytorch`` resolve to this package in this process.
 
-    An old script needs only this line before its imports:
+    An existing script needs only this line before its imports:
     ``import musiclm_fast; musiclm_fast.install_as_musiclm_pytorch()``.
 
     Raises:
-        RuntimeError: the real musiclm_pytorch is imported already.
+        RuntimeError: the real musiclm_pytorch is already imported.
     """
     loaded = sys.modules.get("musiclm_pytorch")
     if loaded is not None and not isinstance(loaded, _Alias):

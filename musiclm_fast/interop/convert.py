@@ -1,4 +1,4 @@
-"""Models of musiclm-pytorch, live or as weights, as models of this package."""
+"""Conversion of musiclm-pytorch's models and weights to this package."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from musiclm_fast.musiclm.musiclm import MusicLM
 
 
 def from_upstream(model: nn.Module) -> nn.Module:
-    """Our counterpart of a live musiclm-pytorch model, with its weights, mode, dtype and device.
+    """Convert a musiclm-pytorch model, with its weights, mode, dtype and device.
 
     Args:
         model: a MuLaN, AudioSpectrogramTransformer, TextTransformer, SoftmaxContrastiveLearning,
             SigmoidContrastiveLearning, MuLaNEmbedQuantizer or MusicLM of musiclm-pytorch.
 
     Returns:
-        The model of the same name of this package. Nothing is shared with ``model``, but for a
-        MusicLM's AudioLM, which is taken as it is.
+        The model of the same name of this package. Nothing is shared with ``model`` except a
+        MusicLM's AudioLM.
 
     Raises:
         TypeError: another kind of model.
@@ -156,7 +156,7 @@ _BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-# What weights do not tell, and what it is unless it is given.
+# Arguments that the weights do not determine; defaults are assumed unless given.
 _ASSUMED: dict[str, tuple[str, ...]] = {
     "audio": (
         "spec_n_fft", "spec_hop_length", "spec_power", "spec_pad", "spec_center", "spec_pad_mode",
@@ -174,15 +174,15 @@ def config_of_weights(
 
     Args:
         weights: its ``state_dict``.
-        given: constructor arguments that shapes do not tell, ``{"audio": {...}, "text": {...},
+        given: constructor arguments that shapes do not determine, ``{"audio": {...}, "text": {...},
             "mulan": {...}}``.
 
     Returns:
-        What ``MuLaN.from_config`` takes, and what of it was assumed, by path: no weight tells it.
+        What ``MuLaN.from_config`` takes, and the assumed arguments by path.
 
     Raises:
         ValueError: the weights are not a MuLaN's; patches that are not square, or a window that
-            does not fit the default transform, and nothing given for them.
+            does not fit the default transform, without given values.
     """
     given = {kind: dict(arguments) for kind, arguments in (given or {}).items()}
     for kind in given:

@@ -1,4 +1,4 @@
-"""Checkpoints that carry their own architecture: written atomically, read without running code.
+"""Checkpoints that contain their architecture: written atomically, read without executing code.
 
 A checkpoint is a ``torch.save`` of plain values and tensors::
 
@@ -7,7 +7,7 @@ A checkpoint is a ``torch.save`` of plain values and tensors::
 
 where ``config`` holds the constructor arguments of the two towers and of MuLaN
 (:mod:`musiclm_fast.models.configuration`). It is read with ``weights_only=True``, so nothing in a
-file is ever executed.
+file is executed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: MuLaN, **extra: Any) ->
     """Write a model with its architecture, atomically.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is created if missing.
         model: a MuLaN whose towers a configuration can rebuild.
         extra: further entries (plain values and tensors), such as ``clip_seconds``.
 
     Raises:
-        OSError: it could not be written; an earlier file at ``path`` is left as it was.
+        OSError: it could not be written; an earlier file at ``path`` is unchanged.
         TypeError: the model is not one that a configuration can rebuild.
     """
     content = {"format": FORMAT, "config": mulan_config(model), "model": model.state_dict()}
@@ -51,7 +51,7 @@ def load_mulan(path: str | os.PathLike[str]) -> tuple[MuLaN, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        CheckpointError: it is damaged, is no such checkpoint, or its weights are not those of its
+        CheckpointError: it is damaged, of another kind, or its weights do not match its
             configuration.
     """
     if Path(path).is_dir():

@@ -12,12 +12,12 @@ _NAME = "audiolm_pytorch.utils"
 
 
 def audio_conditioner_base() -> type[nn.Module]:
-    """audiolm-pytorch's ``AudioConditionerBase`` where that package is installed, else a base.
+    """audiolm-pytorch's ``AudioConditionerBase`` if that package is installed, else a stand-in.
 
     audiolm-pytorch checks ``isinstance(conditioner, AudioConditionerBase)``, and importing the
-    package runs all of its imports, fairseq's included. The class stands in a file that needs
-    torch alone, so that file is loaded by path under its own name: a later import of the package
-    finds it there, and both sides hold the same class, whichever is imported first.
+    package runs all of its imports, fairseq's included. The class is defined in a file that
+    needs only torch, so that file is loaded by path under its module name. A later import of the
+    package finds it, and both sides use the same class, in either order of imports.
     """
     if _NAME not in sys.modules:
         try:

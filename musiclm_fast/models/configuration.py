@@ -1,4 +1,4 @@
-"""A MuLaN's architecture as plain values: what a checkpoint holds beside the weights.
+"""A MuLaN's architecture as plain values, saved in a checkpoint with the weights.
 
 ::
 
@@ -6,7 +6,7 @@
      "text": {"class": "TextTransformer", **arguments},
      "mulan": arguments}
 
-A tower's class is one of a registry, found by name, so a configuration names no code of its own.
+A tower's class is looked up by name in a registry, so a configuration cannot name other code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.models.towers import KINDS, register_tower, registered, tower_config
 
 DEFAULT_TOWERS = {"audio": "AudioSpectrogramTransformer", "text": "TextTransformer"}
-# Towers that are registered where they are first named: their module needs transformers.
+# Towers that are registered on first use: their module needs transformers.
 _ON_DEMAND = {
     "audio": {"HuggingFaceAudio": "musiclm_fast.models.hugging_face_audio"},
     "text": {"HuggingFaceText": "musiclm_fast.models.hugging_face_text"},
@@ -37,7 +37,7 @@ def tower_class(kind: str, name: str) -> type[nn.Module]:
     """The class of a registered tower.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no class has that name.
     """
     known = registered(kind)
     check_choice(f"{kind}.class", name, [*(known.keys() | _ON_DEMAND[kind].keys())])

@@ -38,8 +38,8 @@ class FrontEnd:
         masks_per_sample: draw masks per clip on the clip's device, else one for the whole batch
             from the CPU generator, as upstream does.
         time_stretch: largest relative change of speed in training: a clip, or with batch-wide masks
-            the batch, plays ``1 - time_stretch`` to ``1 + time_stretch`` times as fast. Upstream
-            means to stretch and never does.
+            the batch, plays ``1 - time_stretch`` to ``1 + time_stretch`` times as fast. Upstream's
+            stretch has no effect.
     """
 
     sample_hz: int | None = None
@@ -110,7 +110,7 @@ PRESETS: dict[str, FrontEnd] = {
     ),
 }  # fmt: skip
 
-#: Saved configurations may have the old name.
+#: Saved configurations may contain the old name.
 RENAMED_PRESETS = {"reference": "upstream"}
 
 
@@ -191,10 +191,10 @@ class Spectrogram(nn.Module):
 
 
 class PhaseAdvance(nn.Module):
-    """Holds the buffer of upstream's TimeStretch, so that checkpoints fit; computes nothing.
+    """Holds the buffer of upstream's TimeStretch, so checkpoints load; computes nothing.
 
-    Upstream passes its stretch factor as torchaudio's hop_length and True as the rate, and a
-    rate of one stretches nothing.
+    Upstream passes its stretch factor as torchaudio's hop_length and True as the rate; a
+    rate of one has no effect.
     """
 
     def __init__(self, stretch_factor: float) -> None:

@@ -1,8 +1,8 @@
 """Towers made of pretrained encoders of Hugging Face transformers.
 
 A tower keeps the encoder's configuration and its tokenizer or feature extractor among its own
-arguments, and the weights in its ``state_dict``. So a saved MuLaN is whole: it is rebuilt without
-a download, and nothing in it is executed.
+arguments, and the weights in its ``state_dict``. So a saved MuLaN is complete: it is rebuilt
+without a download, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ORIGINS = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_
 
 
 class HuggingFaceTower(nn.Module):
-    """What both towers share: the encoder, its width and depth, freezing.
+    """Base of both towers: the encoder, its width and depth, freezing.
 
-    The encoder's own masking in training (SpecAugment of wav2vec 2.0 and its kin) and layer drop
-    are off: they draw from numpy, which no checkpoint holds and no replayed forward pass repeats.
+    The encoder's own masking in training (SpecAugment, as in wav2vec 2.0) and layer drop are off:
+    they draw from numpy, whose state is neither saved nor replayed.
 
     Attributes:
         dim: width of the encoder.
@@ -67,12 +67,12 @@ class HuggingFaceTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return next(self.model.parameters()).dtype
 
     def _run(
@@ -166,7 +166,7 @@ def _inside(model: Any, part: str) -> nn.Module:
 
 
 def beside(model: Any, auto: str) -> Any:
-    """The tokenizer or feature extractor of a model's folder or name; None where there is none."""
+    """The tokenizer or feature extractor of a model's folder or name; None if it has none."""
     if not isinstance(model, (str, os.PathLike)):
         model = getattr(model, "name_or_path", "")
     if not model:
@@ -181,9 +181,9 @@ def beside(model: Any, auto: str) -> Any:
 
 
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON has it, without the folder that it came from.
+    """A configuration as JSON, without the path of its folder.
 
-    What is read back must equal what was written.
+    Reading it back gives the same values.
     """
     plain: dict[str, Any] = json.loads(
         json.dumps(values, default=str),

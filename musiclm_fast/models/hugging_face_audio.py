@@ -17,12 +17,12 @@ from musiclm_fast.audio.batching import as_batch
 from musiclm_fast.models.hugging_face import HuggingFaceTower, beside, plain_values
 from musiclm_fast.models.towers import register_tower
 
-_MIN_SECONDS = 0.1  # of a clip: feature extractors have no message of their own for less
+_MIN_SECONDS = 0.1  # of a clip: feature extractors have no clear error for less
 
 
 @dataclass(frozen=True)
 class EncoderFrontEnd:
-    """What is known of an encoder's own front end: ``sample_hz``, the rate in Hz it takes."""
+    """An encoder's front end: ``sample_hz``, the rate in Hz it takes."""
 
     sample_hz: int
 
@@ -36,8 +36,8 @@ class HuggingFaceAudio(HuggingFaceTower):
     Args:
         model: a folder or a name on the Hugging Face Hub; a transformers model; or the
             configuration of one as a dict, for fresh weights.
-        feature_extractor: a feature extractor of transformers, or what :attr:`arguments` holds of
-            one; it knows the sample rate. None takes the one beside ``model``.
+        feature_extractor: a feature extractor of transformers, or its entry of :attr:`arguments`;
+            it defines the sample rate. None takes that of ``model``.
         frozen: do not train the encoder.
         pooling: ``"mean"`` over time, or ``"cls"``, the first token (AST's class token).
 
@@ -77,7 +77,7 @@ class HuggingFaceAudio(HuggingFaceTower):
         self.max_samples = self._max_samples()
 
     def _max_samples(self) -> int | None:
-        # What a spectrogram encoder takes at most; its extractor pads to that, and cuts the rest.
+        # Longest input of a spectrogram encoder; its extractor pads or truncates to it.
         own = self.feature_extractor
         for name in ("n_samples", "nb_max_samples"):
             if isinstance(getattr(own, name, None), int):
@@ -104,7 +104,7 @@ class HuggingFaceAudio(HuggingFaceTower):
 
         Args:
             x: waveforms ``(B, samples)`` or a list of clips ``(samples,)``.
-            force_no_patch_dropout: without effect; there for our own tower's callers.
+            force_no_patch_dropout: no effect; for compatibility with our own tower.
             return_all_layers: also return the earlier blocks' outputs, pooled in the same way.
             lengths: ``(B,)`` integer samples of each clip; None where all fill the batch. Read on
                 the host.

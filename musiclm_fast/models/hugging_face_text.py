@@ -37,13 +37,13 @@ class HuggingFaceText(HuggingFaceTower):
     Args:
         model: a folder or a name on the Hugging Face Hub; a transformers model; or the
             configuration of one as a dict, for fresh weights.
-        tokenizer: a tokenizer of transformers, or what :attr:`arguments` holds of one. None takes
-            the one beside ``model``; a model that is not from a folder or the Hub has none, and
-            the tower then takes token ids only.
+        tokenizer: a tokenizer of transformers, or its entry of :attr:`arguments`. None takes
+            that of ``model``; a model that is not from a folder or the Hub has none, and the
+            tower then accepts token ids only.
         frozen: do not train the encoder.
         pooling: ``"mean"`` over a text's tokens, ``"cls"``, its first token, or ``"last"``, its
             last one (for decoders).
-        max_seq_len: longest text in tokens; less where the encoder takes less.
+        max_seq_len: longest text in tokens; at most the encoder's limit.
 
     Raises:
         ImportError: transformers is not installed.
@@ -162,7 +162,7 @@ class HuggingFaceText(HuggingFaceTower):
 
 
 def _files_of(tokenizer: Any) -> dict[str, Any] | None:
-    # A tokenizer as its files: text, or base64 of what is no text.
+    # A tokenizer as its files: text, or base64 of binary files.
     if tokenizer is None:
         return None
     if not hasattr(tokenizer, "save_pretrained"):

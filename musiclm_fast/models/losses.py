@@ -60,7 +60,7 @@ class _ContrastiveLearning(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         return self.temperatures.device
 
     def _loss(

@@ -101,12 +101,12 @@ class Pretrained:
         rebuilds the model; each file atomically.
 
         Args:
-            folder: is made if need be; what else is in it stays.
+            folder: created if missing; its other files stay.
             extra: further entries of ``config.json``: plain values, such as ``clip_seconds``, the
                 length of the clips that the model was trained with.
 
         Raises:
-            OSError: it could not be written; an earlier model in the folder is as it was.
+            OSError: it could not be written; an earlier model in the folder is unchanged.
             TypeError: a tower is of a class that no configuration can rebuild.
         """
         model = cast(nn.Module, self)
@@ -115,7 +115,7 @@ class Pretrained:
         config = config_text(model, extra)
         part = folder / f".{WEIGHTS_FILE}.tmp"
         try:
-            # Both are written before either takes its place: a full disk touches no earlier model.
+            # Both are written before either replaces a file: a full disk spoils no earlier model.
             with atomic_file(folder / CONFIG_FILE) as file:
                 file.write(config.encode())
                 file.flush()

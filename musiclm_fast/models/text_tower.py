@@ -62,7 +62,7 @@ class TextTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         return self.cls_token.device
 
     def forward(
@@ -77,7 +77,7 @@ class TextTransformer(nn.Module):
         Args:
             x: ``(B, n)`` integer token ids.
             raw_texts: B strings, which the CLIP tokenizer encodes; longer ones than
-                ``max_seq_len`` tokens are cut, with a warning the first time.
+                ``max_seq_len`` tokens are truncated, with one warning.
             mask: ``(B, n)`` bool, True where a token takes part; None is ``x != pad_id``. The
                 class token always takes part.
             return_all_layers: also return the outputs of all blocks but the last.

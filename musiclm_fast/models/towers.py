@@ -1,4 +1,4 @@
-"""What MuLaN needs of a tower, and the registry by which a configuration names a tower's class."""
+"""The interface of a tower, and the registry of tower classes for configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Tower(Protocol):
 
     Attributes:
         dim: width of the embeddings.
-        depth: number of blocks whose outputs can be asked for.
+        depth: number of blocks whose outputs can be returned.
         arguments: plain values; ``cls(**arguments)`` is the tower with fresh weights.
     """
 
@@ -40,16 +40,16 @@ class AudioTower(Tower, Protocol):
 
 
 def register_tower(kind: str, tower: type[nn.Module]) -> type[nn.Module]:
-    """Let configurations hold towers of a class of one's own, by the class's name.
+    """Register a custom tower class, so that configurations can name it.
 
     Args:
         kind: ``"audio"`` or ``"text"``.
         tower: a class whose instances have ``arguments``, plain values with which
-            ``tower(**arguments)`` builds the same architecture anew. ``models.arguments``'s
-            ``record_arguments`` makes them for most classes.
+            ``tower(**arguments)`` builds the same architecture. ``record_arguments`` of
+            ``models.arguments`` provides them for most classes.
 
     Raises:
-        ValueError: another kind, or a name that belongs to another class.
+        ValueError: unknown kind, or the name belongs to another class.
     """
     check_choice("kind", kind, KINDS)
     known = _TOWERS[kind].setdefault(tower.__name__, tower)

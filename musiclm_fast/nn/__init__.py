@@ -1,1 +1,1 @@
-"""What MuLaN's towers and AudioLM's stages share."""
+"""Modules shared by MuLaN's towers and AudioLM's stages."""

@@ -30,7 +30,7 @@ def _spread(points: Tensor, clusters: int, generator: torch.Generator | None) ->
         centres[index] = points[chosen]
         distance = torch.minimum(distance, (points - centres[index]).square().sum(dim=1))
         total = distance.cumsum(0)
-        # where every point is a centre already the first one is taken again
+        # if every point is a centre already, the first one is repeated
         chosen = torch.searchsorted(total, draws[index] * total[-1]).clamp_max(len(points) - 1)
     return centres
 
@@ -39,7 +39,7 @@ def _spread(points: Tensor, clusters: int, generator: torch.Generator | None) ->
 def kmeans(
     points: Tensor, clusters: int, iterations: int = 25, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means from k-means++ centres, empty clusters moved to the worst-served points.
+    """Lloyd's k-means from k-means++ centres, empty clusters moved to the farthest points.
 
     https://doi.org/10.1145/1283383.1283494
 
@@ -50,7 +50,7 @@ def kmeans(
         generator: of the first centres, on the CPU.
 
     Returns:
-        Centres ``(clusters, dim)`` and how many points belong to each ``(clusters,)``.
+        Centres ``(clusters, dim)`` and the number of points of each ``(clusters,)``.
     """
     check_ndim("points", points, 2, "(N, dim)")
     check_positive_int("clusters", clusters)

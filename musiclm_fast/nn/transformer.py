@@ -54,7 +54,7 @@ _MANY_ROWS = 512  # below, padding the weights costs more than aligned products 
 
 
 def width_padding(hidden: int, x: Tensor) -> int:
-    """By how much a hidden width is padded for an input ``(..., dim)``: 0 for few rows."""
+    """Padding of a hidden width for an input ``(..., dim)``: 0 for few rows."""
     return -hidden % _ALIGNED if x.shape[:-1].numel() >= _MANY_ROWS else 0
 
 
@@ -66,8 +66,8 @@ def pad_halves(weight: Tensor, padding: int) -> Tensor:
 class FeedForward(nn.Sequential):
     """Pre-norm GEGLU feed-forward with hidden width ``int(dim * mult * 2 / 3)``.
 
-    That width is odd at dim 512, and rows of 1,365 values begin anywhere. Long inputs are computed
-    on a width of a multiple of 16, by weights padded with zeros in each call: equal outputs and
+    That width is odd at dim 512, and rows of 1,365 values are unaligned. Long inputs are computed
+    on a width of a multiple of 16, with weights padded by zeros in each call: equal outputs and
     gradients, and the parameters keep their shapes.
     """
 
@@ -95,7 +95,7 @@ class FeedForward(nn.Sequential):
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Linear itself, not a subclass such as an adapter's, and nobody listens to its calls."""
+    """A plain Linear, not a subclass such as an adapter's, without hooks."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooks
 
@@ -144,8 +144,8 @@ class Attention(nn.Module):
             bias: position bias, or None.
             mask: ``(B, n)`` bool, True where a token takes part.
             lengths: ``(B,)`` tokens of each sample; those beyond take no part.
-            queries: how many of the first tokens attend (to all); None is every one. There is no
-                bias then.
+            queries: how many of the first tokens attend (to all); None is all. With
+                fewer, there is no bias.
 
         Returns:
             ``(B, queries, dim)``.
@@ -190,8 +190,8 @@ def _run_block(
 class Transformer(nn.Module):
     """A stack of attention and feed-forward blocks with residuals.
 
-    With ``checkpoint_blocks`` set, the backward pass runs each block's forward again in place of
-    keeping what is inside it; dropout is replayed. https://arxiv.org/abs/1604.06174
+    With ``checkpoint_blocks`` set, the backward pass recomputes each block's forward instead of
+    storing its activations; dropout is replayed. https://arxiv.org/abs/1604.06174
     """
 
     checkpoint_blocks = False
@@ -230,8 +230,8 @@ class Transformer(nn.Module):
 
         Args:
             return_all_layers: also return the outputs of all blocks but the last.
-            last_queries: how many of the first tokens the last block computes; None is every one.
-                Of the others nobody may want the output: the block needs their keys and values.
+            last_queries: how many of the first tokens the last block computes; None is all.
+                The block computes only keys and values of the others.
 
         Returns:
             The last block's output ``(B, last_queries, dim)`` and, where asked for, all earlier

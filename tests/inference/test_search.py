@@ -183,7 +183,7 @@ def test_an_interruption_keeps_what_is_done(music, model, capsys, monkeypatch):
     monkeypatch.setattr(Embedder, "_latents", stop_after_two)
     argv = ["search", str(music), "calm", "--model", str(model), "--batch-size", "2"]
     assert cli.main(argv) == cli.INTERRUPTED
-    assert "what is done is kept" in capsys.readouterr().err
+    assert "finished files are saved" in capsys.readouterr().err
     seen = embedded_by(capsys, monkeypatch)
     got, _ = search(capsys, music, model)
     assert 0 < len(seen) < 4 and got["kept"] == 4 - len(seen)
