@@ -5,9 +5,9 @@
 // of one key head. A tile is kForwardRows (or kBackwardRows) x kKeyRows similarities in cache.
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "attention/attention.h"
+#include "common/arena.h"
 #include "common/simd.h"
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
@@ -29,49 +29,12 @@ constexpr int kBackwardRows = 96;
 constexpr int kMaxWindows = 4;
 constexpr int64_t kUnits = 16;                  // wanted backward tasks, whatever the threads
 constexpr int64_t kBudget = int64_t{24} << 20;  // bytes of packed heads; as much for parts of sums
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
-
-template <typename T>
-MUSICLM_FAST_INLINE T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-template <typename T>
-MUSICLM_FAST_INLINE T larger(T a, T b) {
-  return a < b ? b : a;
-}
-MUSICLM_FAST_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MUSICLM_FAST_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-MUSICLM_FAST_INLINE vint iota() {
-  vint v;
-  for (int i = 0; i < kWidth; ++i) v[i] = i;
-  return v;
-}
 
 MUSICLM_FAST_INLINE vint vload_int(const int32_t* p) {
   vint v;
   std::memcpy(&v, p, sizeof v);
   return v;
-}
-
-// e^x for x <= 0 (and above it by rounding) within 1 unit in the last place; 0 below -87.3.
-MUSICLM_FAST_INLINE vfloat exp_weight(vfloat x) {
-  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat shifted = x * 1.44269504f + magic;
-  const vfloat n = shifted - magic;
-  // x = n * ln(2) + r, with ln(2) in two parts so that n times the first is exact
-  const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  // minimax: e^r = 1 + r + r^2 * q(r) on [-ln(2)/2, ln(2)/2], relative error 3e-9
-  vfloat p = vset(1.3814540579915047e-3f);
-  p = p * r + 8.36874544620514e-3f;
-  p = p * r + 4.166838899254799e-2f;
-  p = p * r + 1.666652113199234e-1f;
-  p = p * r + 4.999999403953552e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const vfloat scaled = (vfloat)((vuint)p + ((vuint)shifted << 23));
-  return x < -87.3f ? vzero() : scaled;
 }
 
 // ---- the table of biases ------------------------------------------------------------------------
@@ -485,15 +448,8 @@ vfloat row_products(const float* a, const float* b, int64_t dp) {
 
 // ---- dropout ------------------------------------------------------------------------------------
 
-MUSICLM_FAST_INLINE uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x85EBCA6Bu;
-  x ^= x >> 13;
-  x *= 0xC2B2AE35u;
-  return x ^ (x >> 16);
-}
-
-MUSICLM_FAST_INLINE vuint mix(vuint x) {
+template <typename T>  // uint32_t or vuint
+MUSICLM_FAST_INLINE T mix(T x) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
   x ^= x >> 13;
@@ -509,19 +465,6 @@ MUSICLM_FAST_INLINE vint kept(uint32_t row_key, const uint32_t* columns, uint32_
 }
 
 // ---- workspace ----------------------------------------------------------------------------------
-
-// Hands out pieces of one allocation; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
 
 struct Scratch {
   float* rows;         // (2W, dp)
@@ -702,16 +645,6 @@ State make_state(const AttentionCall& call, bool backward, int workers, void* wo
   return s;
 }
 
-template <typename F>
-void run(const Workers& workers, int64_t tasks, const F& f) {
-  workers.run(
-      workers.context, tasks,
-      [](void* argument, int64_t index, int worker) {
-        (*static_cast<const F*>(argument))(index, worker);
-      },
-      const_cast<void*>(static_cast<const void*>(&f)));
-}
-
 // ---- preparation --------------------------------------------------------------------------------
 
 void pad_table(const State& s, int64_t h) {
@@ -743,7 +676,7 @@ void prepare(State& s, const Workers& workers) {
   pad_scales(s);
   if (s.one_plan) make_plan(call, 0, s.plan);
   if (call.table == nullptr) return;
-  run(workers, call.heads, [&](int64_t h, int) { pad_table(s, h); });
+  run_tasks(workers, call.heads, [&](int64_t h, int) { pad_table(s, h); });
 }
 
 void plan_head(const State& s, int64_t index, int worker) {
@@ -831,7 +764,7 @@ Tile make_tile(const State& s, const KeyPlan& plan, int64_t key) {
 // Lanes of group g that a row with `limit` visible keys sees.
 MUSICLM_FAST_INLINE vint seen_lanes(const Tile& tile, int64_t limit, int g) {
   const int64_t left = smaller<int64_t>(limit - tile.key - g * kWidth, kWidth);
-  return iota() < (vint{} + static_cast<int32_t>(larger<int64_t>(left, 0)));
+  return vfirst(static_cast<int32_t>(larger<int64_t>(left, 0)));
 }
 
 uint32_t row_key_of(const AttentionCall& call, int64_t b, int64_t h, int64_t i) {
@@ -862,7 +795,7 @@ MUSICLM_FAST_INLINE vfloat exponentiate(const Tile& tile, const AttentionCall& c
                                         uint32_t row_key, float highest, float* s) {
   vfloat sum = vzero();
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat p = exp_weight(vload(s + g * kWidth) - highest);
+    vfloat p = vexp_weight(vload(s + g * kWidth) - highest);
     sum += p;
     if constexpr (kDropout) {
       p = kept(row_key, tile.columns + g * kWidth, call.drop_below) ? p : vzero();
@@ -924,7 +857,7 @@ void attend(const State& s, const Head& head, int64_t g, int64_t block, const Sc
       scratch.higher[r] = shift;
     }
     for (int r = 0; r < kForwardRows; r += kWidth) {
-      vstore(scratch.rescale + r, exp_weight(vload(scratch.rescale + r)));
+      vstore(scratch.rescale + r, vexp_weight(vload(scratch.rescale + r)));
     }
     for (int r = 0; r < rows; ++r) {
       float* row = scratch.s + r * kKeyRows;
@@ -997,7 +930,7 @@ MUSICLM_FAST_INLINE void row_backward(const Tile& tile, const AttentionCall& cal
                                       float* ds) {
   const bool all_seen = limit >= tile.key + tile.groups * kWidth;
   for (int g = 0; g < tile.groups; ++g) {
-    vfloat p = exp_weight(vload(s + g * kWidth) - logsumexp);
+    vfloat p = vexp_weight(vload(s + g * kWidth) - logsumexp);
     if (!all_seen) p = seen_lanes(tile, limit, g) ? p : vzero();
     vfloat dp = vload(ds + g * kWidth);
     vfloat dropped = p;
@@ -1180,7 +1113,7 @@ void attention_forward(const AttentionCall& call, void* workspace, const Workers
   for (; s.first < total; s.first += s.wave) {
     const int64_t heads = smaller(s.wave, total - s.first);
     if (s.per_worker) {
-      run(workers, heads, [&](int64_t index, int worker) {
+      run_tasks(workers, heads, [&](int64_t index, int worker) {
         plan_head(s, index, worker);
         const Head head = head_of(s, index, worker);
         const Scratch& scratch = s.scratch[worker];
@@ -1191,11 +1124,11 @@ void attention_forward(const AttentionCall& call, void* workspace, const Workers
       });
       continue;
     }
-    if (!s.one_plan) run(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
-    run(workers, heads * key_blocks, [&](int64_t task, int worker) {
+    if (!s.one_plan) run_tasks(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
+    run_tasks(workers, heads * key_blocks, [&](int64_t task, int worker) {
       pack_keys(s, head_of(s, task / key_blocks, 0), task % key_blocks, s.scratch[worker].rows);
     });
-    run(workers, heads * s.group * query_blocks, [&](int64_t task, int worker) {
+    run_tasks(workers, heads * s.group * query_blocks, [&](int64_t task, int worker) {
       const int64_t q_head = task / query_blocks;
       // Causal: the last block of a head is its longest task.
       const int64_t block = query_blocks - 1 - task % query_blocks;
@@ -1214,7 +1147,7 @@ void attention_backward(const AttentionCall& call, void* workspace, const Worker
     const int64_t heads = smaller(s.wave, total - s.first);
     const int64_t query_tasks = heads * s.group * s.query_blocks;
     if (s.per_worker) {
-      run(workers, heads, [&](int64_t index, int worker) {
+      run_tasks(workers, heads, [&](int64_t index, int worker) {
         plan_head(s, index, worker);
         const Head head = head_of(s, index, worker);
         const Scratch& scratch = s.scratch[worker];
@@ -1228,25 +1161,25 @@ void attention_backward(const AttentionCall& call, void* workspace, const Worker
         }
       });
     } else {
-      if (!s.one_plan) run(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
-      run(workers, heads * key_blocks, [&](int64_t task, int worker) {
+      if (!s.one_plan) run_tasks(workers, heads, [&](int64_t index, int) { plan_head(s, index, 0); });
+      run_tasks(workers, heads * key_blocks, [&](int64_t task, int worker) {
         pack_keys(s, head_of(s, task / key_blocks, 0), task % key_blocks, s.scratch[worker].rows);
       });
       const auto each_query_block = [&](auto f) {
-        run(workers, query_tasks, [&](int64_t task, int worker) {
+        run_tasks(workers, query_tasks, [&](int64_t task, int worker) {
           const int64_t q_head = task / s.query_blocks;
           f(s, head_of(s, q_head / s.group, 0), q_head % s.group, task % s.query_blocks,
             s.scratch[worker].rows);
         });
       };
       each_query_block(pack_queries);
-      run(workers, heads * s.chunks, [&](int64_t task, int worker) {
+      run_tasks(workers, heads * s.chunks, [&](int64_t task, int worker) {
         chunk_backward(s, head_of(s, task / s.chunks, 0), task % s.chunks, s.scratch[worker]);
       });
       each_query_block(finish_queries);
     }
     if (call.table != nullptr) {
-      run(workers, call.heads, [&](int64_t h, int) {
+      run_tasks(workers, call.heads, [&](int64_t h, int) {
         reduce_table(s, h, heads);
         if (s.first + heads == total) store_table(s, h);
       });
