@@ -1,4 +1,4 @@
-// Registers the CPU kernels of attention.simd.cpp: checks, new tensors, workspace, threads.
+// Registers the CPU kernels: checks, new tensors, workspace, threads.
 #include "attention/attention.h"
 
 #include <cmath>

@@ -125,31 +125,33 @@ MUSICLM_FAST_INLINE void vstore_up_to(T* p, vfloat v, int64_t n) {
 // The larger of two; b where a is NaN.
 MUSICLM_FAST_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 
+// v with its lanes moved down by kStep, the lowest ones to the top.
+template <int kStep, int... kLane>
+MUSICLM_FAST_INLINE vfloat rotated(vfloat v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kStep) % kWidth)...);
+}
+
 // Sum over the lanes.
+template <int kStep = kWidth / 2>
 MUSICLM_FAST_INLINE float vsum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float half[kWidth];
-  vstore(half, v);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) half[i] += half[i + width];
-  }
-  return half[0];
+  v += rotated<kStep>(v, std::make_integer_sequence<int, kWidth>{});
+  if constexpr (kStep > 1) return vsum<kStep / 2>(v);
+  return v[0];
 #endif
 }
 
 // Largest lane.
+template <int kStep = kWidth / 2>
 MUSICLM_FAST_INLINE float vmaximum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float half[kWidth];
-  vstore(half, v);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) half[i] = half[i] > half[i + width] ? half[i] : half[i + width];
-  }
-  return half[0];
+  v = vmax(v, rotated<kStep>(v, std::make_integer_sequence<int, kWidth>{}));
+  if constexpr (kStep > 1) return vmaximum<kStep / 2>(v);
+  return v[0];
 #endif
 }
 
