@@ -20,6 +20,9 @@ inline constexpr int kPanel = kBlockVectors * kWidth;  // columns of a panel of 
 
 enum class Start { zero, add, scaled };  // C = A B, C += A B, C = alpha[row] * C + A B
 
+// A copy for each file that includes this: the compiler then drops what is the same in all calls.
+namespace {
+
 // One register block; A is (rows, depth), or stored as (depth, rows) if kTransposed.
 template <int kRows, int kVectors, bool kTransposed>
 void block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -117,4 +120,5 @@ template <bool kTransposed>
   }
 }
 
+}  // namespace
 }  // namespace musiclm_fast::MUSICLM_FAST_SIMD_NS::attention

@@ -1,9 +1,11 @@
 // Rows of heads: in and out of float, l2-norm, transposition. For *.simd.cpp only.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/integers.h"
 #include "common/simd.h"
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS::attention {
@@ -23,8 +25,22 @@ MUSICLM_FAST_INLINE void prefetch_row(const HeadRows& x, int64_t b, int64_t h, i
   for (int64_t c = 0; c < d * size; c += 64) __builtin_prefetch(row + c);
 }
 
+inline constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
+
+inline float norm_of(const float* row, int64_t dp) {
+  vfloat squares = vzero();
+  for (int64_t c = 0; c < dp; c += kWidth) squares += vload(row + c) * vload(row + c);
+  return std::sqrt(vsum(squares));
+}
+
 // row = l2norm(row) * scale; nothing without a scale
-void normalise(float* row, int64_t dp, const float* scale);
+inline void normalise(float* row, int64_t dp, const float* scale) {
+  if (scale == nullptr) return;
+  const float norm = larger(norm_of(row, dp), kSmallestNorm);
+  for (int64_t c = 0; c < dp; c += kWidth) {
+    vstore(row + c, vload(row + c) / norm * vload(scale + c));
+  }
+}
 
 // grad of l2norm(row) * scale  ->  grad of row, in place; dscale += its part
 void normalise_backward(const float* row, int64_t dp, const float* scale, float* grad,

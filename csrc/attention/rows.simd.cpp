@@ -1,14 +1,9 @@
 #include "attention/rows.h"
 
-#include <cmath>
-
 #include "attention/products.h"
-#include "common/integers.h"
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS::attention {
 namespace {
-
-constexpr float kSmallestNorm = 1e-12f;  // torch.nn.functional.normalize's eps
 
 template <typename T>
 MUSICLM_FAST_INLINE void load_values(const T* x, int64_t d, float* out) {
@@ -22,12 +17,6 @@ MUSICLM_FAST_INLINE void store_values(T* x, int64_t d, const float* row) {
   int64_t c = 0;
   for (; c + kWidth <= d; c += kWidth) vstore(x + c, vload(row + c));
   if (c < d) vstore_partial(x + c, vload(row + c), static_cast<int>(d - c));
-}
-
-float norm_of(const float* row, int64_t dp) {
-  vfloat squares = vzero();
-  for (int64_t c = 0; c < dp; c += kWidth) squares += vload(row + c) * vload(row + c);
-  return std::sqrt(vsum(squares));
 }
 
 }  // namespace
@@ -47,14 +36,6 @@ void store_row(const HeadRows& x, int64_t b, int64_t h, int64_t i, int64_t d, co
     store_values(static_cast<bf16*>(x.data) + at, d, row);
   } else {
     store_values(static_cast<float*>(x.data) + at, d, row);
-  }
-}
-
-void normalise(float* row, int64_t dp, const float* scale) {
-  if (scale == nullptr) return;
-  const float norm = larger(norm_of(row, dp), kSmallestNorm);
-  for (int64_t c = 0; c < dp; c += kWidth) {
-    vstore(row + c, vload(row + c) / norm * vload(scale + c));
   }
 }
 

@@ -268,6 +268,7 @@ template <int kStep = 1>
 MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
   if constexpr (kStep < kWidth) {
     constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+#pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
       if ((i & kStep) != 0) continue;
       const vfloat a = x[i], b = x[i + kStep];
