@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from musiclm_fast._tables import aligned
 from musiclm_fast.evaluation.metrics import Retrieval, Spread
 
 _KS = (1, 5, 10)
@@ -108,7 +109,7 @@ class Report:
             recall = [f"{found.recall[k]:.1%}" for k in _KS]
             rank = f"{found.median_rank:g} of {found.candidates:,}"
             rows.append([title, *recall, rank, f"{found.mean_average_precision:.3f}"])
-        lines += _aligned(rows)
+        lines.append(aligned(rows))
         if self.labels is not None:
             own, chance = self.labels, 1 / len(self.labels.roc_auc)
             lines += ["", f"zero-shot over {len(own.roc_auc)} labels, {own.sounds:,} sounds"]
@@ -137,8 +138,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _without_nan(own) for key, own in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
