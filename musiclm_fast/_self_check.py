@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,6 +12,21 @@ import torch
 # Compares a kernel with the reference on a device in a dtype: None, or what went wrong. Raises what
 # is no wrong number.
 SelfCheck = Callable[[torch.device, torch.dtype], str | None]
+
+
+def in_default_modes(check: SelfCheck) -> SelfCheck:
+    """The check with gradients and without autocast, whatever the call that needs it runs in."""
+
+    @functools.wraps(check)
+    def run(device: torch.device, dtype: torch.dtype) -> str | None:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            return check(device, dtype)
+
+    return run
 
 
 class SelfChecks:

@@ -1,4 +1,4 @@
-"""What the Triton backends share: a call's target, what they refuse, and how kernels are launched.
+"""What the Triton backends share: target, refusals, launching, registration.
 
 Importing this file needs neither Triton nor a GPU.
 """
@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # numpy has no bfloat16: the interpreter multiplies its bits. The tests mend that.
 INTERPRETED_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("musiclm_fast", "FRAGMENT")
 
 Record = Callable[[Any, int, dict[str, Any], dict[str, int]], None]
 _recorder: ContextVar[tuple[Record, str] | None] = ContextVar("recorder", default=None)
@@ -72,6 +73,17 @@ def refusal(x: Tensor) -> str:
     return ""
 
 
+def supports(x: Tensor, widest: int) -> tuple[bool, str]:
+    """Whether kernels for rows of at most ``widest`` numbers take a call, and why not.
+
+    Device, dtype and the last size of ``x`` decide.
+    """
+    reason = refusal(x)
+    if not reason and not 0 < x.shape[-1] <= widest:
+        reason = f"{x.shape[-1]} numbers a row, not 1 to {widest}"
+    return not reason, reason
+
+
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Those that the kernels take on a device."""
     return tuple(d for d in DTYPES if not refusal(torch.empty(0, dtype=d, device=device)))
@@ -91,6 +103,13 @@ def target_refusal(target: str) -> str:
 def available() -> tuple[bool, str]:
     """Whether Triton is installed; does not import it."""
     return _HAVE_TRITON, "" if _HAVE_TRITON else "triton is not installed"
+
+
+def define(name: str, schema: str, function: Callable[..., Any]) -> None:
+    """Register ``musiclm_fast::<name>``, an op whose kernels Triton compiles."""
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+        _library.impl(name, function, key)
 
 
 @dataclass(frozen=True)
