@@ -75,6 +75,9 @@ class BackendError(RuntimeError):
 _dispatchers: dict[str, Dispatcher] = {}
 _forced: dict[str, str] = {}
 
+# They do not trace what torch.library registers.
+_TRANSFORMED = "torch.func transforms need the torch backend"
+
 
 class Dispatcher:
     """The ordered backends of one op."""
@@ -105,9 +108,13 @@ class Dispatcher:
             backend = _forced.get(self.op)
         if backend is not None:
             return self._named(backend, arguments)
+        transformed = torch._C._are_functorch_transforms_active()
         refusals = []
         missing = ""  # why a compiled kernel that would run the call is not there
         for candidate in self.backends:
+            if transformed and candidate.name != "torch":
+                refusals.append(f"{candidate.name}: {_TRANSFORMED}")
+                continue
             ok, reason = candidate.available()
             if not ok and candidate.name in ("cpp", "cuda") and candidate.supports(**arguments)[0]:
                 missing = missing or reason
@@ -132,6 +139,8 @@ class Dispatcher:
         else:
             raise ValueError(f"backend: got {name!r}, expected one of {', '.join(self.names())}")
         ok, reason = candidate.available()
+        if ok and name != "torch" and torch._C._are_functorch_transforms_active():
+            ok, reason = False, _TRANSFORMED
         if ok:
             ok, reason = candidate.supports(**arguments)
         if not ok:

@@ -17,7 +17,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops import _compiled, _triton_target
 from musiclm_fast.ops.attention import _cpp, _triton
 from musiclm_fast.ops.attention.reference import attention_reference
 
@@ -198,7 +198,7 @@ dispatcher = Dispatcher(
             _triton.self_check,
             _triton_target.dtypes,
         ),
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("cpp", _cpp.supports, _cpp.run, _compiled.available),
         Backend("torch", lambda **_: (True, ""), attention_reference),
     ],
 )

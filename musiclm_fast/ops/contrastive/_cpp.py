@@ -8,23 +8,15 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.contrastive import _autograd
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, or why not."""
-    return _extension.load(), _extension.why_missing()
-
-
-def supports(*, audio: Tensor, text: Tensor, **_: Any) -> tuple[bool, str]:
-    """CPU tensors of any dtype but float64."""
-    if audio.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not on {audio.device.type}"
-    if audio.dtype not in _DTYPES:
-        return False, f"it takes float32, bfloat16 and float16, not {audio.dtype}"
-    return True, ""
+def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
+    """Whether the kernels take this call, from device and dtype alone, and why not."""
+    return _compiled.supports(audio, "cpu", _DTYPES)
 
 
 def run(

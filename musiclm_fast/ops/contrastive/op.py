@@ -15,7 +15,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
-from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops import _compiled, _triton_target
 from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
 from musiclm_fast.ops.contrastive.reference import (
@@ -161,7 +161,7 @@ def prepare(backend: str, latents: Tensor) -> Tensor:
 dispatcher = Dispatcher(
     "contrastive",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("cpp", _cpp.supports, _cpp.run, _compiled.available),
         Backend(
             "triton",
             _triton.supports,

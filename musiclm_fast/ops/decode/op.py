@@ -14,6 +14,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.decode import _cpp
 from musiclm_fast.ops.decode.reference import decode_reference
 from musiclm_fast.ops.decode.weights import DecodeWeights
@@ -144,7 +145,7 @@ def _check(
 dispatcher = Dispatcher(
     "decode",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("cpp", _cpp.supports, _cpp.run, _compiled.available),
         Backend("torch", lambda **_: (True, ""), decode_reference),
     ],
 )

@@ -13,6 +13,7 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.geglu_norm import _cpp
 from musiclm_fast.ops.geglu_norm.reference import geglu_norm_reference
 
@@ -57,7 +58,7 @@ def geglu_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, backend: str | None = 
 dispatcher = Dispatcher(
     "geglu_norm",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("cpp", _cpp.supports, _cpp.run, _compiled.available),
         Backend("torch", lambda **_: (True, ""), geglu_norm_reference),
     ],
 )

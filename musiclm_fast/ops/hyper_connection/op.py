@@ -6,6 +6,7 @@ from torch import Tensor
 
 from musiclm_fast._checks import check_floating, check_same_device, check_shape, describe, fail
 from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.hyper_connection import _cpp
 from musiclm_fast.ops.hyper_connection.reference import hyper_connection_reference
 
@@ -79,7 +80,7 @@ def hyper_connection(
 dispatcher = Dispatcher(
     "hyper_connection",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
+        Backend("cpp", _cpp.supports, _cpp.run, _compiled.available),
         Backend("torch", lambda **_: (True, ""), hyper_connection_reference),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from musiclm_fast import _extension
 from musiclm_fast._oracle import first_difference, to_float64
 from musiclm_fast._self_check import in_default_modes
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.spectrogram import _autograd, _cpp
 from musiclm_fast.ops.spectrogram.reference import mel_filters, spectrogram_reference
 
@@ -32,18 +33,19 @@ def available() -> tuple[bool, str]:
 
 def check_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """In which dtypes of wav there is something to check on a device."""
-    return (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else ()
+    return _cpp.DTYPES if device.type == "cuda" else ()
 
 
 def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if wav.device.type != "cuda":
-        return False, f"it runs on CUDA tensors, not {wav.device.type}"
+    ok, reason = _compiled.supports(wav, "cuda", _cpp.DTYPES)
+    if not ok:
+        return False, reason
     if n_fft > MAX_FFT:
         return False, f"n_fft = {n_fft} is above {MAX_FFT}"
     if window.shape[0] <= _cpp.MAX_FOLDED_TAPS and n_fft > MAX_FOLDED_FFT:
         return False, f"n_fft = {n_fft} is above {MAX_FOLDED_FFT} for a window below 64 samples"
-    return _cpp.can_compute(wav, n_fft=n_fft, window=window, **arguments)
+    return _cpp.can_compute(n_fft=n_fft, window=window, **arguments)
 
 
 @in_default_modes
