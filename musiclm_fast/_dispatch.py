@@ -38,11 +38,11 @@ class Backend:
         supports: takes the op's arguments, returns ``(True, "")`` or ``(False, reason)``.
         run: takes the same arguments, returns the op's result.
         available: ``(ok, reason)`` on this machine, whatever the arguments.
-        self_check: for kernels that no machine of the authors may have run: compares the kernel
-            with the reference and returns None, or what is wrong; raises what is no wrong number.
-            It runs once per device and dtype (of the op's first floating tensor), at the first call
-            there (:class:`SelfChecks` says when else), unless the backend was asked for by name.
-        check_dtypes: in which dtypes there is something to check on a device.
+        self_check: compares the kernel with the reference and returns None or the difference; any
+            other problem is raised. For kernels on devices that the authors may not have. It runs
+            once per device and dtype (of the op's first floating tensor), at the first call there
+            (:class:`SelfChecks` has the details), unless the backend was asked for by name.
+        check_dtypes: the dtypes to check on a device.
     """
 
     name: str
@@ -51,6 +51,11 @@ class Backend:
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
     self_check: SelfCheck | None = None
     check_dtypes: Callable[[torch.device], tuple[torch.dtype, ...]] = lambda device: ()
+
+
+def torch_backend(reference: Callable[..., Any]) -> Backend:
+    """An op's definition as the backend that takes every call."""
+    return Backend("torch", lambda **_: (True, ""), reference)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-# Compares a kernel with the reference on a device in a dtype: None, or what went wrong. Raises what
-# is no wrong number.
+# Compares a kernel with the reference on a device in a dtype: None, or the difference. Any other
+# problem is raised.
 SelfCheck = Callable[[torch.device, torch.dtype], str | None]
 
 
 def in_default_modes(check: SelfCheck) -> SelfCheck:
-    """The check with gradients and without autocast, whatever the call that needs it runs in."""
+    """The check with gradients enabled and autocast disabled, whatever its caller's modes."""
 
     @functools.wraps(check)
     def run(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast._dispatch import Backend, Supports
+
+
+def cpp_backend(supports: Supports, run: Callable[..., Any]) -> Backend:
+    """The backend of an op's C++ kernels."""
+    return Backend("cpp", supports, run, available)
 
 
 def available() -> tuple[bool, str]:

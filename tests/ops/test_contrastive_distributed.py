@@ -347,7 +347,7 @@ def test_a_rank_that_does_not_come_ends_the_others(results: list[dict[Any, Any]]
         for result in results[:3]:
             message = result["late", strategy]
             assert message.startswith("RuntimeError: contrastive loss: rank"), message
-            assert "did not come within the process group's timeout" in message
+            assert "did not answer within the group's timeout" in message
 
 
 def test_several_ranks_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,11 +73,12 @@ def attention_inputs(
 def attention_rounding(arguments: dict[str, Any], grad: Tensor, **options: Any) -> dict[str, float]:
     """Effect of rounding ``ds = dloss / dsimilarity`` on gradients that add up all pairs' ds.
 
-    A bias table's entry has the sum of ds over the pairs that read it, a scale of the QK norm the
-    sum of ``ds q k``, with signs: where all keys of a query share an entry, its part is exactly
-    zero. ``ds = P (dP - delta)``, with ``dP = <dO, v>`` and ``delta = sum P dP``, is known to eps
-    of the inputs' dtype, in which it enters a product, and to float32's eps of what its sums add
-    up, ``P (<|dO|, |v|> + sum P <|dO|, |v|>)``; the gradient to the sum of these over its pairs.
+    The gradient of a bias entry is the sum of ds over the pairs that read it; that of a QK norm
+    scale is the sum of ``ds q k``. Terms cancel: where all keys of a query share an entry, they add
+    up to exactly zero. ``ds = P (dP - delta)``, with ``dP = <dO, v>`` and ``delta = sum P dP``, is
+    known to eps of the inputs' dtype, in which it enters a product, and to float32's eps of the
+    terms of its sums, ``P (<|dO|, |v|> + sum P <|dO|, |v|>)``. The gradient is known to the sum of
+    these errors over its pairs.
 
     Args:
         arguments: of :func:`musiclm_fast.ops.attention`, tensors alone.

@@ -29,8 +29,8 @@ def plan_bands(
 ) -> list[Band]:
     """Cut the backward into bands whose dS fits into ``DS_BYTES``, in a fixed order.
 
-    Whole (sample, key head) pairs where they leave enough programs for a device; else fewer rows
-    of more pairs, and the sums over the rows are carried from band to band.
+    A band holds whole (sample, key head) pairs if that leaves enough programs for a device.
+    Otherwise it holds some rows of more pairs, and sums over the rows carry over to the next band.
     """
     blocks = -(-keys // block_n)
     row_bytes = group * blocks * block_n * itemsize  # of one query row of one pair

@@ -67,15 +67,15 @@ _TABLES = {  # 16-bit and float32
 def configs(
     target: str, head_dim: int, queries: int, dtype: torch.dtype, causal: bool, dropout: bool
 ) -> Configs:
-    """The heuristic choice of tiles: nothing is measured at run time unless it is asked for.
+    """The tiles that the table gives for a call.
 
     Args:
         target: the device's architecture, such as ``sm_90``.
         head_dim: D.
         queries: M; few queries (cached decoding) take narrow tiles.
         dtype: q's dtype.
-        causal: the backward then also masks.
-        dropout: the forward then also hashes.
+        causal: the backward masks, which takes registers.
+        dropout: the forward hashes, which takes registers.
     """
     family = _triton_target.family(target)
     table = _TABLES[family][dtype == torch.float32]
@@ -88,7 +88,7 @@ def configs(
         if dropout and family in ("hopper", "blackwell"):
             forward = replace(forward, max_registers=128)  # two programs a multiprocessor
     if queries <= 64:
-        # Of narrower tiles with a bias, Triton 3.6 leaves a cast that AMD's LLVM cannot translate.
+        # With narrower tiles and a bias Triton 3.6 emits a cast that AMD's LLVM cannot translate.
         narrow = queries <= 16 and family != "amd"
         rows = 16 if narrow else min(forward.block_m, 64)
         forward = replace(forward, block_m=rows, num_warps=4)

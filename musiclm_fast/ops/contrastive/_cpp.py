@@ -19,12 +19,9 @@ def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
     return _compiled.supports(audio, "cpu", _DTYPES)
 
 
-def run(
-    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
     """The loss by the kernels."""
-    bias = None if bias is None else bias.float()
-    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+    return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 
 
 def prepare(latents: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def contrastive_rounding(
     With ``s = temperature <audio_i, text_j> + bias`` and ``ds = dloss / ds_ij``, both exact. Every
     algorithm rounds s and lse in float32, by ``eps32 S`` where ``S = max|s|`` or, with an lse,
     ``max|s| + ln B``, before it takes differences ``s - lse``, so that each ds is known to that
-    relative error; and ds is rounded to the latents' dtype before it enters a product. A result
-    is a sum over pairs, so to first order it is known to ``(eps32 S + eps(dtype))`` times its sum
-    of absolute values::
+    relative error. ds is rounded to the latents' dtype before it enters a product. A result is a
+    sum over pairs, so to first order it is known to ``(eps32 S + eps(dtype))`` times the sum of its
+    terms' absolute values::
 
         loss         sum |ds|                      (its derivative by s is ds)
         audio        max_ik temperature sum_j |ds_ij| |text_jk|,  text likewise

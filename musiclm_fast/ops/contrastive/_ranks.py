@@ -1,4 +1,4 @@
-"""A process group as the losses see it: who holds how many pairs, and what to say of failures."""
+"""A process group as the losses use it: batch sizes, neighbours, errors that name the rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Ranks:
 
     @property
     def even(self) -> bool:
-        """Whether all ranks have as many pairs."""
+        """Whether all ranks have the same number of pairs."""
         return len(set(self.sizes)) == 1
 
     @property
@@ -36,7 +36,7 @@ class Ranks:
         return sum(self.sizes[: self.rank])
 
     def owner(self, step: int) -> int:
-        """Whose block this rank works on at a step of the ring."""
+        """The rank whose block this rank works on at a step of the ring."""
         return (self.rank - step) % self.world
 
     def peer(self, distance: int) -> int:
@@ -46,11 +46,11 @@ class Ranks:
 
     @contextlib.contextmanager
     def expect(self, doing: str) -> Iterator[None]:
-        """Name the rank and what it was doing where communication fails."""
+        """If communication fails, raise an error that names the rank and what it was doing."""
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"contrastive loss: rank {self.rank} of {self.world} failed while {doing}: a rank "
-                f"has died, has left or did not come within the process group's timeout ({error})"
+                f"has died, has left or did not answer within the group's timeout ({error})"
             ) from error

@@ -11,7 +11,7 @@ from musiclm_fast.ops.contrastive._ranks import Ranks
 
 
 class Ring:
-    """Blocks of text that go round; this rank's next block comes from the rank before it."""
+    """Blocks of text circulate: this rank's next block comes from the previous rank."""
 
     def __init__(self, ranks: Ranks, kernels: Kernels) -> None:
         self.ranks, self.kernels = ranks, kernels
@@ -104,14 +104,14 @@ class Ring:
         return 0 if step == 0 else block.shape[1]
 
     def _pass(self, mine: Tensor, step: int, what: str) -> _Transfer:
-        """Start sending what belongs to this step's block on, and receiving the next step's."""
+        """Start sending a tensor of this step's block on, and receiving the next block's."""
         shape = list(mine.shape)
         shape[1] = self.ranks.sizes[self.ranks.owner(step + 1)]
         return _Transfer(self.ranks, mine.contiguous(), mine.new_empty(shape), what)
 
 
 class _Transfer:
-    """A tensor on its way to the next rank while another comes from the previous one."""
+    """Sends a tensor to the next rank and receives one from the previous rank."""
 
     _TAGS = ("text", "statistics", "facts", "gradient")
 
@@ -133,7 +133,7 @@ class _Transfer:
             self.works = dist.batch_isend_irecv(moves) if moves else []
 
     def wait(self) -> Tensor:
-        """What has arrived, once; what has left is let go, or a rank would hold a block more."""
+        """The received tensor; call it once. Releases both tensors, to hold one block less."""
         with self.ranks.expect(f"passing {self.what} round the ring"):
             for work in self.works:
                 work.wait()

@@ -27,7 +27,7 @@ PROGRAMS = 264
 PARTIAL_BYTES = 32 << 20
 # Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
 BOUNDED = 40.0
-# Of products of float32 latents. The backward makes the forward's similarities anew, in tiles of
+# Of products of float32 latents. The backward recomputes the forward's similarities in tiles of
 # other shapes and with the sides swapped, and takes e^(s - lse): they must be the same bits. Full
 # float32 products commute and add in order of k; so do 16-bit ones. "tf32x3" would add its two
 # small terms, high x low and low x high, in the other order when the sides are swapped.
@@ -79,7 +79,7 @@ _TABLES = {  # 16-bit and float32
 
 
 def configs(target: str, block_d: int, dtype: torch.dtype) -> tuple[Config, Config, Config]:
-    """Tiles of the three kernels: a choice by table, nothing is measured at run time."""
+    """The tiles of the three kernels that the table gives."""
     table = _TABLES[_triton_target.family(target)][dtype == torch.float32]
     return next(chosen for limit, chosen in table.items() if block_d <= limit)
 
@@ -244,12 +244,9 @@ def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
     return _triton_target.supports(audio, MAX_DEPTH)
 
 
-def run(
-    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
     """The loss by the kernels."""
-    bias = None if bias is None else bias.float()
-    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+    return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 
 
 def prepare(latents: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Contrastive losses of a batch that is spread over the ranks of a process group.
 
-Rank r holds its own rows of audio and works on the block (its rows) x (all columns of text), one
-kernel call per block; nobody holds more. Two strategies move the text and its gradient:
+Rank r holds its own rows of audio and works on the block (its rows) x (all columns of text). Two
+strategies move the text and its gradient:
 
 ``all_gather``
     Every rank gathers all text, reduces the columns' statistics over the ranks and reduce-scatters
     the text's gradient. Few, large messages; memory linear in the global batch.
 ``ring``
-    Blocks of text go round from rank to rank, with their columns' statistics in the forward and
-    their gradients in the backward. The next block arrives while this one is computed, so a rank
-    holds its own and at most two neighbours' blocks: one in use, one in flight.
+    Blocks of text pass from rank to rank, with their columns' statistics in the forward and their
+    gradients in the backward. The next block arrives while this one is computed, so a rank holds
+    its own block and at most two others: one in use, one in flight.
 
 Source of the ring: https://arxiv.org/abs/2303.15343 (section 3.3), https://arxiv.org/abs/2410.17243.
 """
@@ -61,9 +61,9 @@ def distributed_contrastive_loss(
 ) -> Tensor:
     """Contrastive loss of the global batch, whose pairs are spread over ranks; batches may differ.
 
-    Where no process group of more than one rank exists this is
-    :func:`musiclm_fast.ops.contrastive_loss`. Whether one exists is looked up in every call.
-    Under ``torch.compile`` the communication runs outside the graph.
+    Without a process group of more than one rank this is
+    :func:`musiclm_fast.ops.contrastive_loss`; every call looks the group up. Under
+    ``torch.compile`` the communication runs outside the graph.
 
     Every rank gets the global loss. Gradients are scaled for data parallelism, which averages
     over ranks (DDP, FSDP, accelerate): the mean over ranks of an encoder's gradients is the
@@ -79,8 +79,8 @@ def distributed_contrastive_loss(
         strategy: ``"all_gather"`` (fewer messages), ``"ring"`` (least memory) or ``"local"`` (this
             rank's pairs alone, with no communication: validation on one rank).
         group: the ranks; None is the default group.
-        batch_sizes: B of every rank, if you know them: saves the exchange of sizes and, on GPUs,
-            its synchronisation with the host.
+        batch_sizes: B of every rank, if known. It saves the exchange of sizes and, on GPUs, its
+            synchronisation with the host.
         check_values: see :func:`musiclm_fast.ops.contrastive_loss`.
         backend: likewise.
 
@@ -142,8 +142,8 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Ranks of the group, 1 without a process group.
 
     Raises:
-        RuntimeError: the environment's WORLD_SIZE says there are several, but no process group
-            has been made: every rank would silently train on its own negatives.
+        RuntimeError: the environment's WORLD_SIZE says there are several, but there is no process
+            group: every rank would silently train on its own negatives.
     """
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size(group)

@@ -29,7 +29,7 @@ def largest_prime_factor(n: int) -> int:
 def can_compute(
     n_fft: int, window: Tensor, power: float, mel: Tensor | None, **_: Any
 ) -> tuple[bool, str]:
-    """Whether the compiled kernels of any device can take these arguments, and why not."""
+    """Whether the kernels, on any device, can take these arguments, and why not."""
     if power not in (1.0, 2.0):
         return False, f"it raises magnitudes to power 1 or 2, not {power}"
     if window.requires_grad or (mel is not None and mel.requires_grad):

@@ -17,8 +17,8 @@ from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.spectrogram import _autograd, _cpp
 from musiclm_fast.ops.spectrogram.reference import mel_filters, spectrogram_reference
 
-MAX_FFT = 4096  # a group of frames' spectra lie in shared memory
-MAX_FOLDED_FFT = 1024  # likewise, with a thread per frame
+MAX_FFT = 4096  # the spectra of a group of frames must fit into shared memory
+MAX_FOLDED_FFT = 1024  # likewise, with one thread per frame
 
 
 def available() -> tuple[bool, str]:
@@ -32,7 +32,7 @@ def available() -> tuple[bool, str]:
 
 
 def check_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """In which dtypes of wav there is something to check on a device."""
+    """The dtypes of wav to check on a device."""
     return _cpp.DTYPES if device.type == "cuda" else ()
 
 
@@ -52,9 +52,9 @@ def supports(wav: Tensor, n_fft: int, window: Tensor, **arguments: Any) -> tuple
 def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare values and gradients with the reference; None, or what differs.
 
-    Both transforms, the stretch, mel bands, the logarithm, masks and lengths take part. Gradients
-    of magnitudes are compared for clicks, one a frame: a click's spectrum vanishes nowhere, and the
-    direction of a vanishing one is as good as random.
+    The cases cover both transforms, the stretch, mel bands, the logarithm, masks and lengths.
+    Gradients of magnitudes are compared on clicks, one per frame: a click's spectrum has no zeros,
+    and at a zero magnitude the gradient's direction is arbitrary.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3000, 1777])
