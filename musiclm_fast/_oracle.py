@@ -13,7 +13,7 @@ float64 from the inputs (``ops/<op>/_parity.py``). Nothing here is tuned per op,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,9 +66,7 @@ def assert_close_to_oracle(
 
 def first_difference(
     what: str,
-    actual: Mapping[str, Tensor],
-    same_dtype: Mapping[str, Tensor],
-    oracle: Mapping[str, Tensor],
+    results: Sequence[Mapping[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
     rounding: Mapping[str, float] | None = None,
@@ -77,16 +75,15 @@ def first_difference(
 
     Args:
         what: the case, for the message.
-        actual, same_dtype, oracle, dtype: as in :func:`assert_close_to_oracle`, results by name.
-        rounding: its bound for each result.
+        results: by name: the kernel's, the torch path's, the oracle's.
+        dtype: as in :func:`assert_close_to_oracle`.
+        rounding: likewise, by name.
     """
-    for name, value in actual.items():
+    for name in results[0]:
         bound = 0.0 if rounding is None else rounding[name]
+        values = (found[name] for found in results)
         try:
-            assert_close_to_oracle(
-                f"{name} ({what})", value, same_dtype[name], oracle[name], dtype=dtype,
-                rounding=bound,
-            )  # fmt: skip
+            assert_close_to_oracle(f"{name} ({what})", *values, dtype=dtype, rounding=bound)
         except AssertionError as error:
             return str(error)
     return None

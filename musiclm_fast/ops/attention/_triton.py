@@ -56,7 +56,7 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
         ):
             out = function(**given, **rest)
             results.append({"out": out, **gradients(out, given, grad)})
-        problem = first_difference(f"{dtype}, case {number}", *results, dtype=dtype)
+        problem = first_difference(f"{dtype}, case {number}", results, dtype=dtype)
         if problem is not None:
             return problem
     return None

@@ -275,7 +275,7 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
                 del grads["bias"]  # zero in exact arithmetic, and here
             results.append({"loss": loss, **grads})
         rounding = contrastive_rounding(inputs, kind)
-        problem = first_difference(f"{kind}, {dtype}", *results, dtype=dtype, rounding=rounding)
+        problem = first_difference(f"{kind}, {dtype}", results, dtype=dtype, rounding=rounding)
         if problem is not None:
             return problem
     return None

@@ -97,12 +97,12 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
         # wav first, and some cases bring their own
         arguments: dict[str, Any] = {"wav": wav, **defaults, **common, **case}
         arguments["wav"] = arguments["wav"].to(dtype, copy=True).requires_grad_()
-        problem = first_difference(
-            name,
+        results = (
             result(_autograd.run, arguments, device),
             result(spectrogram_reference, arguments, torch.device("cpu")),
             result(spectrogram_reference, to_float64(arguments), torch.device("cpu")),
         )
+        problem = first_difference(name, results)
         if problem is not None:
             return problem
     return None
