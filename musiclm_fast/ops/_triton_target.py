@@ -61,12 +61,12 @@ def family(target: str) -> str:
 
 def refusal(x: Tensor) -> str:
     """Why the kernels do not take a tensor of this device and dtype; empty if they do."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         if not INTERPRET:
             return "its kernels run on CUDA tensors (on CPU only with TRITON_INTERPRET=1)"
         if x.dtype not in INTERPRETED_DTYPES:
             return f"the interpreter runs float32 and float16, not {x.dtype}"
-    elif x.device.type != "cuda":
+    elif not x.is_cuda:
         return f"no kernel for {x.device.type} tensors"
     elif (reason := target_refusal(_target_of(x.device))) != "":
         return reason
