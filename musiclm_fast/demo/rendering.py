@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._files import atomic_file
 
 RENDER_VERSION = 1  # part of the cache key: raise it when rendered samples change
 
