@@ -116,6 +116,26 @@ class SeededRows(Dataset[Any]):
         return dataset[index]
 
 
+class FixedRows(Dataset[Any]):
+    """The rows of a dataset by index, the same each time, whatever it draws.
+
+    Args:
+        dataset: the rows.
+        seed: of all draws.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.rows = SeededRows(dataset, seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, expected one of {len(self)} rows")
+        return self.rows[index, index]
+
+
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
     # As they are: random_state would turn them into plain values.

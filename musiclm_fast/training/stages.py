@@ -21,7 +21,7 @@ from musiclm_fast.audiolm.wrappers.coarse import CoarseTransformerWrapper
 from musiclm_fast.audiolm.wrappers.fine import FineTransformerWrapper
 from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 from musiclm_fast.datasets.collation import collate_fields
-from musiclm_fast.datasets.sampling import SeededRows
+from musiclm_fast.datasets.sampling import FixedRows, SeededRows
 from musiclm_fast.datasets.sound_folder import SoundFolder
 from musiclm_fast.training.engine import Engine
 from musiclm_fast.training.options import (
@@ -178,9 +178,8 @@ class StageTrainer(Engine):
             rate = self.data_sample_hz
             if rate is None and conditioner.sample_hz is not None:
                 rate = getattr(first, "target_sample_hz", None)
-            conditioner.fit(
-                self.ds, max_latents=self.fit_clips, input_sample_hz=rate, progress=False
-            )
+            clips = FixedRows(self.ds, self.seed)  # a resumed run fits the same codebooks
+            conditioner.fit(clips, max_latents=self.fit_clips, input_sample_hz=rate, progress=False)
         conditioner.freeze()  # codes that move during training would be others for each stage
         wrapper.transformer.conditioner_fingerprint = conditioner.fingerprint()
 
