@@ -185,7 +185,7 @@ class AudioSpectrogramTransformer(nn.Module):
             x: waveforms ``(B, samples)`` or a list of clips ``(samples,)``, or spectrograms
                 ``(B, time, frequency)`` where the tower accepts those (``(B, frequency, time)``
                 without ``accept_spec_time_first``).
-            force_no_patch_dropout: keep all patches in training too.
+            force_no_patch_dropout: keep all patches in training too; draws go before it.
             return_all_layers: also return the outputs of all blocks but the last.
             lengths: ``(B,)`` integer samples (frames of a spectrogram) of each clip; None where
                 all fill the batch.
@@ -258,7 +258,7 @@ class AudioSpectrogramTransformer(nn.Module):
 
     @property
     def shortest_clip(self) -> int:
-        """Samples of the shortest waveform that makes a patch."""
+        """Samples of the shortest waveform that makes a patch; frames, of a spectrogram."""
         return self.spec.samples(self.patch_size[1])
 
     def _clips(
