@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from musiclm_fast._checks import fail
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.stage import Stage
+from musiclm_fast.nn.modes import evaluation_mode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -19,14 +20,8 @@ def inference(method: _Function) -> _Function:
     """A method that runs in eval mode and without gradients, and leaves the mode as it was."""
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                return method(self, *args, **kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluation_mode(self), torch.no_grad():
+            return method(self, *args, **kwargs)
 
     run.__doc__ = method.__doc__
     return run  # type: ignore[return-value]
