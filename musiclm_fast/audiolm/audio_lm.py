@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from musiclm_fast._checks import check_ndim, check_positive, check_positive_int, fail
 from musiclm_fast._optional import require
 from musiclm_fast.audio.reading import read_sound
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.sampling import as_sampling
@@ -158,22 +159,28 @@ class AudioLM(nn.Module):
             prime_wave = prime_wave.expand(batch_size, -1)
         if seconds is not None:
             max_length, max_time_steps = self._lengths(seconds, max_length, max_time_steps)
-            if prime_wave is not None:
-                ids = self.semantic._semantic_ids(prime_wave, prime_hz)
-                max_length += ids.shape[1]
-        prime: dict[str, Any] = dict(prime_wave=prime_wave, prime_wave_input_sample_hz=prime_hz)
+        primes: dict[str, Tensor | None] = dict.fromkeys(STAGES)
+        if prime_wave is not None:
+            semantic_ids = self.semantic._semantic_ids(prime_wave, prime_hz)
+            ids = self.coarse._acoustic_ids(prime_wave, prime_hz)
+            split = self.coarse.num_coarse_quantizers
+            primes = dict(semantic=semantic_ids, coarse=ids[..., :split], fine=ids[..., split:])
+            if seconds is not None and max_length is not None:
+                max_length += semantic_ids.shape[1]
+            if self.needs_text and all(value is None for value in embeds.values()):
+                embeds = self._prompt_embeds(prime_wave, prime_hz)
         shared: dict[str, Any] = dict(progress=progress)
         seeds: list[int | None] = [None] * 3 if seed is None else [seed, seed + 1, seed + 2]
         semantic = self.semantic.generate(
             text_embeds=embeds["semantic"], batch_size=batch_size, seed=seeds[0],
             max_length=2048 if max_length is None else max_length,
-            **prime, **options["semantic"], **shared,
+            prime_ids=primes["semantic"], **options["semantic"], **shared,
         )  # fmt: skip
         coarse = self.coarse.generate(
             text_embeds=embeds["coarse"], semantic_token_ids=semantic, seed=seeds[1],
             max_time_steps=512 if max_time_steps is None else max_time_steps,
             reconstruct_wave=return_coarse_generated_wave, as_reference=as_reference,
-            **prime, **options["coarse"], **shared,
+            prime_coarse_token_ids=primes["coarse"], **options["coarse"], **shared,
         )  # fmt: skip
         if return_coarse_generated_wave:
             waves: Tensor | list[Tensor | None] = coarse
@@ -182,7 +189,7 @@ class AudioLM(nn.Module):
             text_embeds=embeds["fine"], coarse_token_ids=coarse, seed=seeds[2],
             reconstruct_wave=True, as_reference=as_reference,
             mask_out_generated_fine_tokens=mask_out_generated_fine_tokens,
-            **prime, **options["fine"], **shared,
+            prime_fine_token_ids=primes["fine"], **options["fine"], **shared,
         )  # fmt: skip
         return fine
 
@@ -216,6 +223,15 @@ class AudioLM(nn.Module):
             if name in conditioned and given is None:
                 fail("text_embeds", f"nothing for {name}", "an embedding per conditioned stage")
         return embeds
+
+    def _prompt_embeds(self, wave: Tensor, hz: int | None) -> dict[str, Tensor | None]:
+        # The condition of each stage from the prompt itself, which is embedded once.
+        conditioner: Any = self.audio_conditioner
+        wave = resample(wave, hz, getattr(conditioner, "sample_hz", None))
+        if not hasattr(conditioner, "embed_latents"):
+            return {name: conditioner(wavs=wave, namespace=name) for name in STAGES}
+        latents = conditioner.audio_latents(wave)
+        return {name: conditioner.embed_latents(latents, name) for name in STAGES}
 
     def _prime(
         self, wave: Tensor | None, hz: int | None, path: str | Path | None
@@ -274,6 +290,9 @@ class AudioLM(nn.Module):
         rate = self.sample_hz
         if rate is None:
             fail("codec", "one without target_sample_hz", "a codec that says its rate")
+        if kwargs.get("text") is not None:  # embedded once for all windows
+            embeds = self._embeds(kwargs.pop("text"), kwargs.get("text_embeds"), primed=False)
+            kwargs["text_embeds"] = embeds
         seed = kwargs.pop("seed", None)
         left, prime, index = seconds, None, 0
         held: Tensor | None = None  # the end of the last piece, not yet given out

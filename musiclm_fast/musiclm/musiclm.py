@@ -94,11 +94,11 @@ class MusicLM(nn.Module):
         """
         check_positive_int("num_samples", num_samples)
         stages = stages_of(self.audio_lm)
-        texts = self._ready(text, stages)
+        latent = self._text_latent(text, stages)
         if num_samples > 1 or return_all:
             self._check_rates(stages)
         if not stages or single_namespace:
-            text_embeds = self.mulan_embed_quantizer(**texts)
+            text_embeds = self.mulan_embed_quantizer.embed_latents(latent)
             samples = [
                 self.audio_lm(text_embeds=text_embeds, **audio_lm_kwargs)
                 for _ in range(num_samples)
@@ -108,10 +108,10 @@ class MusicLM(nn.Module):
             waves: list[Tensor | None] = [_as_batch(music) for music in samples]
         else:
             samples = None
-            waves = self._generate(stages, texts, num_samples, audio_lm_kwargs)
+            waves = self._generate(stages, latent, num_samples, audio_lm_kwargs)
         if num_samples == 1 and not return_all:
             return waves[0]
-        scores = self._scores(waves, texts)
+        scores = self._scores(waves, latent)
         if return_all:
             order = scores.argsort(descending=True, stable=True).tolist()
             return [Sample(waves[i], float(scores[i])) for i in order]
@@ -141,12 +141,12 @@ class MusicLM(nn.Module):
             fail("audio_lm", f"a {type(self.audio_lm).__module__} object",
                  "musiclm_fast.audiolm.AudioLM, which can go on from a prompt")  # fmt: skip
         stages = stages_of(self.audio_lm)
-        embeds = self._embeds(stages, self._ready(text, stages), 1)
+        embeds = self._embeds(stages, self._text_latent(text, stages), 1)
         given: Any = {"text_embeds": embeds} if embeds else {}
         return self.audio_lm.stream_to_file(path, seconds=seconds, **given, **kwargs)
 
-    def _ready(self, text: str, stages: dict[str, Any]) -> dict[str, Any]:
-        # Checks whatever can be wrong, and gives the text as the joint embedding takes it.
+    def _text_latent(self, text: str, stages: dict[str, Any]) -> Tensor:
+        # MuLaN's latent of the text (1, dim_latent), after all checks; also sets eval mode.
         if not isinstance(text, str):
             fail("text", describe(text), "a string", TypeError)
         if not text.strip():
@@ -154,20 +154,16 @@ class MusicLM(nn.Module):
         if stages:
             self._check_stages(stages)
         self.eval()
-        return self._texts(text)
-
-    def _texts(self, text: str) -> dict[str, Any]:
-        # The argument by which the joint embedding takes the text
         mulan = self.mulan_embed_quantizer.mulan
         length = getattr(getattr(mulan, "text", None), "max_seq_len", None)
         if length is None:
-            return {"raw_texts": [text]}
+            return mulan.get_text_latents(raw_texts=[text])
         ids = tokenizer.encode(text)
         if not ids:
             fail("text", repr(text), "a text that says something")
         if len(ids) > length:
             fail("text", f"one of {len(ids)} tokens", f"at most MuLaN's {length}")
-        return {"texts": torch.tensor([ids], device=self.device)}
+        return mulan.get_text_latents(torch.tensor([ids], device=self.device))
 
     def _check_stages(self, stages: dict[str, Any]) -> None:
         quantizer = self.mulan_embed_quantizer
@@ -203,23 +199,20 @@ class MusicLM(nn.Module):
         default: str = quantizer._default_namespace
         return stage if stage in quantizer.namespaces else default
 
-    def _embeds(
-        self, stages: dict[str, Any], texts: dict[str, Any], count: int
-    ) -> dict[str, Tensor]:
-        # The condition (count, quantizers, dim) of each stage that has one, in its own namespace.
+    def _embeds(self, stages: dict[str, Any], latent: Tensor, count: int) -> dict[str, Tensor]:
+        # The condition (count, quantizers, dim) of each conditioned stage, in its own namespace.
+        embed = self.mulan_embed_quantizer.embed_latents
         return {
-            name: self.mulan_embed_quantizer(**texts, namespace=self._namespace(name)).expand(
-                count, -1, -1
-            )
+            name: embed(latent, self._namespace(name)).expand(count, -1, -1)
             for name, stage in stages.items()
             if stage.transformer.has_condition
         }
 
     def _generate(
-        self, stages: dict[str, Any], texts: dict[str, Any], count: int, kwargs: dict[str, Any]
+        self, stages: dict[str, Any], latent: Tensor, count: int, kwargs: dict[str, Any]
     ) -> list[Tensor | None]:
         # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
-        embeds = self._embeds(stages, texts, count)
+        embeds = self._embeds(stages, latent, count)
         if isinstance(self.audio_lm, AudioLM):
             given: Any = {"text_embeds": embeds} if embeds else {}
             music = self.audio_lm(batch_size=count, **given, **kwargs)
@@ -227,10 +220,9 @@ class MusicLM(nn.Module):
             music = _run_stages(stages, embeds, count, **kwargs)
         return [None if wave is None else wave.reshape(1, -1) for wave in music]
 
-    def _scores(self, waves: list[Tensor | None], texts: dict[str, Any]) -> Tensor:
-        # Cosine of each sample and the text; samples that say nothing come last.
+    def _scores(self, waves: list[Tensor | None], latent: Tensor) -> Tensor:
+        # Cosine similarity of each sample and the text. Empty samples rank last.
         quantizer = self.mulan_embed_quantizer
-        latent = quantizer.mulan.get_text_latents(**texts)
         codec = getattr(stages_of(self.audio_lm).get("fine"), "codec", None)
         rate = getattr(codec, "target_sample_hz", None)
         scores = []
