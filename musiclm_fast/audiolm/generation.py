@@ -17,7 +17,7 @@ from musiclm_fast.audiolm.cache import Cache
 from musiclm_fast.audiolm.decoder import Stepper
 from musiclm_fast.audiolm.positions import Positions
 from musiclm_fast.audiolm.sampling import Sampling, draw
-from musiclm_fast.audiolm.stage import Stage, guide, twice
+from musiclm_fast.audiolm.stage import Stage, apply_cfg, twice
 
 
 @dataclass
@@ -106,7 +106,7 @@ def generate_tokens(
             index = length + step - 1
             seen = _seen(index, mask, prefix_mask, cache, stage)
             hidden = stepper(twice(embed(ids, step - 1), halves), index, seen, cache)
-        guided = guide(logits(hidden, step), sampling.cond_scale, halves)
+        guided = apply_cfg(logits(hidden, step), sampling.cond_scale, halves)
         ban = banned(step)
         if ban is not None:
             guided[:, ban] = float("-inf")
