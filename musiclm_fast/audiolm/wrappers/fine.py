@@ -10,11 +10,10 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import describe, fail
 from musiclm_fast.audiolm.fine import FineTransformer
-from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
-from musiclm_fast.audiolm.sampling import Sampling, forgetful_mask
-from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base import Wrapper, inference, weighted
-from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows, prime_ids
+from musiclm_fast.audiolm.generation import Prompt, generate_tokens
+from musiclm_fast.audiolm.sampling import Sampling
+from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
+from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows
 
 
 class FineTransformerWrapper(Wrapper):
@@ -29,7 +28,6 @@ class FineTransformerWrapper(Wrapper):
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
-    namespace = "fine"
     transformer: FineTransformer
 
     def __init__(
@@ -105,11 +103,11 @@ class FineTransformerWrapper(Wrapper):
                 describe(coarse_token_ids),
                 f"a multiple of {self.num_coarse_quantizers} tokens per row, above 0",
             )
-        prime = prime_ids(
-            self, prime_wave, prime_wave_input_sample_hz, prime_fine_token_ids, batch,
+        prime = self._acoustic_prime(
+            prime_wave, prime_wave_input_sample_hz, prime_fine_token_ids, batch,
             slice(self.num_coarse_quantizers, None), "prime_fine_token_ids",
         )  # fmt: skip
-        context, context_mask, halves = self._prompt_condition(
+        condition = self._prompt_condition(
             batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
         )
         stage = self.transformer
@@ -122,19 +120,13 @@ class FineTransformerWrapper(Wrapper):
         tokens = torch.cat((coarse_tokens, stage.embed_fine(prime)), dim=1)
         mask = None
         if not bool(seen.all()):
-            mask = twice(F.pad(seen, (1, 1 + first), value=True), halves)
-        quantizers, weights = stage.num_fine_quantizers, stage.fine_logit_weights
+            mask = F.pad(seen, (1, 1 + first), value=True)
         grouped = coarse.unflatten(1, (-1, self.num_coarse_quantizers))
         padding = (grouped == self.pad_id).all(dim=-1)  # (B, time steps)
         row_steps = None
         if not as_reference and bool(padding.any()):
             used = (~padding).long() * torch.arange(1, time_steps + 1, device=coarse.device)
             row_steps = (used.amax(dim=1) - primed).clamp_min(0) * self.num_fine_quantizers
-
-        def embed(drawn: Tensor, step: int) -> Tensor:
-            quantizer = (first + step) % quantizers
-            embedded: Tensor = stage.fine_embedding(drawn + quantizer * stage.codebook_size)
-            return embedded + stage.fine_quantize_embedding.weight[quantizer]
 
         def banned(step: int) -> int | None:
             index = first + step
@@ -144,17 +136,14 @@ class FineTransformerWrapper(Wrapper):
         written = generate_tokens(
             stage,
             Prompt(
-                twice(tokens, halves), mask, context, context_mask, halves,
-                stage.positions(length, first + steps, context),
+                tokens, mask, *condition, index=first,
+                positions=stage.positions(length, first + steps, condition[0]),
             ),
             steps,
             sampling=sampling,
-            logits=lambda hidden, step: F.linear(hidden, weights[(first + step) % quantizers]),
-            embed=embed,
             banned=banned,
             row_steps=row_steps,
-            generator=make_generator(seed, coarse.device),
-            description="generating fine",
+            seed=seed,
             progress=progress,
         )  # fmt: skip
         written = F.pad(written, (0, steps - written.shape[1]), value=self.pad_id)
@@ -211,25 +200,15 @@ class FineTransformerWrapper(Wrapper):
         coarse_labels, fine_labels = coarse, fine
         if return_loss:
             fine = fine[:, :-1]
-        mask = None
-        if self.mask_prob > 0 and self.training:
-            shape = (coarse.shape[0], coarse.shape[1] + fine.shape[1] + 2)
-            mask = forgetful_mask(shape, self.mask_prob, coarse.device)
+        mask = self._forgetful_mask(coarse.shape[0], coarse.shape[1] + fine.shape[1] + 2)
         coarse_logits, fine_logits = self.transformer(
             coarse_token_ids=coarse, fine_token_ids=fine, self_attn_mask=mask, text=text,
             text_embeds=text_embeds, **kwargs,
         )  # fmt: skip
         if not return_loss:
             return coarse_logits, fine_logits
-        fine_loss = F.cross_entropy(
-            fine_logits.transpose(1, 2), fine_labels, ignore_index=self.pad_id
+        weight = self.coarse_cross_entropy_loss_weight
+        return self._loss(
+            (fine_logits, fine_labels, fine_labels.shape[1], 1.0),
+            (coarse_logits, coarse_labels, coarse_labels.shape[1], weight),
         )
-        losses: list[tuple[Tensor, Any, float]] = [(fine_loss, fine_logits.shape[1], 1.0)]
-        if self.coarse_cross_entropy_loss_weight > 0 and coarse_logits is not None:
-            coarse_loss = F.cross_entropy(
-                coarse_logits.transpose(1, 2), coarse_labels, ignore_index=self.pad_id
-            )
-            losses.append(
-                (coarse_loss, coarse_logits.shape[1], self.coarse_cross_entropy_loss_weight)
-            )
-        return weighted(losses)
