@@ -16,8 +16,7 @@ from musiclm_fast.audiolm.transformer import front_length
 
 
 class CoarseTransformer(AcousticStage):
-    """Transformer over semantic, then coarse tokens; arguments and ``state_dict`` of
-    audiolm-pytorch.
+    """Transformer over semantic, then coarse tokens, with upstream's arguments and ``state_dict``.
 
     Source: AudioLM, https://arxiv.org/abs/2209.03143.
 
@@ -78,19 +77,19 @@ class CoarseTransformer(AcousticStage):
     def embed_coarse(self, ids: Tensor) -> Tensor:
         """The start token and the embeddings of ids ``(B, n)``; ``(B, 1 + n, dim)``.
 
-        The end token of one quantizer shares its row with the next one's code 0, as in
-        audiolm-pytorch: neither training nor sampling ever embeds an end token.
+        As in upstream, a quantizer's end token has the same row as code 0 of the next quantizer.
+        Neither training nor sampling embeds an end token.
         """
         return self._embed(
             ids, self.coarse_start_token, self.coarse_embedding, self.coarse_quantize_embedding
         )
 
     def positions(self, semantic: int, coarse: int, context: Tensor | None) -> Positions | None:
-        """Position bias of two segments of so many tokens (start tokens included).
+        """Position bias of ``semantic`` and ``coarse`` tokens (start tokens included).
 
-        Within a segment it is the offset's; across it is constant: the second segment's codes are
-        far from the first's, so that those pairs fall on the table's right edge. The prefix is
-        further still, so that it is left of every query.
+        Within a segment the bias depends on the offset. Between segments it is constant: the second
+        segment's codes are far from the first's, so such pairs select the table's right edge. The
+        prefix is farther still and selects the left edge.
         """
         net = self.transformer.rel_pos_bias
         if net is None or self.cross_attn_bias is None:

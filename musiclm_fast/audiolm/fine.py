@@ -17,7 +17,7 @@ from musiclm_fast.audiolm.transformer import front_length
 
 
 class FineTransformer(AcousticStage):
-    """Transformer over coarse, then fine tokens; arguments and ``state_dict`` of audiolm-pytorch.
+    """Transformer over coarse, then fine tokens, with upstream's arguments and ``state_dict``.
 
     Source: AudioLM, https://arxiv.org/abs/2209.03143.
 
@@ -105,12 +105,12 @@ class FineTransformer(AcousticStage):
         )
 
     def positions(self, coarse: int, fine: int, context: Tensor | None) -> Positions | None:
-        """Position bias of so many coarse and fine tokens (start tokens excluded).
+        """Position bias of ``coarse`` and ``fine`` tokens (start tokens excluded).
 
-        A token's code is ``time * (2 * quantizers - 1) + quantizer``, so that differences are
-        unique per offset in time and quantizer. Start tokens are far right as queries and far left
-        as keys: every pair with one falls on the table's right edge, the null bias. The prefix is
-        further right than any query: it falls on the left edge, zero.
+        A token's code is ``time * (2 * quantizers - 1) + quantizer``, so a difference identifies
+        one offset in time and quantizer. Start tokens have codes far right as queries and far left
+        as keys: every pair with a start token selects the table's right edge, the null bias. The
+        prefix is right of every query and selects the left edge, zero.
         """
         if self.pos_bias_mlp is None or self.null_pos_bias is None:
             return None

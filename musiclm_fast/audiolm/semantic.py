@@ -17,7 +17,7 @@ from musiclm_fast.audiolm.transformer import front_length
 
 
 class SemanticTransformer(Stage):
-    """Transformer over semantic tokens; arguments and ``state_dict`` of audiolm-pytorch.
+    """Transformer over semantic tokens, with upstream's arguments and ``state_dict``.
 
     Source: AudioLM, https://arxiv.org/abs/2209.03143.
 
@@ -53,7 +53,7 @@ class SemanticTransformer(Stage):
         return embeds.masked_fill(padding[..., None], 0)
 
     def positions(self, tokens: int, context: Tensor | None) -> Positions | None:
-        """Position bias of a sequence of ``tokens`` tokens (the start token included)."""
+        """Position bias of ``tokens`` tokens (the start token included)."""
         net = self.transformer.rel_pos_bias
         if net is None:
             return None
@@ -87,7 +87,7 @@ class SemanticTransformer(Stage):
             text_embeds: ``(B, c, cond_dim)``, the condition.
             self_attn_mask: ``(B, n)`` bool, True for ids that are seen.
             cond_drop_prob: share of rows without condition; default the model's.
-            unique_consecutive: ignored, as in audiolm-pytorch.
+            unique_consecutive: ignored, as upstream does.
             kv_cache: ``(depth, 2, B, cached, dim_head)`` of an earlier call on a prefix of ids.
             return_kv_cache: return the cache too.
 

@@ -1,4 +1,4 @@
-"""MusicLM: text to music by way of a quantized joint embedding."""
+"""MusicLM: text to music through a quantized joint embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from musiclm_fast.audiolm.audio_lm import AudioLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.tokenizer import tokenizer
 
-# Samples of a wave that an audio tower may refuse as shorter than a patch
+# An audio tower may refuse a wave of fewer samples as shorter than a patch.
 _SHORT = 16_000
 
 
@@ -26,14 +26,14 @@ class Sample(NamedTuple):
 
 
 class MusicLM(nn.Module):
-    """Generates music for a text and keeps the sample that MuLaN likes best.
+    """Generates music for a text and returns the sample with the highest MuLaN similarity.
 
     Source: https://arxiv.org/abs/2301.11325.
 
     Args:
-        audio_lm: an AudioLM (of this package or of audiolm-pytorch) without a conditioner of its
-            own; called as ``audio_lm(text_embeds=..., **kwargs)``.
-        mulan_embed_quantizer: the quantizer that the stages were trained with.
+        audio_lm: an AudioLM, of this package or of audiolm-pytorch, without an audio_conditioner.
+            It is called as ``audio_lm(text_embeds=..., **kwargs)``.
+        mulan_embed_quantizer: the quantizer used in training the stages.
 
     Raises:
         ValueError: audio_lm already has a conditioner.
@@ -75,22 +75,22 @@ class MusicLM(nn.Module):
         """Generate music.
 
         Args:
-            text: what the music should be.
-            num_samples: how many samples to draw, all in one batch; the best one is returned.
-            return_all: return every sample with its score, the best one first.
-            single_namespace: send the default namespace's embedding to every stage and draw the
-                samples one by one, as musiclm-pytorch does. Stages that were trained on their own
-                namespaces then see the wrong one.
-            **audio_lm_kwargs: passed on to the AudioLM: ``seconds``, ``sampling``, ``seed`` for
+            text: description of the music.
+            num_samples: number of samples, generated in one batch; the best one is returned.
+            return_all: return all samples with their scores, best first.
+            single_namespace: condition every stage on the default namespace and generate the
+                samples one by one, as upstream does. This is wrong for stages that were trained on
+                their own namespaces.
+            **audio_lm_kwargs: arguments of the AudioLM: ``seconds``, ``sampling``, ``seed`` for
                 this package's, ``max_length`` for any.
 
         Returns:
-            ``(1, samples)`` at the codec's rate, or what a list of one waveform holds; with
-            ``return_all`` a list of :class:`Sample`.
+            ``(1, samples)`` at the codec's rate, None if it is empty; with ``return_all`` a list of
+            :class:`Sample`. One sample of an audio_lm of another kind is returned unchanged.
 
         Raises:
-            ValueError, TypeError: an empty text or one that is too long, no samples, a quantizer
-                that is not fitted, stages that were trained with another MuLaN.
+            ValueError, TypeError: the text is empty or too long, num_samples is 0, the quantizer is
+                not fitted, or the stages were trained with another MuLaN.
         """
         check_positive_int("num_samples", num_samples)
         stages = stages_of(self.audio_lm)
@@ -122,24 +122,24 @@ class MusicLM(nn.Module):
     def stream_to_file(
         self, text: str, path: str | Path, *, seconds: float, **kwargs: Any
     ) -> float:
-        """Generate a long piece window by window and write it to a sound file as it comes.
+        """Generate a long piece in windows and write each to a sound file at once.
 
         Args:
-            text: what the music should be.
+            text: description of the music.
             path: the file.
             seconds: length of the piece.
             **kwargs: see :meth:`musiclm_fast.audiolm.AudioLM.stream`: ``window_seconds``,
                 ``prime_seconds``, ``sampling``, ``seed``.
 
         Returns:
-            The seconds written; fewer than asked for where the model ends the piece.
+            The seconds written, fewer than requested if the model ends the piece.
 
         Raises:
-            ValueError, TypeError: as for a call; nothing is written then.
+            ValueError, TypeError: as in a call; no file is written.
         """
         if not isinstance(self.audio_lm, AudioLM):
             fail("audio_lm", f"a {type(self.audio_lm).__module__} object",
-                 "musiclm_fast.audiolm.AudioLM, which can go on from a prompt")  # fmt: skip
+                 "musiclm_fast.audiolm.AudioLM, which can continue a prompt")  # fmt: skip
         stages = stages_of(self.audio_lm)
         embeds = self._embeds(stages, self._text_latent(text, stages), 1)
         given: Any = {"text_embeds": embeds} if embeds else {}
@@ -185,14 +185,12 @@ class MusicLM(nn.Module):
                      f"one trained with these, {own}")  # fmt: skip
 
     def _check_rates(self, stages: dict[str, Any]) -> None:
-        # What is generated is judged by MuLaN, which may hear at a rate of its own.
-        codec, hears = (
-            getattr(stages.get("fine"), "codec", None),
-            self.mulan_embed_quantizer.sample_hz,
-        )
-        if codec is not None and hears and getattr(codec, "target_sample_hz", None) is None:
+        # MuLaN scores the waves, which may need resampling to its rate.
+        codec = getattr(stages.get("fine"), "codec", None)
+        rate = self.mulan_embed_quantizer.sample_hz
+        if codec is not None and rate and getattr(codec, "target_sample_hz", None) is None:
             fail("audio_lm", f"a {type(codec).__name__} without target_sample_hz",
-                 f"a codec that says its rate: MuLaN hears {hears} Hz")  # fmt: skip
+                 f"a codec that says its rate: MuLaN's is {rate} Hz")  # fmt: skip
 
     def _namespace(self, stage: str) -> str:
         quantizer = self.mulan_embed_quantizer
@@ -211,7 +209,7 @@ class MusicLM(nn.Module):
     def _generate(
         self, stages: dict[str, Any], latent: Tensor, count: int, kwargs: dict[str, Any]
     ) -> list[Tensor | None]:
-        # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
+        # One wave (1, samples) per sample, None if empty
         embeds = self._embeds(stages, latent, count)
         if isinstance(self.audio_lm, AudioLM):
             given: Any = {"text_embeds": embeds} if embeds else {}
@@ -242,7 +240,7 @@ class MusicLM(nn.Module):
 
 
 def stages_of(audio_lm: nn.Module) -> dict[str, Any]:
-    """The wrappers of an AudioLM's stages by name, empty for anything else."""
+    """The wrappers of an AudioLM's stages by name; empty for any other module."""
     names = ("semantic", "coarse", "fine")
     stages = {name: getattr(audio_lm, name, None) for name in names}
     whole = all(hasattr(stage, "transformer") for stage in stages.values())
@@ -259,7 +257,7 @@ def _run_stages(
     mask_out_generated_fine_tokens: bool = False,
     **prime: Any,
 ) -> Any:
-    # audiolm-pytorch's AudioLM takes one embedding for all stages; its stages take their own.
+    # Upstream's AudioLM takes one embedding for all stages, so its stages are called one by one.
     semantic = stages["semantic"].generate(
         text_embeds=embeds.get("semantic"), batch_size=count, max_length=max_length, **prime
     )
@@ -276,6 +274,6 @@ def _run_stages(
 
 
 def _as_batch(music: Tensor | list[Tensor]) -> Tensor:
-    # An AudioLM returns (1, n), (1, 1, n), or a list with one waveform per row.
+    # An AudioLM returns (1, n), (1, 1, n) or a list of one wave per row.
     wave = music[0] if isinstance(music, (list, tuple)) else music
     return wave.reshape(1, -1)

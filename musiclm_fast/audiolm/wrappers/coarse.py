@@ -18,15 +18,15 @@ from musiclm_fast.audiolm.wrappers.semantic import check_semantic_sizes
 
 
 class CoarseTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`CoarseTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`CoarseTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
-        codec: codec of the acoustic tokens; needed to read waves and to make them.
+        codec: codec of the acoustic tokens; needed to read and decode waves.
         wav2vec: semantic tokenizer; needed to read waves.
         audio_conditioner: embeds the clips.
-        pad_id: of ids.
-        unique_consecutive: leave out repeats among the semantic tokens.
+        pad_id: id of padding.
+        unique_consecutive: remove consecutive repeats of semantic tokens.
         semantic_cross_entropy_loss_weight: weight of the semantic tokens in the loss.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
@@ -75,27 +75,28 @@ class CoarseTransformerWrapper(Wrapper):
         progress: bool = True,
         as_reference: bool = False,
     ) -> Any:
-        """Draw coarse tokens.
+        """Generate coarse tokens.
 
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the codec's.
             prime_coarse_token_ids: ``(B, n)`` tokens in place of prime_wave.
             text, text_embeds: the condition.
-            max_time_steps: codec frames to draw at most, the prime's excluded.
+            max_time_steps: maximum number of codec frames, without the prompt's.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
             reconstruct_wave: return waves.
-            use_kv_cache: ignored: the cache changes no result.
+            use_kv_cache: ignored; the cache does not change the result.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
-            as_reference: attend to the padding of the semantic tokens, which training hides, and
-                return all time steps, as audiolm-pytorch does.
+            progress: show a progress bar.
+            as_reference: do as upstream: attend to the padding of the semantic tokens, which is
+                masked in training, and return all time steps.
 
         Returns:
-            ``(B, steps, quantizers)``, -1 from the end on; with reconstruct_wave ``(B, samples)``,
-            or a list of one wave per row (None for an empty one) where their lengths differ.
+            ``(B, steps, quantizers)``, -1 from the end on. With reconstruct_wave
+            ``(B, samples)``, or if lengths differ a list of one wave per row, None for an empty
+            row.
         """
         check_positive_int("max_time_steps", max_time_steps)
         sampling = Sampling(temperature, filter_thres, cond_scale)
@@ -166,11 +167,11 @@ class CoarseTransformerWrapper(Wrapper):
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
             raw_wave: ``(B, samples)`` at the semantic tokenizer's rate.
-            raw_wave_for_codec: the same at the codec's rate; default raw_wave.
-            text, text_embeds: the condition, where there is no audio_conditioner.
+            raw_wave_for_codec: the same wave at the codec's rate; default raw_wave.
+            text, text_embeds: the condition, without an audio_conditioner.
             coarse_token_ids: ``(B, steps, quantizers)``, in place of a wave.
-            return_loss: the mean cross entropy, in place of the logits.
-            input_sample_hz: rate of raw_wave, which is then resampled for everyone.
+            return_loss: return the mean cross entropy in place of the logits.
+            input_sample_hz: rate of raw_wave, to resample it for tokenizer, codec and conditioner.
 
         Returns:
             A scalar, or semantic and coarse logits.

@@ -17,14 +17,14 @@ from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows
 
 
 class FineTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`FineTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`FineTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
-        codec: codec of the acoustic tokens; needed to read waves and to make them.
+        codec: codec of the acoustic tokens; needed to read and decode waves.
         audio_conditioner: embeds the clips.
         coarse_cross_entropy_loss_weight: weight of the coarse tokens in the loss.
-        pad_id: of ids.
+        pad_id: id of padding.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
@@ -72,27 +72,29 @@ class FineTransformerWrapper(Wrapper):
         progress: bool = True,
         as_reference: bool = False,
     ) -> Any:
-        """Draw fine tokens for given coarse ones.
+        """Generate fine tokens for coarse ones.
 
         Args:
             coarse_token_ids: ``(B, steps, quantizers)`` or interleaved, -1 is padding.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the codec's.
             prime_fine_token_ids: ``(B, n)`` tokens in place of prime_wave.
             text, text_embeds: the condition.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
             reconstruct_wave: return waves of coarse and fine tokens.
-            use_kv_cache: ignored: the cache changes no result.
-            mask_out_generated_fine_tokens: -1 where all coarse tokens of a time step are padding.
+            use_kv_cache: ignored; the cache does not change the result.
+            mask_out_generated_fine_tokens: set -1 where all coarse tokens of a time step are
+                padding.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
-            as_reference: never draw the last code but for the first quantizer of each later time
-                step (audiolm-pytorch takes it for an end token), and draw tokens for padding.
+            progress: show a progress bar.
+            as_reference: do as upstream: generate tokens for padding too, and allow the last code,
+                which upstream mistakes for an end token, only for the first quantizer of a time
+                step after the first.
 
         Returns:
-            ``(B, steps, quantizers)``, -1 for padding; with reconstruct_wave ``(B, samples)``, or
-            a list of one wave per row (None for an empty one) where their lengths differ.
+            ``(B, steps, quantizers)``, -1 for padding. With reconstruct_wave ``(B, samples)``, or
+            if lengths differ a list of one wave per row, None for an empty row.
         """
         sampling = Sampling(temperature, filter_thres, cond_scale)
         coarse = coarse_token_ids.to(self.device).flatten(1)
@@ -174,8 +176,8 @@ class FineTransformerWrapper(Wrapper):
             raw_wave: ``(B, samples)``; or
             token_ids: ``(B, steps, quantizers)``; or
             coarse_token_ids, fine_token_ids: the same in two parts.
-            text, text_embeds: the condition, where there is no audio_conditioner.
-            return_loss: the mean cross entropy, in place of the logits.
+            text, text_embeds: the condition, without an audio_conditioner.
+            return_loss: return the mean cross entropy in place of the logits.
             input_sample_hz: rate of raw_wave; None is the codec's.
 
         Returns:

@@ -21,15 +21,15 @@ from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
 
 
 class SemanticTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`SemanticTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`SemanticTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
         wav2vec: semantic tokenizer; needed to read waves.
         audio_conditioner: embeds the clips, see
             :class:`musiclm_fast.models.quantizer.MuLaNEmbedQuantizer`.
-        pad_id: of ids.
-        unique_consecutive: leave out repeats of the token before.
+        pad_id: id of padding.
+        unique_consecutive: remove consecutive repeats.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
@@ -69,22 +69,22 @@ class SemanticTransformerWrapper(Wrapper):
         seed: int | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Draw semantic tokens.
+        """Generate semantic tokens.
 
         Args:
-            max_length: tokens at most, the prime's included.
+            max_length: maximum number of tokens, the prompt's included.
             text: texts, one per row or one for all.
             text_embeds: ``(B or 1, c, cond_dim)``, the condition.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the tokenizer's.
-            prime_ids: ``(B, n)`` tokens in place of prime_wave; -1 is padding at the end.
-            batch_size: rows, where nothing is primed.
+            prime_ids: ``(B, n)`` tokens in place of prime_wave, with -1 as padding at the end.
+            batch_size: number of rows without a prompt.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
-            use_kv_cache, include_eos_in_output: ignored: the cache changes no result, and
-                audiolm-pytorch ignores the latter.
+            use_kv_cache, include_eos_in_output: ignored; the cache does not change the result,
+                and upstream ignores the latter.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
+            progress: show a progress bar.
 
         Returns:
             ``(B, n)`` tokens, -1 from the end token on.
@@ -151,8 +151,8 @@ class SemanticTransformerWrapper(Wrapper):
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
             raw_wave: ``(B, samples)``, in place of the ids.
-            text, text_embeds: the condition, where there is no audio_conditioner.
-            return_loss: the mean cross entropy, in place of the logits.
+            text, text_embeds: the condition, without an audio_conditioner.
+            return_loss: return the mean cross entropy in place of the logits.
             input_sample_hz: rate of raw_wave; None is the tokenizer's.
 
         Returns:
@@ -179,7 +179,7 @@ class SemanticTransformerWrapper(Wrapper):
 
 
 def check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
-    """Refuse a tokenizer with another number of clusters than the stage knows."""
+    """Refuse a tokenizer whose number of clusters differs from the stage's."""
     size = getattr(wav2vec, "codebook_size", None)
     if size is not None and size != transformer.num_semantic_tokens:
         fail(
