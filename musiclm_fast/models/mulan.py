@@ -30,6 +30,7 @@ from musiclm_fast.models.losses import (
 )
 from musiclm_fast.models.pretrained import Pretrained
 from musiclm_fast.models.towers import AudioTower, Tower
+from musiclm_fast.nn.evaluation_mode import evaluation_mode
 
 
 class MuLaN(Pretrained, nn.Module):
@@ -216,17 +217,12 @@ class MuLaN(Pretrained, nn.Module):
         stride = max(1, round(stride_seconds * rate))
         last = len(wav) - window
         starts = [*range(0, last, stride), last]
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with evaluation_mode(self):
             total = wav.new_zeros(self.dim_latent, dtype=torch.float64)
             for begin in range(0, len(starts), batch_size):
                 some = starts[begin : begin + batch_size]
                 clips = torch.stack([wav[start : start + window] for start in some])
                 total += self.get_audio_latents(clips).double().sum(dim=0)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         return F.normalize(total, dim=0).to(self.audio_to_latents.weight.dtype)
 
     def _mono(

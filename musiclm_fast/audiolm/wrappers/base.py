@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from musiclm_fast._checks import describe, fail
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.sampling import forgetful_mask
 from musiclm_fast.audiolm.stage import Stage
+from musiclm_fast.nn.evaluation_mode import evaluation_mode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -20,17 +22,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def inference(method: _Function) -> _Function:
     """Run a method in eval mode and without gradients, then restore each module's mode."""
 
+    @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                return method(self, *args, **kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluation_mode(self), torch.no_grad():
+            return method(self, *args, **kwargs)
 
-    run.__doc__ = method.__doc__
     return run  # type: ignore[return-value]
 
 
@@ -188,6 +184,13 @@ class Wrapper(nn.Module):
         total: Any = sum(loss * count * weight for loss, count, weight in kept)
         loss: Tensor = total / sum(count for _, count, _ in kept)
         return loss
+
+
+def check_codebook(part: Any, transformer: Any, size: str) -> None:
+    """Refuse a tokenizer or codec whose codebook size differs from the stage's ``size``."""
+    own, wanted = getattr(part, "codebook_size", None), getattr(transformer, size)
+    if own is not None and own != wanted:
+        fail("transformer", f"{size}={wanted}", f"{type(part).__name__}'s codebook_size {own}")
 
 
 def check_rates(first: Any, second: Any) -> None:

@@ -12,9 +12,8 @@ from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens
 from musiclm_fast.audiolm.sampling import Sampling, append_id, unique_consecutive
-from musiclm_fast.audiolm.wrappers.base import Wrapper, check_rates, inference
-from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows
-from musiclm_fast.audiolm.wrappers.semantic import check_semantic_sizes
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, check_rates, inference
+from musiclm_fast.audiolm.wrappers.decoding import decode_rows
 
 
 class CoarseTransformerWrapper(Wrapper):
@@ -46,8 +45,8 @@ class CoarseTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, codec, audio_conditioner, pad_id, mask_prob)
-        check_semantic_sizes(wav2vec, transformer)
-        check_codebook(codec, transformer)
+        check_codebook(wav2vec, transformer, "num_semantic_tokens")
+        check_codebook(codec, transformer, "codebook_size")
         self.unique_consecutive = unique_consecutive
         self.semantic_cross_entropy_loss_weight = semantic_cross_entropy_loss_weight
         groups = getattr(codec, "rq_groups", 1)

@@ -12,8 +12,8 @@ from musiclm_fast._checks import describe, fail
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.generation import Prompt, generate_tokens
 from musiclm_fast.audiolm.sampling import Sampling
-from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
-from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, inference
+from musiclm_fast.audiolm.wrappers.decoding import decode_rows
 
 
 class FineTransformerWrapper(Wrapper):
@@ -41,7 +41,7 @@ class FineTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, None, codec, audio_conditioner, pad_id, mask_prob)
-        check_codebook(codec, transformer)
+        check_codebook(codec, transformer, "codebook_size")
         groups = getattr(codec, "rq_groups", 1)
         self.num_fine_quantizers = transformer.num_fine_quantizers * groups
         self.num_coarse_quantizers = transformer.num_coarse_quantizers * groups

@@ -17,7 +17,7 @@ from musiclm_fast.audiolm.sampling import (
     unique_consecutive,
 )
 from musiclm_fast.audiolm.semantic import SemanticTransformer
-from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, inference
 
 
 class SemanticTransformerWrapper(Wrapper):
@@ -46,7 +46,7 @@ class SemanticTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, None, audio_conditioner, pad_id, mask_prob)
-        check_semantic_sizes(wav2vec, transformer)
+        check_codebook(wav2vec, transformer, "num_semantic_tokens")
         self.unique_consecutive = unique_consecutive
         self.eos_id = transformer.eos_id
 
@@ -176,14 +176,3 @@ class SemanticTransformerWrapper(Wrapper):
             self_attn_mask=self._forgetful_mask(*ids.shape), **kwargs,
         )  # fmt: skip
         return self._cross_entropy(logits, labels) if return_loss else logits
-
-
-def check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
-    """Refuse a tokenizer whose number of clusters differs from the stage's."""
-    size = getattr(wav2vec, "codebook_size", None)
-    if size is not None and size != transformer.num_semantic_tokens:
-        fail(
-            "transformer",
-            f"num_semantic_tokens={transformer.num_semantic_tokens}",
-            f"the semantic tokenizer's codebook_size {size}",
-        )

@@ -1,4 +1,4 @@
-"""Codec ids of the acoustic stages: check of the codebook size, decoding to waves."""
+"""Decoding of acoustic tokens to waves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
-
-
-def check_codebook(codec: Any, transformer: Any) -> None:
-    """Refuse a codec whose codebook size differs from the stage's."""
-    size = getattr(codec, "codebook_size", None)
-    if isinstance(size, int) and size != transformer.codebook_size:
-        fail("transformer", f"codebook_size={transformer.codebook_size}", f"the codec's, {size}")
 
 
 def decode_rows(codec: Any, ids: Tensor, padding: Tensor) -> Tensor | list[Tensor | None]:
