@@ -147,7 +147,8 @@ class AudioLM(nn.Module):
             if name not in STAGES:
                 fail("sampling", f"a stage {name!r}", ", ".join(STAGES))
         options: dict[str, dict[str, Any]] = {
-            name: as_sampling((sampling or {}).get(name)) for name in STAGES
+            name: {**as_sampling((sampling or {}).get(name)), "progress": progress}
+            for name in STAGES
         }
         primed = prime_wave is not None or prime_wave_path is not None
         self._check_fitted(primed)
@@ -169,18 +170,17 @@ class AudioLM(nn.Module):
                 max_length += semantic_ids.shape[1]
             if self.needs_text and all(value is None for value in embeds.values()):
                 embeds = self._prompt_embeds(prime_wave, prime_hz)
-        shared: dict[str, Any] = dict(progress=progress)
         seeds: list[int | None] = [None] * 3 if seed is None else [seed, seed + 1, seed + 2]
         semantic = self.semantic.generate(
             text_embeds=embeds["semantic"], batch_size=batch_size, seed=seeds[0],
             max_length=2048 if max_length is None else max_length,
-            prime_ids=primes["semantic"], **options["semantic"], **shared,
+            prime_ids=primes["semantic"], **options["semantic"],
         )  # fmt: skip
         coarse = self.coarse.generate(
             text_embeds=embeds["coarse"], semantic_token_ids=semantic, seed=seeds[1],
             max_time_steps=512 if max_time_steps is None else max_time_steps,
             reconstruct_wave=return_coarse_generated_wave, as_reference=as_reference,
-            prime_coarse_token_ids=primes["coarse"], **options["coarse"], **shared,
+            prime_coarse_token_ids=primes["coarse"], **options["coarse"],
         )  # fmt: skip
         if return_coarse_generated_wave:
             waves: Tensor | list[Tensor | None] = coarse
@@ -189,7 +189,7 @@ class AudioLM(nn.Module):
             text_embeds=embeds["fine"], coarse_token_ids=coarse, seed=seeds[2],
             reconstruct_wave=True, as_reference=as_reference,
             mask_out_generated_fine_tokens=mask_out_generated_fine_tokens,
-            prime_fine_token_ids=primes["fine"], **options["fine"], **shared,
+            prime_fine_token_ids=primes["fine"], **options["fine"],
         )  # fmt: skip
         return fine
 

@@ -162,7 +162,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         """
         training_state = ("cluster_size", "embed_avg", "initted")  # does not affect the codes
         tensors = [
-            (name, value.detach().contiguous().view(-1))
+            (name, value)
             for part in (self.mulan, self.rq)
             for name, value in sorted(part.state_dict().items())
             if not name.endswith(training_state)
@@ -172,7 +172,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             digest = hashlib.sha256()
             for name, value in tensors:
                 digest.update(name.encode())
-                digest.update(value.cpu().view(torch.uint8).numpy().data)
+                digest.update(_bytes(value).cpu().numpy().data)
             self._fingerprint = checksums, digest.hexdigest()[:16]
         return self._fingerprint[1]
 
@@ -325,10 +325,14 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         return embeds
 
 
-def _checksum(flat: Tensor) -> tuple[int, int, int]:
-    # An order of magnitude faster than SHA-256. The sum shows writes through ``.data``, which
-    # leave the version as it is; the version shows a permutation in place.
-    data = flat.view(torch.uint8)
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _checksum(value: Tensor) -> tuple[int, int, int]:
+    # An order of magnitude faster than SHA-256. The sum detects writes through `.data`, which do
+    # not change the version. The version detects a permutation in place.
+    data = _bytes(value)
     whole_words = data.numel() % 8 == 0 and data.storage_offset() % 8 == 0
     total = int(data.view(torch.int64).sum() if whole_words else data.sum())
-    return flat.data_ptr(), 0 if flat.is_inference() else flat._version, total
+    return value.data_ptr(), 0 if value.is_inference() else value._version, total

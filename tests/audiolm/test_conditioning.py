@@ -138,6 +138,10 @@ def test_the_fingerprint_is_hashed_once_and_follows_the_weights(monkeypatch):
     changed(lambda: setattr(quantizer.mulan, "heard", heard.flip(1)))
     quantizer.load_state_dict(state)
     assert quantizer.fingerprint() == seen[0]
+    quantizer.mulan.heard = quantizer.mulan.heard.t().contiguous().t()  # the same values
+    before = len(digests)
+    assert [quantizer.fingerprint() for _ in range(2)] == seen[:1] * 2
+    assert len(digests) == before + 1
     with torch.inference_mode():  # such tensors have no version
         quantizer.mulan.heard = heard.clone()
         seen.append(quantizer.fingerprint())

@@ -1,4 +1,4 @@
-"""Generation without the live reference: what it promises beyond equal tokens."""
+"""Generation without upstream: seeds, guidance, prompts, padding, long pieces."""
 
 import pytest
 import torch
