@@ -23,6 +23,7 @@ from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 from musiclm_fast.datasets.collation import collate_fields
 from musiclm_fast.datasets.sampling import FixedRows, SeededRows
 from musiclm_fast.datasets.sound_folder import SoundFolder
+from musiclm_fast.nn.modes import evaluation_mode
 from musiclm_fast.training.engine import Engine
 from musiclm_fast.training.options import (
     OptimizerConfig,
@@ -240,9 +241,10 @@ class StageTrainer(Engine):
             collate_fn=self.collate,
             generator=torch.Generator(),  # else it would draw from the model's
         )
-        self.wrapper.eval()
-        losses = [self.wrapper(**self.inputs(batch), return_loss=True).item() for batch in loader]
-        self.wrapper.train()
+        with evaluation_mode(self.wrapper):
+            losses = [
+                self.wrapper(**self.inputs(batch), return_loss=True).item() for batch in loader
+            ]
         return sum(losses) / len(losses)
 
     # ---- checkpoints
