@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from musiclm_fast import _tables
+
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table; a pipe inside a cell is escaped."""
@@ -18,9 +20,5 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, two spaces apart. A row of one cell is a heading."""
-    columns = zip(*(row for row in rows if len(row) > 1), strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    """Columns aligned left, see :func:`musiclm_fast._tables.aligned`."""
+    return _tables.aligned(rows, left=max(map(len, rows)))

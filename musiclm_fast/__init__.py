@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from musiclm_fast import _moved
 from musiclm_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from musiclm_fast.models.text_tower import TextTransformer
     from musiclm_fast.musiclm.musiclm import MusicLM
     from musiclm_fast.training.mulan import MuLaNTrainer
+
+_moved.install()
 
 _HOMES = {
     "AudioSpectrogramTransformer": "models.audio_tower",

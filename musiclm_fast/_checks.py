@@ -115,6 +115,11 @@ def check_probability(name: str, value: float) -> None:
         fail(name, repr(value), "a probability in [0, 1)")
 
 
+def is_readable(value: Tensor) -> bool:
+    """Whether values can be read at no cost: the tensor is on the CPU and nothing compiles."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_finite_clips(
     name: str, value: Tensor, lengths: Tensor | None = None, time_axis: int = 1
 ) -> None:

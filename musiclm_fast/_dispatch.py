@@ -38,11 +38,11 @@ class Backend:
         supports: takes the op's arguments, returns ``(True, "")`` or ``(False, reason)``.
         run: takes the same arguments, returns the op's result.
         available: ``(ok, reason)`` on this machine, whatever the arguments.
-        self_check: for kernels that no machine of the authors may have run: compares the kernel
-            with the reference and returns None or the difference; other errors are raised.
-            It runs once per device and dtype (of the op's first floating tensor), at the first call
-            there (:class:`SelfChecks` says when else), unless the backend was asked for by name.
-        check_dtypes: in which dtypes there is something to check on a device.
+        self_check: compares the kernel with the reference and returns None or the difference; any
+            other problem is raised. For kernels on devices that the authors may not have. It runs
+            once per device and dtype (of the op's first floating tensor), at the first call there
+            (:class:`SelfChecks` has the details), unless the backend was asked for by name.
+        check_dtypes: the dtypes to check on a device.
     """
 
     name: str
@@ -51,6 +51,11 @@ class Backend:
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
     self_check: SelfCheck | None = None
     check_dtypes: Callable[[torch.device], tuple[torch.dtype, ...]] = lambda device: ()
+
+
+def torch_backend(reference: Callable[..., Any]) -> Backend:
+    """An op's definition as the backend that takes every call."""
+    return Backend("torch", lambda **_: (True, ""), reference)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +79,9 @@ class BackendError(RuntimeError):
 
 _dispatchers: dict[str, Dispatcher] = {}
 _forced: dict[str, str] = {}
+
+# They do not trace what torch.library registers.
+_TRANSFORMED = "torch.func transforms need the torch backend"
 
 
 class Dispatcher:
@@ -105,9 +113,13 @@ class Dispatcher:
             backend = _forced.get(self.op)
         if backend is not None:
             return self._named(backend, arguments)
+        transformed = torch._C._are_functorch_transforms_active()
         refusals = []
         missing = ""  # why a compiled kernel that would run the call is not there
         for candidate in self.backends:
+            if transformed and candidate.name != "torch":
+                refusals.append(f"{candidate.name}: {_TRANSFORMED}")
+                continue
             ok, reason = candidate.available()
             if not ok and candidate.name in ("cpp", "cuda") and candidate.supports(**arguments)[0]:
                 missing = missing or reason
@@ -132,6 +144,8 @@ class Dispatcher:
         else:
             raise ValueError(f"backend: got {name!r}, expected one of {', '.join(self.names())}")
         ok, reason = candidate.available()
+        if ok and name != "torch" and torch._C._are_functorch_transforms_active():
+            ok, reason = False, _TRANSFORMED
         if ok:
             ok, reason = candidate.supports(**arguments)
         if not ok:

@@ -14,10 +14,11 @@ _SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
     """A file for the block to write, next to ``path``; flushed to disk and moved there at the end.
 
-    A crash, an error or a full disk leaves an existing ``path`` untouched.
+    A crash, an error or a full disk leaves an existing ``path`` untouched. What can be made
+    again need not be ``durable``: it is not flushed, which takes milliseconds.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -29,11 +30,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         # mkstemp creates private files; this one gets the permissions of other new files.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

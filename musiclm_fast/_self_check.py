@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 
-# Compares a kernel with the reference on a device in a dtype: None, or the difference. Other errors
-# are raised.
+# Compares a kernel with the reference on a device in a dtype: None, or the difference. Any other
+# problem is raised.
 SelfCheck = Callable[[torch.device, torch.dtype], str | None]
+
+
+def in_default_modes(check: SelfCheck) -> SelfCheck:
+    """The check with gradients enabled and autocast disabled, whatever its caller's modes."""
+
+    @functools.wraps(check)
+    def run(device: torch.device, dtype: torch.dtype) -> str | None:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            return check(device, dtype)
+
+    return run
 
 
 class SelfChecks:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from musiclm_fast import _dispatch, _extension, info
 from musiclm_fast._dispatch import Backend, BackendError, Dispatcher, use_backend
-from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops import _triton_target, attention, contrastive_loss, spectrogram
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,29 @@ def test_unknown_orders(toy):
         pass
     with pytest.raises(ValueError, match="backend of toy: got 'torch'"), use_backend(toy="torch"):
         pass
+
+
+@pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
+@pytest.mark.parametrize("op", ["attention", "contrastive", "spectrogram"])
+def test_torch_func_takes_the_torch_backend(op):
+    x = torch.nn.functional.normalize(torch.randn(1, 1, 3, 40), dim=-1)
+    run = {
+        "attention": lambda x, **named: attention(x, x, x, **named),
+        "contrastive": lambda x, **named: contrastive_loss(
+            x[0], x[0], torch.ones(1), check_values=False, **named
+        ),
+        "spectrogram": lambda x, **named: spectrogram(
+            x[0, 0], n_fft=16, hop_length=4, check_finite=False, **named
+        ),
+    }[op]
+
+    def loss(x, **named):
+        return run(x, **named).square().sum()
+
+    expected = torch.autograd.grad(loss(x.requires_grad_(), backend="torch"), x)[0]
+    assert torch.equal(torch.func.grad(loss)(x.detach()), expected)
+    with pytest.raises(BackendError, match=r"torch\.func"):
+        torch.func.grad(lambda x: loss(x, backend="cpp"))(x.detach())
 
 
 X = torch.zeros(2)

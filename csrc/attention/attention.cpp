@@ -1,4 +1,4 @@
-// Registers the CPU kernels of attention.simd.cpp: checks, new tensors, workspace, threads.
+// Registers the CPU kernels: checks, new tensors, workspace, threads.
 #include "attention/attention.h"
 
 #include <cmath>
@@ -155,15 +155,13 @@ bool nothing_to_do(const AttentionCall& call) {
 }
 
 template <typename Size, typename Kernel>
-void launch(const AttentionCall& call, const Tensor& like, const Size& size, const Kernel& kernel) {
+void launch(const AttentionCall& call, const Size& size, const Kernel& kernel) {
   const double work = static_cast<double>(call.batch * call.heads * call.head_dim) *
                       static_cast<double>(call.queries) * static_cast<double>(call.keys);
   const int count = work < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
   const Workers workers = torch_workers(count);
-  const int64_t bytes = size(workers);
-  const Tensor memory = empty_as(like, {bytes + 64}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  kernel(reinterpret_cast<void*>((address + 63) / 64 * 64), workers);
+  const Buffer<char> workspace(size(workers));
+  kernel(workspace.get(), workers);
 }
 
 std::tuple<Tensor, Tensor> forward(
@@ -187,7 +185,7 @@ std::tuple<Tensor, Tensor> forward(
   call.out = head_rows(out);
   call.logsumexp = logsumexp.mutable_data_ptr<float>();
   launch(
-      call, q,
+      call,
       [&](const Workers& workers) {
         return MUSICLM_FAST_SIMD_CALL(attention_workspace, call, false, workers.count);
       },
@@ -245,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       call.dk_scale = dk_scale.mutable_data_ptr<float>();
     }
     launch(
-        call, q,
+        call,
         [&](const Workers& workers) {
           return MUSICLM_FAST_SIMD_CALL(attention_workspace, call, true, workers.count);
         },

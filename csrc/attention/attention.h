@@ -1,4 +1,5 @@
-// Fused attention on the CPU: torch-free interface of the kernels in attention.simd.cpp.
+// Flash attention with an offset-table bias on the CPU: torch-free interface of the kernels in
+// forward.simd.cpp and backward.simd.cpp.
 // musiclm_fast/ops/attention/README.md describes the algorithm.
 #pragma once
 

@@ -32,6 +32,8 @@ inline constexpr int kWidth = 8;
 inline constexpr int kWidth = 4;
 #endif
 
+inline constexpr float kInfinity = __builtin_inff();
+
 typedef float vfloat __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vint __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vuint __attribute__((vector_size(kWidth * 4)));
@@ -71,6 +73,13 @@ MUSICLM_FAST_INLINE void vstore_partial(float* p, vfloat v, int n) {
 #endif
 }
 
+// -1 in the first n lanes, 0 in the others.
+MUSICLM_FAST_INLINE vint vfirst(int32_t n) {
+  vint lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < (vint{} + n);
+}
+
 // bfloat16 in memory, float in registers; stores round to nearest even and keep NaN.
 MUSICLM_FAST_INLINE vfloat vload(const bf16* p) {
   vhalfword h;
@@ -98,35 +107,61 @@ MUSICLM_FAST_INLINE void vstore_partial(bf16* p, vfloat v, int n) {
   if (n > 0) std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
 }
 
+// The first min(n, kWidth) lanes, n >= 0, of float or bf16.
+template <typename T>
+MUSICLM_FAST_INLINE vfloat vload_up_to(const T* p, int64_t n) {
+  return n >= kWidth ? vload(p) : vload_partial(p, static_cast<int>(n));
+}
+
+template <typename T>
+MUSICLM_FAST_INLINE void vstore_up_to(T* p, vfloat v, int64_t n) {
+  if (n >= kWidth) {
+    vstore(p, v);
+  } else {
+    vstore_partial(p, v, static_cast<int>(n));
+  }
+}
+
 // The larger of two; b where a is NaN.
 MUSICLM_FAST_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 
+// v with its lanes moved down by kStep, the lowest ones to the top.
+template <int kStep, int... kLane>
+MUSICLM_FAST_INLINE vfloat rotated(vfloat v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kStep) % kWidth)...);
+}
+
 // Sum over the lanes.
+template <int kStep = kWidth / 2>
 MUSICLM_FAST_INLINE float vsum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float half[kWidth];
-  vstore(half, v);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) half[i] += half[i + width];
-  }
-  return half[0];
+  v += rotated<kStep>(v, std::make_integer_sequence<int, kWidth>{});
+  if constexpr (kStep > 1) return vsum<kStep / 2>(v);
+  return v[0];
 #endif
 }
 
 // Largest lane.
+template <int kStep = kWidth / 2>
 MUSICLM_FAST_INLINE float vmaximum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float half[kWidth];
-  vstore(half, v);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) half[i] = half[i] > half[i + width] ? half[i] : half[i + width];
-  }
-  return half[0];
+  v = vmax(v, rotated<kStep>(v, std::make_integer_sequence<int, kWidth>{}));
+  if constexpr (kStep > 1) return vmaximum<kStep / 2>(v);
+  return v[0];
 #endif
+}
+
+// x = n * ln(2) + r with r in [-ln(2)/2, ln(2)/2]: r, and n in the low bits of `shifted`.
+MUSICLM_FAST_INLINE vfloat reduce_exponent(vfloat x, vfloat& shifted) {
+  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  shifted = x * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  // ln(2) in two parts, so that n times the first is exact
+  return (x - n * 0.693359375f) + n * 2.12194440e-4f;
 }
 
 // e^x within 2 units in the last place. 0 where the result is below 2^-126 (x < -87.33, -inf),
@@ -134,14 +169,11 @@ MUSICLM_FAST_INLINE float vmaximum(vfloat v) {
 MUSICLM_FAST_INLINE vfloat vexp(vfloat x) {
   const vfloat lowest = vset(-87.336544f);
   const vfloat highest = vset(88.7f);
-  const vfloat magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vfloat y = x < lowest ? lowest : x;
   y = y > highest ? highest : y;
-  const vfloat shifted = y * 1.44269504f + magic;
-  const vfloat n = shifted - magic;
-  // y = n * ln(2) + r, with ln(2) in two parts so that n times the first is exact
-  const vfloat r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  // Cephes' expf polynomial: e^r = 1 + r + r^2 * p(r) on [-ln(2)/2, ln(2)/2]
+  vfloat shifted;
+  const vfloat r = reduce_exponent(y, shifted);
+  // Cephes' expf polynomial: e^r = 1 + r + r^2 * p(r)
   vfloat p = vset(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -152,6 +184,29 @@ MUSICLM_FAST_INLINE vfloat vexp(vfloat x) {
   const vint exponent = (vint)shifted - 0x4B400000 + 127;
   const vfloat scale = (vfloat)(exponent << 23);
   return x < lowest ? vzero() : p * scale;
+}
+
+// e^x for x <= 0 (and above it by rounding) within 1.2 units in the last place; 0 below -87.3. Weights
+// of a softmax need no more range. More exact than vexp, and without its clamps.
+MUSICLM_FAST_INLINE vfloat vexp_weight(vfloat x) {
+  vfloat shifted;
+  const vfloat r = reduce_exponent(x, shifted);
+  // minimax: e^r = 1 + r + r^2 * q(r), relative error 3e-9
+  vfloat p = vset(1.3814540579915047e-3f);
+  p = p * r + 8.36874544620514e-3f;
+  p = p * r + 4.166838899254799e-2f;
+  p = p * r + 1.666652113199234e-1f;
+  p = p * r + 4.999999403953552e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vfloat scaled = (vfloat)((vuint)p + ((vuint)shifted << 23));
+  return x < -87.3f ? vzero() : scaled;
+}
+
+MUSICLM_FAST_INLINE vfloat vtanh(vfloat x) {
+  const vfloat e = vexp((x < vzero() ? x : -x) * 2.0f);
+  const vfloat t = (1.0f - e) / (1.0f + e);
+  return x < vzero() ? -t : t;
 }
 
 // erf as a quotient of polynomials on [-4, 4], beyond which it is 1 in float; error 4e-7 at most.
@@ -174,6 +229,9 @@ MUSICLM_FAST_INLINE vfloat verf(vfloat x) {
   return y * p / q;
 }
 
+// The normal distribution's probability of a smaller value: gelu(x) = x * vnormal(x).
+MUSICLM_FAST_INLINE vfloat vnormal(vfloat x) { return 0.5f * (1.0f + verf(x * 0.70710678f)); }
+
 // Lane i of the result is lane index[i] of a (from 0 on) and b (from W on); 0 <= index[i] < 2W.
 MUSICLM_FAST_INLINE vfloat vpermute2(vfloat a, vfloat b, vint index) {
 #if defined(__AVX512F__)
@@ -195,23 +253,29 @@ MUSICLM_FAST_INLINE vfloat vpermute2(vfloat a, vfloat b, vint index) {
 #endif
 }
 
-// Lanes of a and b in turn, from their lower or upper halves.
-template <bool kUpper, int... kLane>
-MUSICLM_FAST_INLINE vfloat interleave(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(a, b,
-                                 (kLane / 2 + kLane % 2 * kWidth + kUpper * (kWidth / 2))...);
+// Rows i (a) and i + kStep (b) of a transposition, of which one is returned: the lower keeps its lanes
+// whose number lacks the bit kStep and takes the upper's in place of the others; the upper likewise.
+template <int kStep, bool kUpper, int... kLane>
+MUSICLM_FAST_INLINE vfloat exchange(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (kUpper ? ((kLane & kStep) != 0 ? kWidth + kLane : kLane + kStep)
+              : ((kLane & kStep) != 0 ? kWidth + kLane - kStep : kLane))...);
 }
 
-// x[i] lane j <-> x[j] lane i, by log2(W) perfect shuffles.
+// x[i] lane j <-> x[j] lane i, in log2(W) steps, a bit of i and j in each.
+template <int kStep = 1>
 MUSICLM_FAST_INLINE void transpose(vfloat (&x)[kWidth]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
-  for (int step = kWidth; step > 1; step /= 2) {
-    vfloat y[kWidth];
-    for (int i = 0; i < kWidth / 2; ++i) {
-      y[2 * i] = interleave<false>(x[i], x[i + kWidth / 2], lanes);
-      y[2 * i + 1] = interleave<true>(x[i], x[i + kWidth / 2], lanes);
+  if constexpr (kStep < kWidth) {
+    constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if ((i & kStep) != 0) continue;
+      const vfloat a = x[i], b = x[i + kStep];
+      x[i] = exchange<kStep, false>(a, b, lanes);
+      x[i + kStep] = exchange<kStep, true>(a, b, lanes);
     }
-    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+    transpose<2 * kStep>(x);
   }
 }
 

@@ -12,6 +12,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "common/bf16.h"
+#include "common/integers.h"
 #include "common/workers.h"
 
 namespace musiclm_fast {
@@ -60,6 +63,26 @@ inline void check_inner_contiguous(const Tensor& tensor, const char* name) {
                   ": expected stride 1 in the last dimension, got ", tensor.stride(last));
 }
 
+// The data of a contiguous tensor of T and of `shape`, on whichever device it is.
+template <typename T>
+const T* contiguous_data(const Tensor& tensor, const char* name,
+                         const std::vector<int64_t>& shape) {
+  check_dtype(tensor, name, torch::headeronly::CppTypeToScalarType<T>::value);
+  check_contiguous(tensor, name);
+  check_dim(tensor, name, static_cast<int64_t>(shape.size()));
+  for (size_t i = 0; i < shape.size(); ++i) {
+    check_size(tensor, name, static_cast<int64_t>(i), shape[i]);
+  }
+  return tensor.const_data_ptr<T>();
+}
+
+// Likewise, on the CPU.
+template <typename T>
+const T* cpu_data(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
+  check_cpu(tensor, name);
+  return contiguous_data<T>(tensor, name, shape);
+}
+
 // An uninitialised tensor of `sizes`; dtype and device are `like`'s unless given.
 inline Tensor empty_as(const Tensor& like, std::vector<int64_t> sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
@@ -89,6 +112,34 @@ void dispatch(ScalarType dtype, const char* name, const F& f) {
        ...);
   STD_TORCH_CHECK(found, name, ": dtype ", torch::headeronly::toString(dtype),
                   " is not supported by this kernel");
+}
+
+// `count` uninitialised T on a cache line, for the length of a scope.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, larger<int64_t>(bytes, 64))));
+    STD_TORCH_CHECK(data_ != nullptr, "no memory for ", bytes, " bytes");
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Calls f(task, begin, end) for each `size` of `count` items, on torch's threads.
+template <typename F>
+void each_task(int64_t count, int64_t size, const F& f) {
+  torch::stable::parallel_for(0, divide_up(count, size), 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      f(task, task * size, smaller(count, (task + 1) * size));
+    }
+  });
 }
 
 // `count` of torch's threads; each takes the next task until none is left.

@@ -13,4 +13,15 @@ struct Workers {
               void* argument);
 };
 
+// Calls f(task, worker) for every task.
+template <typename F>
+void run_tasks(const Workers& workers, int64_t tasks, const F& f) {
+  workers.run(
+      workers.context, tasks,
+      [](void* argument, int64_t index, int worker) {
+        (*static_cast<const F*>(argument))(index, worker);
+      },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
 }  // namespace musiclm_fast

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 
@@ -16,26 +15,6 @@ __asm__(".symver log, log@GLIBC_2.2.5");
 
 namespace musiclm_fast {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Uninitialised floats on a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 16), 16) * 4))) {
-    STD_TORCH_CHECK(data_ != nullptr, "contrastive: no memory for ", count, " floats");
-  }
-  float* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<float, Free> data_;
-};
 
 // Tiles of 256 x 256 at depth 128 fill three quarters of a megabyte of cache: the similarities, two
 // operands and two gradients. Fewer pairs want smaller tiles, so that all threads have one; the
@@ -58,15 +37,15 @@ class Packed {
         offset(offset),
         row_tile(tile_size(m, depth)),
         column_tile(tile_size(n, depth)),
-        row_tiles(ceil_div(m, row_tile)),
-        column_tiles(ceil_div(n, column_tile)),
+        row_tiles(divide_up(m, row_tile)),
+        column_tiles(divide_up(n, column_tile)),
         temperature_(temperature.const_data_ptr<float>()),
         rows_(layers * m * ld),
         columns_(layers * n * ld),
-        panels_(layers * ceil_div(n, kPanel) * kPanel * depth),
+        panels_(layers * divide_up(n, kPanel) * kPanel * depth),
         bounded_(std::make_unique<bool[]>(layers)) {
-    const int64_t row_parts = ceil_div(m, kPanel), column_parts = ceil_div(n, kPanel);
-    Buffer row_norm(layers * row_parts), column_norm(layers * column_parts);
+    const int64_t row_parts = divide_up(m, kPanel), column_parts = divide_up(n, kPanel);
+    Buffer<float> row_norm(layers * row_parts), column_norm(layers * column_parts);
     dispatch<float, BFloat16>(audio.scalar_type(), "audio", [&](auto zero) {
       using scalar_t = decltype(zero);
       const auto* from_audio = kernel_type(audio.const_data_ptr<scalar_t>());
@@ -107,7 +86,7 @@ class Packed {
   float* rows(int64_t layer) const { return rows_.get() + layer * m * ld; }
   float* columns(int64_t layer) const { return columns_.get() + layer * n * ld; }
   float* panels(int64_t layer) const {
-    return panels_.get() + layer * ceil_div(n, kPanel) * kPanel * depth;
+    return panels_.get() + layer * divide_up(n, kPanel) * kPanel * depth;
   }
   // Whether all of a layer's similarities lie within +-kBounded, by the product of norms.
   bool bounded(int64_t layer) const { return bounded_[layer]; }
@@ -122,7 +101,7 @@ class Packed {
     const int64_t stride = round_up(column_tile, kPanel);
     for (int64_t step = 0; step < steps; ++step) {
       torch::stable::parallel_for(0, layers * width, 1, [&](int64_t begin, int64_t end) {
-        Buffer similarities(row_tile * stride), scratch(4 * (row_tile + stride));
+        Buffer<float> similarities(row_tile * stride), scratch(4 * (row_tile + stride));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t layer = task / width, place = task % width;
           const int64_t shifted = (place + step) % steps;
@@ -160,7 +139,7 @@ class Packed {
   }
 
   const float* const temperature_;
-  const Buffer rows_, columns_, panels_;
+  const Buffer<float> rows_, columns_, panels_;
   const std::unique_ptr<bool[]> bounded_;
 };
 
@@ -200,7 +179,7 @@ class Gradient {
 
  private:
   float* const out_;
-  const Buffer padded_;
+  const Buffer<float> padded_;
   float* sums;
 };
 
@@ -226,7 +205,6 @@ Tensor temperature_gradient(const Packed& packed, const Gradient& d_audio, const
 void check_block(const Tensor& audio, const Tensor& text, const Tensor& temperature) {
   check_cpu(audio, "audio");
   check_cpu(text, "text");
-  check_cpu(temperature, "temperature");
   check_dim(audio, "audio", 3);
   check_dim(text, "text", 3);
   check_size(text, "text", 0, audio.size(0));
@@ -234,21 +212,7 @@ void check_block(const Tensor& audio, const Tensor& text, const Tensor& temperat
   check_dtype(text, "text", audio.scalar_type());
   check_inner_contiguous(audio, "audio");
   check_inner_contiguous(text, "text");
-  check_dim(temperature, "temperature", 1);
-  check_size(temperature, "temperature", 0, audio.size(0));
-  check_dtype(temperature, "temperature", ScalarType::Float);
-  check_contiguous(temperature, "temperature");
-}
-
-// A float32 matrix (layers, count) that a kernel reads.
-const float* vector_data(const Tensor& vector, const char* name, int64_t layers, int64_t count) {
-  check_cpu(vector, name);
-  check_dim(vector, name, 2);
-  check_size(vector, name, 0, layers);
-  check_size(vector, name, 1, count);
-  check_dtype(vector, name, ScalarType::Float);
-  check_contiguous(vector, name);
-  return vector.const_data_ptr<float>();
+  cpu_data<float>(temperature, "temperature", {audio.size(0)});
 }
 
 // Log-sum-exp of the similarities of every row and column, without the positives, and the positives'
@@ -266,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp(const Tensor& audio, co
   float* column_out = column_result.mutable_data_ptr<float>();
   float* positive = positive_result.mutable_data_ptr<float>();
 
-  const Buffer shift(layers * (m + n)), sum(layers * (m + n));
+  const Buffer<float> shift(layers * (m + n)), sum(layers * (m + n));
   for (int64_t layer = 0; layer < layers; ++layer) {
     std::fill_n(shift.get() + layer * (m + n), m + n,
                 packed.bounded(layer) ? 0.0f : std::numeric_limits<float>::lowest());
@@ -300,15 +264,15 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp_backward(
   check_block(audio, text, temperature);
   const Packed packed(audio, text, temperature, offset);
   const int64_t layers = packed.layers, m = packed.m, n = packed.n;
-  const float* row_grad = vector_data(grad_row, "grad_row", layers, m);
-  const float* column_grad = vector_data(grad_column, "grad_column", layers, n);
-  const float* positive_grad = vector_data(grad_positive, "grad_positive", layers, m);
-  const float* row = vector_data(row_lse, "row_lse", layers, m);
-  const float* column = vector_data(column_lse, "column_lse", layers, n);
+  const float* row_grad = cpu_data<float>(grad_row, "grad_row", {layers, m});
+  const float* column_grad = cpu_data<float>(grad_column, "grad_column", {layers, n});
+  const float* positive_grad = cpu_data<float>(grad_positive, "grad_positive", {layers, m});
+  const float* row = cpu_data<float>(row_lse, "row_lse", {layers, m});
+  const float* column = cpu_data<float>(column_lse, "column_lse", {layers, n});
 
   // Weights g e^-lse where similarities are bounded, else g beside the shift lse. A row without
   // negatives has lse = -inf: its weight is never used, and its shift must not make a NaN.
-  const Buffer weight(layers * (m + n)), shift(layers * (m + n));
+  const Buffer<float> weight(layers * (m + n)), shift(layers * (m + n));
   for (int64_t layer = 0; layer < layers; ++layer) {
     float* weights = weight.get() + layer * (m + n);
     float* shifts = shift.get() + layer * (m + n);
@@ -344,22 +308,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_sigmoid(
     const Tensor& audio, const Tensor& text, const Tensor& temperature,
     const std::optional<Tensor>& bias, int64_t offset, bool gradients) {
   check_block(audio, text, temperature);
-  if (bias.has_value()) {
-    check_cpu(*bias, "bias");
-    check_dim(*bias, "bias", 1);
-    check_size(*bias, "bias", 0, audio.size(0));
-    check_dtype(*bias, "bias", ScalarType::Float);
-    check_contiguous(*bias, "bias");
-  }
-  const float* biases = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  const float* biases =
+      bias.has_value() ? cpu_data<float>(*bias, "bias", {audio.size(0)}) : nullptr;
   const Packed packed(audio, text, temperature, offset);
   const int64_t layers = packed.layers, m = packed.m, n = packed.n;
-  const Buffer row_loss(layers * m);
+  const Buffer<float> row_loss(layers * m);
   std::fill_n(row_loss.get(), layers * m, 0.0f);
   const int64_t kept = gradients ? layers : 0;
   const Gradient d_audio(audio, kept, m, packed.depth, packed.ld);
   const Gradient d_text(audio, kept, n, packed.depth, packed.ld);
-  const Buffer row_grad(kept * m);
+  const Buffer<float> row_grad(kept * m);
   std::fill_n(row_grad.get(), kept * m, 0.0f);
   packed.for_each_tile([&](int64_t layer, int64_t i, int64_t j, const ContrastiveTile& tile) {
     MUSICLM_FAST_SIMD_CALL(contrastive_sigmoid, tile, biases == nullptr ? 0.0f : biases[layer],

@@ -1,5 +1,6 @@
 #include "contrastive/contrastive.h"
 
+#include "common/integers.h"
 #include "common/simd.h"
 
 #include <limits>
@@ -12,10 +13,9 @@ static_assert(kPanel % (4 * kWidth) == 0 && kAlign % kWidth == 0);
 // Terms of a dot product that are summed in one go: shorter sums of long products round less, and
 // their operands stay in the cache.
 constexpr int64_t kSlice = 128;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+int64_t padded(int64_t columns) { return round_up(columns, kPanel); }
 
 // Rows of the register block. Four vectors wide, 6, 3 and 2 rows leave registers for the operands:
 // 24 of 32 (AVX-512), 12 of 16 (AVX2), 8 of 16 (SSE, which needs one for each product).
@@ -101,8 +101,8 @@ struct Range {
 };
 
 Range positives(const ContrastiveTile& t) {
-  const int64_t begin = t.positive < 0 ? -t.positive : 0;
-  const int64_t end = t.n - t.positive < t.m ? t.n - t.positive : t.m;
+  const int64_t begin = larger<int64_t>(-t.positive, 0);
+  const int64_t end = smaller(t.n - t.positive, t.m);
   return {begin, end};
 }
 
@@ -113,11 +113,11 @@ void similarities(const ContrastiveTile& t, float* positive) {
   for (int64_t j = 0; j < stride; j += kPanel) {
     const float* panel = t.panels + j * t.depth;
     float* out = t.similarities + j;
-    const int64_t first = t.depth < kSlice ? t.depth : kSlice;
+    const int64_t first = smaller(t.depth, kSlice);
     product<true, false>(t.rows, t.ld, t.m, panel, kPanel, kPanel, first, t.temperature, out,
                          stride);
     for (int64_t k = first; k < t.depth; k += kSlice) {
-      const int64_t depth = t.depth - k < kSlice ? t.depth - k : kSlice;
+      const int64_t depth = smaller(t.depth - k, kSlice);
       product<true, true>(t.rows + k, t.ld, t.m, panel + k * kPanel, kPanel, kPanel, depth,
                           t.temperature, out, stride);
     }
@@ -146,7 +146,7 @@ void push(const ContrastiveTile& t, float* d_rows, float* d_columns) {
 // Merges a tile's (shift, sum) into the running one, for `count` rows or columns.
 void merge(int64_t count, const float* shift, const float* sum, ContrastiveSums running) {
   for (int64_t i = 0; i < count; i += kWidth) {
-    const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
+    const int n = static_cast<int>(smaller<int64_t>(count - i, kWidth));
     const vfloat s0 = vload_partial(running.shift + i, n), s1 = vload_partial(shift + i, n);
     const vfloat higher = vmax(s0, s1);
     const vfloat total = vload_partial(running.sum + i, n) * vexp(s0 - higher) +
@@ -237,10 +237,7 @@ float pack(const T* x, int64_t count, int64_t depth, int64_t stride, int64_t ld,
   for (int64_t i = 0; i < count; ++i) {
     vfloat square = vzero();
     for (int64_t k = 0; k < ld; k += kWidth) {
-      const int64_t left = depth - k;
-      const int n = static_cast<int>(left < 0 ? 0 : left < kWidth ? left : kWidth);
-      const vfloat value =
-          n == kWidth ? vload(x + i * stride + k) : vload_partial(x + i * stride + k, n);
+      const vfloat value = vload_up_to(x + i * stride + k, larger<int64_t>(depth - k, 0));
       square = value * value + square;
       vstore(out + i * ld + k, value);
     }

@@ -22,24 +22,8 @@ DecodeSizes make_sizes(const std::vector<int64_t>& given) {
   return z;
 }
 
-const float* float_data(const Tensor& x, const char* name, std::vector<int64_t> shape) {
-  check_cpu(x, name);
-  check_dtype(x, name, ScalarType::Float);
-  check_contiguous(x, name);
-  check_dim(x, name, static_cast<int64_t>(shape.size()));
-  for (size_t i = 0; i < shape.size(); ++i) check_size(x, name, static_cast<int64_t>(i), shape[i]);
-  return x.const_data_ptr<float>();
-}
-
 const bool* mask_data(const OptionalTensor& x, const char* name, int64_t rows, int64_t keys) {
-  if (!x.has_value()) return nullptr;
-  check_cpu(*x, name);
-  check_dtype(*x, name, ScalarType::Bool);
-  check_contiguous(*x, name);
-  check_dim(*x, name, 2);
-  check_size(*x, name, 0, rows);
-  check_size(*x, name, 1, keys);
-  return x->const_data_ptr<bool>();
+  return x.has_value() ? cpu_data<bool>(*x, name, {rows, keys}) : nullptr;
 }
 
 // Memory of huge pages where the system has them: a step reads all of it once, and with small pages
@@ -94,26 +78,26 @@ class Packer {
   }
 
  private:
-  const float* take(std::vector<int64_t> shape) {
+  const float* take(const std::vector<int64_t>& shape) {
     STD_TORCH_CHECK(next_ < parameters_.size(), "parameters: too few tensors");
-    return float_data(parameters_[next_++], "parameters", std::move(shape));
+    return cpu_data<float>(parameters_[next_++], "parameters", shape);
   }
 
-  void copy(int64_t at, std::vector<int64_t> shape) {
+  void copy(int64_t at, const std::vector<int64_t>& shape) {
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
-    const float* from = take(std::move(shape));
+    const float* from = take(shape);
     for (int64_t i = 0; i < count; ++i) packed_[base_ + at + i] = from[i];
   }
 
   void norm(int64_t at, int64_t n) {
     copy(at, {n});
-    copy(at + (n + kDecodePanel - 1) / kDecodePanel * kDecodePanel, {n});
+    copy(at + round_up(n, kDecodePanel), {n});
   }
 
   void matrix(int64_t at, int64_t outputs, int64_t inputs) {
     const float* weight = take({outputs, inputs});
-    const int64_t panels = (outputs + kDecodePanel - 1) / kDecodePanel;
+    const int64_t panels = divide_up(outputs, kDecodePanel);
     float* to = packed_ + base_ + at;
     torch::stable::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kDecodePanel;
@@ -126,7 +110,7 @@ class Packer {
   void mix(const DecodeMix& at, const DecodeSizes& z) {
     if (z.streams == 1) return;
     const int64_t columns = z.streams + 2;
-    const int64_t width = (z.dim + kDecodePanel - 1) / kDecodePanel * kDecodePanel;
+    const int64_t width = round_up(z.dim, kDecodePanel);
     const float* weights = take({z.dim, columns});
     for (int64_t c = 0; c < z.dim; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
@@ -164,13 +148,13 @@ Tensor step(const Tensor& x, const Tensor& packed, const Tensor& keys_values, in
   call.sizes = make_sizes(sizes);
   call.layout = decode_layout(call.sizes);
   const DecodeSizes& z = call.sizes;
-  call.packed = float_data(packed, "packed", {call.layout.total});
+  call.packed = cpu_data<float>(packed, "packed", {call.layout.total});
   check_dim(x, "x", 2);
   call.rows = x.size(0);
-  call.x = float_data(x, "x", {call.rows, z.dim});
+  call.x = cpu_data<float>(x, "x", {call.rows, z.dim});
   check_dim(keys_values, "keys_values", 5);
   call.capacity = keys_values.size(3);
-  float_data(keys_values, "keys_values", {z.depth, 2, call.rows, call.capacity, z.dim_head});
+  cpu_data<float>(keys_values, "keys_values", {z.depth, 2, call.rows, call.capacity, z.dim_head});
   call.keys_values = const_cast<Tensor&>(keys_values).mutable_data_ptr<float>();
   STD_TORCH_CHECK(0 <= length && length < call.capacity, "length: got ", length,
                   ", expected less than the capacity ", call.capacity);
@@ -181,7 +165,7 @@ Tensor step(const Tensor& x, const Tensor& packed, const Tensor& keys_values, in
     check_dim(*context, "context", 5);
     call.contexts = context->size(3);
     call.context =
-        float_data(*context, "context", {z.depth, 2, call.rows, call.contexts, z.dim_head});
+        cpu_data<float>(*context, "context", {z.depth, 2, call.rows, call.contexts, z.dim_head});
     call.context_mask = mask_data(context_mask, "context_mask", call.rows, call.contexts);
   }
   if (bias_table.has_value()) {
@@ -189,18 +173,10 @@ Tensor step(const Tensor& x, const Tensor& packed, const Tensor& keys_values, in
     check_dim(*bias_table, "bias_table", 2);
     const int64_t columns = bias_table->size(1);
     STD_TORCH_CHECK(columns % 2 == 1, "bias_table: expected 2R + 1 columns");
-    call.table = float_data(*bias_table, "bias_table", {z.heads, columns});
+    call.table = cpu_data<float>(*bias_table, "bias_table", {z.heads, columns});
     call.radius = columns / 2;
-    for (const auto& [codes, name, count] :
-         {std::tuple{&*q_code, "q_code", int64_t{1}}, std::tuple{&*k_codes, "k_codes", keys}}) {
-      check_cpu(*codes, name);
-      check_dtype(*codes, name, ScalarType::Int);
-      check_contiguous(*codes, name);
-      check_dim(*codes, name, 1);
-      check_size(*codes, name, 0, count);
-    }
-    call.q_code = *q_code->const_data_ptr<int32_t>();
-    call.k_codes = k_codes->const_data_ptr<int32_t>();
+    call.q_code = *cpu_data<int32_t>(*q_code, "q_code", {1});
+    call.k_codes = cpu_data<int32_t>(*k_codes, "k_codes", {keys});
   }
   call.key_mask = mask_data(key_padding_mask, "key_padding_mask", call.rows, keys);
 
@@ -209,10 +185,8 @@ Tensor step(const Tensor& x, const Tensor& packed, const Tensor& keys_values, in
   call.out = out.mutable_data_ptr<float>();
   const Workers workers = torch_workers(static_cast<int>(torch::stable::get_num_threads()));
   const int64_t bytes = MUSICLM_FAST_SIMD_CALL(decode_workspace, call, workers.count);
-  const Tensor memory = empty_as(x, {bytes + 64}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  MUSICLM_FAST_SIMD_CALL(decode_step, call, reinterpret_cast<void*>((address + 63) / 64 * 64),
-                         workers);
+  const Buffer<char> workspace(bytes);
+  MUSICLM_FAST_SIMD_CALL(decode_step, call, workspace.get(), workers);
   return out;
 }
 

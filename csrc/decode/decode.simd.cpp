@@ -3,9 +3,9 @@
 // s streams, W lanes; a row's vectors are padded with zeros to a multiple of 16.
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
+#include "common/arena.h"
 #include "common/simd.h"
 #include "decode/decode.h"
 
@@ -26,24 +26,11 @@ constexpr int kTileRows = 3;
 constexpr int64_t kDepth = 64;
 // A step reads weights as fast as memory gives them; this far ahead they are asked for, in floats.
 constexpr int64_t kAhead = 1024;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
 // Fewer multiply-adds than this take less time than waking another thread.
 constexpr int64_t kWorthThreads = 1 << 16;
 
-MUSICLM_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MUSICLM_FAST_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 MUSICLM_FAST_INLINE int64_t padded(int64_t n) { return round_up(n, kPanel); }
-
-MUSICLM_FAST_INLINE vfloat load_up_to(const float* p, int64_t n) {
-  return n >= kWidth ? vload(p) : vload_partial(p, static_cast<int>(n));
-}
-
-MUSICLM_FAST_INLINE vint iota() {
-  vint v;
-  for (int i = 0; i < kWidth; ++i) v[i] = i;
-  return v;
-}
 
 template <typename F>
 void run(const Workers& workers, int64_t tasks, int64_t work, const F& f) {
@@ -51,12 +38,7 @@ void run(const Workers& workers, int64_t tasks, int64_t work, const F& f) {
     for (int64_t i = 0; i < tasks; ++i) f(i, 0);
     return;
   }
-  workers.run(
-      workers.context, tasks,
-      [](void* argument, int64_t index, int worker) {
-        (*static_cast<const F*>(argument))(index, worker);
-      },
-      const_cast<void*>(static_cast<const void*>(&f)));
+  run_tasks(workers, tasks, f);
 }
 
 struct Scratch {
@@ -85,19 +67,6 @@ struct State {
   float* bias;     // (H, n): shared by layers and rows
   Scratch* scratch;
   int64_t bytes;
-};
-
-// Hands out pieces of one allocation; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
 };
 
 State make_state(const DecodeCall& call, int workers, void* workspace) {
@@ -187,7 +156,7 @@ void multiply(const State& s, const Workers& workers, const float* packed, int64
               int64_t outputs, const float* x, int64_t x_stride, float* out, int64_t stride) {
   const int64_t rows = s.call->rows;
   for (int64_t first = 0; first < rows; first += kTileRows) {
-    const int64_t count = smaller(kTileRows, rows - first);
+    const int64_t count = smaller<int64_t>(kTileRows, rows - first);
     float* turned = s.turned + first * inputs;
     for (int64_t r = 0; r < count; ++r) {
       const float* row = x + (first + r) * x_stride;
@@ -196,11 +165,11 @@ void multiply(const State& s, const Workers& workers, const float* packed, int64
   }
   // Neighbouring panels for each worker: it reads one stretch of memory.
   const int64_t panels = padded(outputs) / kPanel;
-  const int64_t parts = smaller(workers.count, panels);
+  const int64_t parts = smaller<int64_t>(workers.count, panels);
   run(workers, parts, outputs * inputs, [&](int64_t part, int) {
     for (int64_t p = part * panels / parts; p < (part + 1) * panels / parts; ++p) {
       for (int64_t first = 0; first < rows; first += kTileRows) {
-        kPanelRows[smaller(kTileRows, rows - first)](packed + p * kPanel * inputs, inputs,
+        kPanelRows[smaller<int64_t>(kTileRows, rows - first)](packed + p * kPanel * inputs, inputs,
                                                      s.turned + first * inputs,
                                                      out + first * stride + p * kPanel, stride);
       }
@@ -225,26 +194,19 @@ float dot(const float* a, const float* b, int64_t n) {  // n padded
 void layer_norm(const float* x, int64_t n, const float* norm, float* out) {
   const int64_t width = padded(n);
   vfloat sum = vzero();
-  for (int64_t c = 0; c < n; c += kWidth) sum += load_up_to(x + c, n - c);
+  for (int64_t c = 0; c < n; c += kWidth) sum += vload_up_to(x + c, n - c);
   const float mean = vsum(sum) / static_cast<float>(n);
   vfloat squares = vzero();
   for (int64_t c = 0; c < n; c += kWidth) {
-    vfloat d = load_up_to(x + c, n - c) - mean;
-    if (n - c < kWidth) d = iota() < (vint{} + static_cast<int32_t>(n - c)) ? d : vzero();
+    vfloat d = vload_up_to(x + c, n - c) - mean;
+    if (n - c < kWidth) d = vfirst(static_cast<int32_t>(n - c)) ? d : vzero();
     squares += d * d;
   }
   const float rstd = 1.0f / std::sqrt(vsum(squares) / static_cast<float>(n) + kNormEps);
   for (int64_t c = 0; c < width; c += kWidth) {
-    const vfloat y = c < n ? (load_up_to(x + c, n - c) - mean) * rstd : vzero();
+    const vfloat y = c < n ? (vload_up_to(x + c, n - c) - mean) * rstd : vzero();
     vstore(out + c, y * vload(norm + c) + vload(norm + width + c));
   }
-}
-
-MUSICLM_FAST_INLINE vfloat vtanh(vfloat x) {
-  const vfloat a = x < vzero() ? -x : x;
-  const vfloat e = vexp(a * -2.0f);
-  const vfloat t = (1.0f - e) / (1.0f + e);
-  return x < vzero() ? -t : t;
 }
 
 // out = value * gelu(gate), the two halves of x; padded with zeros.
@@ -254,9 +216,9 @@ void gate(const float* x, int64_t hidden, float* out) {
       vstore(out + c, vzero());
       continue;
     }
-    const vfloat value = load_up_to(x + c, hidden - c);
-    const vfloat g = load_up_to(x + hidden + c, hidden - c);
-    vstore(out + c, value * (g * 0.5f * (1.0f + verf(g * 0.70710678f))));
+    const vfloat value = vload_up_to(x + c, hidden - c);
+    const vfloat g = vload_up_to(x + hidden + c, hidden - c);
+    vstore(out + c, value * (g * vnormal(g)));
   }
 }
 
@@ -284,7 +246,7 @@ void mix_row(const State& s, const float* layer, const DecodeMix& mix, int64_t r
     }
   }
   for (int64_t i = 0; i < count * columns; i += kWidth) {
-    vstore(weight + i, vtanh(load_up_to(weight + i, count * columns - i)));
+    vstore(weight + i, vtanh(vload_up_to(weight + i, count * columns - i)));
   }
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t j = 0; j < columns; ++j) {
@@ -367,14 +329,14 @@ void segment_similarities(const State& s, const Segment& segment, const float* q
                           float* turned) {
   const int64_t d = s.call->sizes.dim_head, heads = s.call->sizes.heads;
   for (int64_t j = 0; j < segment.count; j += kWidth) {
-    const int64_t lanes = smaller(kWidth, segment.count - j);
+    const int64_t lanes = smaller<int64_t>(kWidth, segment.count - j);
     const float* keys = segment.keys + j * d;
     // A page holds one such block at D = 64: nobody else asks for the next one.
     for (int64_t c = 0; c < kWidth * d; c += kPanel) __builtin_prefetch(keys + kWidth * d + c);
     for (int64_t c = 0; c < d; c += kWidth) {
       vfloat x[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        x[i] = i < lanes ? load_up_to(keys + i * d + c, d - c) : vzero();
+        x[i] = i < lanes ? vload_up_to(keys + i * d + c, d - c) : vzero();
       }
       transpose(x);
       for (int i = 0; i < kWidth; ++i) vstore(turned + (c + i) * kWidth, x[i]);
@@ -416,7 +378,7 @@ MUSICLM_FAST_INLINE void add_values(const Segment& segment, int64_t d, const flo
     }
   }
   for (; c < d; c += kWidth) {
-    const int lanes = static_cast<int>(smaller(kWidth, d - c));
+    const int lanes = static_cast<int>(smaller<int64_t>(kWidth, d - c));
     for (int h = 0; h < kCount; ++h) {
       vfloat sum = vload_partial(out + h * d + c, lanes);
       for (int64_t j = 0; j < segment.count; ++j) {
@@ -434,7 +396,7 @@ void softmax(float* sim, int64_t n, float scale, const float* bias, const float*
     vfloat x = vload(sim + j) * scale;
     if (bias != nullptr) x += vload(bias + j);
     if (hidden != nullptr) x += vload(hidden + j);
-    if (n - j < kWidth) x = iota() < (vint{} + static_cast<int32_t>(n - j)) ? x : vset(-kInfinity);
+    if (n - j < kWidth) x = vfirst(static_cast<int32_t>(n - j)) ? x : vset(-kInfinity);
     vstore(sim + j, x);
     highest = vmax(highest, x);
   }
@@ -589,14 +551,14 @@ void feed_forward(const State& s, const Workers& workers, const float* layer) {
 void decode_pack_matrix(const float* weight, int64_t outputs, int64_t inputs, float* packed) {
   for (int64_t n = 0; n < outputs; n += kWidth) {
     float* panel = packed + n / kPanel * kPanel * inputs + n % kPanel;
-    const int64_t rows = smaller(kWidth, outputs - n);
+    const int64_t rows = smaller<int64_t>(kWidth, outputs - n);
     for (int64_t k = 0; k < inputs; k += kWidth) {
       vfloat x[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        x[i] = i < rows ? load_up_to(weight + (n + i) * inputs + k, inputs - k) : vzero();
+        x[i] = i < rows ? vload_up_to(weight + (n + i) * inputs + k, inputs - k) : vzero();
       }
       transpose(x);
-      const int64_t columns = smaller(kWidth, inputs - k);
+      const int64_t columns = smaller<int64_t>(kWidth, inputs - k);
       for (int64_t i = 0; i < columns; ++i) vstore(panel + (k + i) * kPanel, x[i]);
     }
   }

@@ -1,10 +1,11 @@
 // Where a layer's packed weights lie. Torch-free.
+#include "common/integers.h"
 #include "decode/decode.h"
 
 namespace musiclm_fast {
 
 DecodeLayout decode_layout(const DecodeSizes& z) {
-  const auto padded = [](int64_t n) { return (n + kDecodePanel - 1) / kDecodePanel * kDecodePanel; };
+  const auto padded = [](int64_t n) { return round_up(n, kDecodePanel); };
   int64_t used = 0;
   const auto take = [&](int64_t count) {
     const int64_t at = used;

@@ -9,15 +9,6 @@ namespace {
 // Rows of a task. The norm's gradients are sums of tasks' sums, in order, whatever the threads.
 constexpr int64_t kTaskRows = 64;
 
-const float* float_data(const Tensor& x, const char* name, std::vector<int64_t> shape) {
-  check_cpu(x, name);
-  check_dtype(x, name, ScalarType::Float);
-  check_contiguous(x, name);
-  check_dim(x, name, static_cast<int64_t>(shape.size()));
-  for (size_t i = 0; i < shape.size(); ++i) check_size(x, name, static_cast<int64_t>(i), shape[i]);
-  return x.const_data_ptr<float>();
-}
-
 GegluCall make_call(const Tensor& x, const Tensor& gamma, const Tensor& beta, int64_t rows) {
   check_dim(gamma, "gamma", 1);
   GegluCall call{};
@@ -25,22 +16,10 @@ GegluCall make_call(const Tensor& x, const Tensor& gamma, const Tensor& beta, in
   call.padded = x.size(1) / 2;
   STD_TORCH_CHECK(x.size(1) % 2 == 0 && call.padded >= call.hidden && call.hidden > 0,
                   "x: got width ", x.size(1), ", expected at least twice ", call.hidden);
-  call.x = float_data(x, "x", {rows, 2 * call.padded});
-  call.gamma = float_data(gamma, "gamma", {call.hidden});
-  call.beta = float_data(beta, "beta", {call.hidden});
+  call.x = cpu_data<float>(x, "x", {rows, 2 * call.padded});
+  call.gamma = cpu_data<float>(gamma, "gamma", {call.hidden});
+  call.beta = cpu_data<float>(beta, "beta", {call.hidden});
   return call;
-}
-
-int64_t task_count(int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
-
-template <typename F>
-void each_task(int64_t rows, const F& f) {
-  torch::stable::parallel_for(0, task_count(rows), 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task * kTaskRows, end = begin + kTaskRows;
-      f(task, begin, end < rows ? end : rows);
-    }
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gamma,
@@ -54,9 +33,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gamma,
   call.mean = mean.mutable_data_ptr<float>();
   call.rstd = rstd.mutable_data_ptr<float>();
   const int64_t size = call.hidden + 16;
-  Tensor scratch = empty_as(x, {task_count(rows) * size});
+  Tensor scratch = empty_as(x, {divide_up(rows, kTaskRows) * size});
   float* memory = scratch.mutable_data_ptr<float>();
-  each_task(rows, [&](int64_t task, int64_t begin, int64_t end) {
+  each_task(rows, kTaskRows, [&](int64_t task, int64_t begin, int64_t end) {
     MUSICLM_FAST_SIMD_CALL(geglu_norm_forward, call, begin, end, memory + task * size);
   });
   return {out, mean, rstd};
@@ -69,16 +48,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const int64_t rows = x.size(0);
   GegluCall call = make_call(x, gamma, beta, rows);
   const int64_t h = call.hidden;
-  call.grad = float_data(grad, "grad", {rows, call.padded});
-  call.mean = const_cast<float*>(float_data(mean, "mean", {rows}));
-  call.rstd = const_cast<float*>(float_data(rstd, "rstd", {rows}));
+  call.grad = cpu_data<float>(grad, "grad", {rows, call.padded});
+  call.mean = const_cast<float*>(cpu_data<float>(mean, "mean", {rows}));
+  call.rstd = const_cast<float*>(cpu_data<float>(rstd, "rstd", {rows}));
   Tensor dx = empty_as(x, {rows, 2 * call.padded});
   call.dx = dx.mutable_data_ptr<float>();
-  const int64_t tasks = task_count(rows), size = 2 * (h + 16);
+  const int64_t tasks = divide_up(rows, kTaskRows), size = 2 * (h + 16);
   Tensor scratch = empty_as(x, {tasks * size}), parts = zeros_as(x, {tasks, 2, h});
   float* memory = scratch.mutable_data_ptr<float>();
   float* part = parts.mutable_data_ptr<float>();
-  each_task(rows, [&](int64_t task, int64_t begin, int64_t end) {
+  each_task(rows, kTaskRows, [&](int64_t task, int64_t begin, int64_t end) {
     float* dgamma = part + task * 2 * h;
     MUSICLM_FAST_SIMD_CALL(geglu_norm_backward, call, begin, end, memory + task * size, dgamma,
                            dgamma + h);

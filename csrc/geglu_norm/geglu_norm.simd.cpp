@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/integers.h"
 #include "common/simd.h"
 #include "geglu_norm/geglu_norm.h"
 
@@ -11,28 +12,11 @@ namespace {
 
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
 
-MUSICLM_FAST_INLINE vfloat load_up_to(const float* p, int64_t n) {
-  return n >= kWidth ? vload(p) : vload_partial(p, static_cast<int>(n));
-}
-
-MUSICLM_FAST_INLINE void store_up_to(float* p, vfloat v, int64_t n) {
-  if (n >= kWidth) {
-    vstore(p, v);
-  } else {
-    vstore_partial(p, v, static_cast<int>(n));
-  }
-}
-
 // v where the lane is below n, else 0
 MUSICLM_FAST_INLINE vfloat first_lanes(vfloat v, int64_t n) {
   if (n >= kWidth) return v;
-  vint lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  return lane < (vint{} + static_cast<int32_t>(n)) ? v : vzero();
+  return vfirst(static_cast<int32_t>(n)) ? v : vzero();
 }
-
-// The normal distribution's probability of a smaller value.
-MUSICLM_FAST_INLINE vfloat below(vfloat x) { return 0.5f * (1.0f + verf(x * 0.70710678f)); }
 
 }  // namespace
 
@@ -44,23 +28,23 @@ void geglu_norm_forward(const GegluCall& call, int64_t begin, int64_t end, float
     const float* gates = values + p;
     vfloat sum = vzero();
     for (int64_t c = 0; c < h; c += kWidth) {
-      const vfloat g = load_up_to(gates + c, h - c);
-      const vfloat u = load_up_to(values + c, h - c) * (g * below(g));
-      store_up_to(scratch + c, u, h - c);
+      const vfloat g = vload_up_to(gates + c, h - c);
+      const vfloat u = vload_up_to(values + c, h - c) * (g * vnormal(g));
+      vstore_up_to(scratch + c, u, h - c);
       sum += u;
     }
     const float mean = vsum(sum) / count;
     vfloat squares = vzero();
     for (int64_t c = 0; c < h; c += kWidth) {
-      const vfloat d = first_lanes(load_up_to(scratch + c, h - c) - mean, h - c);
+      const vfloat d = first_lanes(vload_up_to(scratch + c, h - c) - mean, h - c);
       squares += d * d;
     }
     const float rstd = 1.0f / std::sqrt(vsum(squares) / count + kNormEps);
     float* out = call.out + row * p;
     for (int64_t c = 0; c < h; c += kWidth) {
-      const vfloat y = (load_up_to(scratch + c, h - c) - mean) * rstd;
-      const vfloat z = y * load_up_to(call.gamma + c, h - c) + load_up_to(call.beta + c, h - c);
-      store_up_to(out + c, z, h - c);
+      const vfloat y = (vload_up_to(scratch + c, h - c) - mean) * rstd;
+      const vfloat z = y * vload_up_to(call.gamma + c, h - c) + vload_up_to(call.beta + c, h - c);
+      vstore_up_to(out + c, z, h - c);
     }
     std::memset(out + h, 0, static_cast<size_t>(p - h) * sizeof(float));
     call.mean[row] = mean;
@@ -73,7 +57,7 @@ void geglu_norm_backward(const GegluCall& call, int64_t begin, int64_t end, floa
   const int64_t h = call.hidden, p = call.padded;
   const float count = static_cast<float>(h);
   float* normed = scratch;
-  float* lower = scratch + (h + kWidth - 1) / kWidth * kWidth;
+  float* lower = scratch + round_up(h, kWidth);
   for (int64_t row = begin; row < end; ++row) {
     const float* values = call.x + row * 2 * p;
     const float* gates = values + p;
@@ -82,14 +66,14 @@ void geglu_norm_backward(const GegluCall& call, int64_t begin, int64_t end, floa
     vfloat sum = vzero(), along = vzero();  // of the normed values' gradient
     for (int64_t c = 0; c < h; c += kWidth) {
       const int64_t left = h - c;
-      const vfloat g = load_up_to(gates + c, left);
-      const vfloat phi = below(g);
-      const vfloat u = load_up_to(values + c, left) * (g * phi);
+      const vfloat g = vload_up_to(gates + c, left);
+      const vfloat phi = vnormal(g);
+      const vfloat u = vload_up_to(values + c, left) * (g * phi);
       const vfloat y = first_lanes((u - mean) * rstd, left);
-      const vfloat dz = load_up_to(grad + c, left);
-      const vfloat dy = dz * load_up_to(call.gamma + c, left);
-      store_up_to(dgamma + c, load_up_to(dgamma + c, left) + dz * y, left);
-      store_up_to(dbeta + c, load_up_to(dbeta + c, left) + dz, left);
+      const vfloat dz = vload_up_to(grad + c, left);
+      const vfloat dy = dz * vload_up_to(call.gamma + c, left);
+      vstore_up_to(dgamma + c, vload_up_to(dgamma + c, left) + dz * y, left);
+      vstore_up_to(dbeta + c, vload_up_to(dbeta + c, left) + dz, left);
       vstore(normed + c, y);
       vstore(lower + c, phi);
       sum += dy;
@@ -100,13 +84,13 @@ void geglu_norm_backward(const GegluCall& call, int64_t begin, int64_t end, floa
     float* dgates = dvalues + p;
     for (int64_t c = 0; c < h; c += kWidth) {
       const int64_t left = h - c;
-      const vfloat g = load_up_to(gates + c, left), phi = vload(lower + c);
-      const vfloat dy = load_up_to(grad + c, left) * load_up_to(call.gamma + c, left);
+      const vfloat g = vload_up_to(gates + c, left), phi = vload(lower + c);
+      const vfloat dy = vload_up_to(grad + c, left) * vload_up_to(call.gamma + c, left);
       const vfloat du = (dy - mean_dy - vload(normed + c) * mean_along) * rstd;
       // gelu'(g) = P(g) + g e^(-g^2/2) / sqrt(2 pi)
       const vfloat slope = phi + g * vexp(g * g * -0.5f) * 0.39894228f;
-      store_up_to(dvalues + c, du * (g * phi), left);
-      store_up_to(dgates + c, du * load_up_to(values + c, left) * slope, left);
+      vstore_up_to(dvalues + c, du * (g * phi), left);
+      vstore_up_to(dgates + c, du * vload_up_to(values + c, left) * slope, left);
     }
     std::memset(dvalues + h, 0, static_cast<size_t>(p - h) * sizeof(float));
     std::memset(dgates + h, 0, static_cast<size_t>(p - h) * sizeof(float));

@@ -11,15 +11,6 @@ using OptionalTensor = std::optional<Tensor>;
 // Tokens of a task. Sums over tokens are made of tasks' sums, in order, whatever the threads.
 constexpr int64_t kTaskTokens = 128;
 
-const float* float_data(const Tensor& x, const char* name, std::vector<int64_t> shape) {
-  check_cpu(x, name);
-  check_dtype(x, name, ScalarType::Float);
-  check_contiguous(x, name);
-  check_dim(x, name, static_cast<int64_t>(shape.size()));
-  for (size_t i = 0; i < shape.size(); ++i) check_size(x, name, static_cast<int64_t>(i), shape[i]);
-  return x.const_data_ptr<float>();
-}
-
 HyperCall make_call(const Tensor& streams, const OptionalTensor& beta, const OptionalTensor& branch,
                     const Tensor& weights, const Tensor& scales, const Tensor& offsets) {
   HyperCall call{};
@@ -28,31 +19,17 @@ HyperCall make_call(const Tensor& streams, const OptionalTensor& beta, const Opt
   call.streams = streams.size(1);
   call.dim = streams.size(2);
   const int64_t columns = call.streams + 2;
-  call.x = float_data(streams, "streams", {call.tokens, call.streams, call.dim});
+  call.x = cpu_data<float>(streams, "streams", {call.tokens, call.streams, call.dim});
   STD_TORCH_CHECK(beta.has_value() == branch.has_value(), "beta, branch: both or none");
   if (beta.has_value()) {
-    call.beta = float_data(*beta, "beta", {call.tokens, call.streams});
-    call.branch = float_data(*branch, "branch", {call.tokens, call.dim});
+    call.beta = cpu_data<float>(*beta, "beta", {call.tokens, call.streams});
+    call.branch = cpu_data<float>(*branch, "branch", {call.tokens, call.dim});
   }
-  call.weights = float_data(weights, "weights", {columns, call.dim});
-  call.scales = float_data(scales, "scales", {columns});
-  call.offsets = float_data(offsets, "offsets", {call.streams, columns});
+  call.weights = cpu_data<float>(weights, "weights", {columns, call.dim});
+  call.scales = cpu_data<float>(scales, "scales", {columns});
+  call.offsets = cpu_data<float>(offsets, "offsets", {call.streams, columns});
   return call;
 }
-
-template <typename F>
-void each_task(const HyperCall& call, float* scratch, const F& f) {
-  const int64_t tasks = (call.tokens + kTaskTokens - 1) / kTaskTokens;
-  const int64_t size = hyper_scratch(call.streams, call.dim);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task * kTaskTokens, end = begin + kTaskTokens;
-      f(task, begin, end < call.tokens ? end : call.tokens, scratch + task * size);
-    }
-  });
-}
-
-int64_t task_count(const HyperCall& call) { return (call.tokens + kTaskTokens - 1) / kTaskTokens; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& streams, const OptionalTensor& beta, const OptionalTensor& branch,
@@ -67,11 +44,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   call.beta_out = beta_out.mutable_data_ptr<float>();
   call.z = z.mutable_data_ptr<float>();
   call.inverse = inverse.mutable_data_ptr<float>();
-  Tensor scratch = empty_as(streams, {task_count(call) * hyper_scratch(s, dim)});
-  each_task(call, scratch.mutable_data_ptr<float>(),
-            [&](int64_t, int64_t begin, int64_t end, float* memory) {
-              MUSICLM_FAST_SIMD_CALL(hyper_connection_forward, call, begin, end, memory);
-            });
+  const int64_t size = hyper_scratch(s, dim);
+  Tensor scratch = empty_as(streams, {divide_up(n, kTaskTokens) * size});
+  float* memory = scratch.mutable_data_ptr<float>();
+  each_task(n, kTaskTokens, [&](int64_t task, int64_t begin, int64_t end) {
+    MUSICLM_FAST_SIMD_CALL(hyper_connection_forward, call, begin, end, memory + task * size);
+  });
   return {input, mixed, beta_out, z, inverse};
 }
 
@@ -82,11 +60,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& inverse) {
   HyperCall call = make_call(streams, beta, branch, weights, scales, offsets);
   const int64_t n = call.tokens, s = call.streams, dim = call.dim, columns = s + 2;
-  call.grad_input = float_data(grad_input, "grad_input", {n, dim});
-  call.grad_mixed = float_data(grad_mixed, "grad_mixed", {n, s, dim});
-  call.grad_beta = float_data(grad_beta, "grad_beta", {n, s});
-  call.z = const_cast<float*>(float_data(z, "z", {n, s, columns}));
-  call.inverse = const_cast<float*>(float_data(inverse, "inverse_norm", {n, s}));
+  call.grad_input = cpu_data<float>(grad_input, "grad_input", {n, dim});
+  call.grad_mixed = cpu_data<float>(grad_mixed, "grad_mixed", {n, s, dim});
+  call.grad_beta = cpu_data<float>(grad_beta, "grad_beta", {n, s});
+  call.z = const_cast<float*>(cpu_data<float>(z, "z", {n, s, columns}));
+  call.inverse = const_cast<float*>(cpu_data<float>(inverse, "inverse_norm", {n, s}));
   const bool adds = branch.has_value();
   Tensor dx = empty_as(streams, {n, s, dim});
   Tensor dbeta = empty_as(streams, adds ? std::vector<int64_t>{n, s} : std::vector<int64_t>{0});
@@ -94,17 +72,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   call.dx = dx.mutable_data_ptr<float>();
   call.dbeta = dbeta.mutable_data_ptr<float>();
   call.dbranch = dbranch.mutable_data_ptr<float>();
-  const int64_t tasks = task_count(call), sums = columns * (dim + 1 + s);
+  const int64_t tasks = divide_up(n, kTaskTokens), size = hyper_scratch(s, dim);
+  const int64_t sums = columns * (dim + 1 + s);
   Tensor parts = zeros_as(streams, {tasks, sums});
-  Tensor scratch = empty_as(streams, {tasks * hyper_scratch(s, dim)});
+  Tensor scratch = empty_as(streams, {tasks * size});
+  float* memory = scratch.mutable_data_ptr<float>();
   float* part = parts.mutable_data_ptr<float>();
-  each_task(call, scratch.mutable_data_ptr<float>(),
-            [&](int64_t task, int64_t begin, int64_t end, float* memory) {
-              float* dweights = part + task * sums;
-              float* dscales = dweights + columns * dim;
-              MUSICLM_FAST_SIMD_CALL(hyper_connection_backward, call, begin, end, memory, dweights,
-                                     dscales, dscales + columns);
-            });
+  each_task(n, kTaskTokens, [&](int64_t task, int64_t begin, int64_t end) {
+    float* dweights = part + task * sums;
+    float* dscales = dweights + columns * dim;
+    MUSICLM_FAST_SIMD_CALL(hyper_connection_backward, call, begin, end, memory + task * size,
+                           dweights, dscales, dscales + columns);
+  });
   Tensor dweights = zeros_as(streams, {columns, dim}), dscales = zeros_as(streams, {columns});
   Tensor doffsets = zeros_as(streams, {s, columns});
   for (int64_t task = 0; task < tasks; ++task) {

@@ -12,18 +12,6 @@ namespace {
 constexpr float kSmallestNorm = 1e-12f;
 constexpr int kBlock = 4;  // products that share the reading of one vector
 
-MUSICLM_FAST_INLINE vfloat load_up_to(const float* p, int64_t n) {
-  return n >= kWidth ? vload(p) : vload_partial(p, static_cast<int>(n));
-}
-
-MUSICLM_FAST_INLINE void store_up_to(float* p, vfloat v, int64_t n) {
-  if (n >= kWidth) {
-    vstore(p, v);
-  } else {
-    vstore_partial(p, v, static_cast<int>(n));
-  }
-}
-
 // out[i] = <x, y_i>, y_i at y + i * stride
 template <int kCount>
 MUSICLM_FAST_INLINE void products(const float* x, const float* y, int64_t stride, int64_t n,
@@ -55,10 +43,7 @@ void all_products(const float* x, const float* y, int64_t stride, int64_t count,
 // tanh of n values
 void all_tanh(const float* z, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kWidth) {
-    const vfloat x = load_up_to(z + i, n - i);
-    const vfloat e = vexp((x < vzero() ? x : -x) * 2.0f);
-    const vfloat tanh = (1.0f - e) / (1.0f + e);
-    store_up_to(out + i, x < vzero() ? -tanh : tanh, n - i);
+    vstore_up_to(out + i, vtanh(vload_up_to(z + i, n - i)), n - i);
   }
 }
 
@@ -73,8 +58,8 @@ const float* streams_of(const HyperCall& call, int64_t token, float* scratch) {
     for (int64_t c = 0; c < dim; c += kWidth) {
       const int64_t left = dim - c;
       const vfloat sum =
-          load_up_to(x + t * dim + c, left) + beta * load_up_to(branch + c, left);
-      store_up_to(scratch + t * dim + c, sum, left);
+          vload_up_to(x + t * dim + c, left) + beta * vload_up_to(branch + c, left);
+      vstore_up_to(scratch + t * dim + c, sum, left);
     }
   }
   return scratch;
@@ -114,9 +99,9 @@ void hyper_connection_forward(const HyperCall& call, int64_t begin, int64_t end,
       for (int64_t j = 0; j <= s; ++j) {
         vfloat sum = vzero();
         for (int64_t t = 0; t < s; ++t) {
-          sum += weight[t * columns + j] * load_up_to(x + t * dim + c, left);
+          sum += weight[t * columns + j] * vload_up_to(x + t * dim + c, left);
         }
-        store_up_to((j == 0 ? input : mixed + (j - 1) * dim) + c, sum, left);
+        vstore_up_to((j == 0 ? input : mixed + (j - 1) * dim) + c, sum, left);
       }
     }
   }
@@ -158,23 +143,23 @@ void hyper_connection_backward(const HyperCall& call, int64_t begin, int64_t end
     float* dx = call.dx + token * s * dim;
     for (int64_t c = 0; c < dim; c += kWidth) {
       const int64_t left = dim - c;
-      const vfloat from_input = load_up_to(grad_input + c, left);
+      const vfloat from_input = vload_up_to(grad_input + c, left);
       for (int64_t t = 0; t < s; ++t) {
-        vfloat sum = weight[t * columns] * from_input - back[t] * load_up_to(x + t * dim + c, left);
+        vfloat sum = weight[t * columns] * from_input - back[t] * vload_up_to(x + t * dim + c, left);
         for (int64_t u = 0; u < s; ++u) {
-          sum += weight[t * columns + 1 + u] * load_up_to(grad_mixed + u * dim + c, left);
+          sum += weight[t * columns + 1 + u] * vload_up_to(grad_mixed + u * dim + c, left);
         }
         for (int64_t j = 0; j < columns; ++j) {
-          sum += along[t * columns + j] * load_up_to(call.weights + j * dim + c, left);
+          sum += along[t * columns + j] * vload_up_to(call.weights + j * dim + c, left);
         }
-        store_up_to(dx + t * dim + c, sum, left);
+        vstore_up_to(dx + t * dim + c, sum, left);
       }
       for (int64_t j = 0; j < columns; ++j) {
-        vfloat sum = load_up_to(dweights + j * dim + c, left);
+        vfloat sum = vload_up_to(dweights + j * dim + c, left);
         for (int64_t t = 0; t < s; ++t) {
-          sum += along[t * columns + j] * load_up_to(x + t * dim + c, left);
+          sum += along[t * columns + j] * vload_up_to(x + t * dim + c, left);
         }
-        store_up_to(dweights + j * dim + c, sum, left);
+        vstore_up_to(dweights + j * dim + c, sum, left);
       }
     }
     if (call.branch == nullptr) continue;
@@ -184,9 +169,9 @@ void hyper_connection_backward(const HyperCall& call, int64_t begin, int64_t end
       const int64_t left = dim - c;
       vfloat sum = vzero();
       for (int64_t t = 0; t < s; ++t) {
-        sum += call.beta[token * s + t] * load_up_to(dx + t * dim + c, left);
+        sum += call.beta[token * s + t] * vload_up_to(dx + t * dim + c, left);
       }
-      store_up_to(dbranch + c, sum, left);
+      vstore_up_to(dbranch + c, sum, left);
     }
   }
 }

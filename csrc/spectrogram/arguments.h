@@ -29,15 +29,10 @@ inline const int64_t* spans(const std::optional<Tensor>& mask, const char* name,
   count = step = 0;
   if (!mask.has_value()) return nullptr;
   check_dim(*mask, name, 3);
-  check_size(*mask, name, 2, 2);
-  check_dtype(*mask, name, ScalarType::Long);
-  check_contiguous(*mask, name);
+  const bool shared = mask->size(0) == 1;
   count = mask->size(1);
-  if (mask->size(0) != 1) {
-    check_size(*mask, name, 0, clips);
-    step = 2 * count;
-  }
-  return mask->const_data_ptr<int64_t>();
+  step = shared ? 0 : 2 * count;
+  return contiguous_data<int64_t>(*mask, name, {shared ? 1 : clips, count, 2});
 }
 
 // Everything but the transform's tables and mel's ranges, which lie where the kernel reads them.
@@ -45,8 +40,6 @@ inline Call make_call(const Arguments& a) {
   check_dim(a.wav, "wav", 2);
   check_dtype(a.wav, "wav", ScalarType::Float);
   check_dim(a.window, "window", 1);
-  check_dtype(a.window, "window", ScalarType::Float);
-  check_contiguous(a.window, "window");
   const int64_t taps = a.window.size(0);
   STD_TORCH_CHECK(a.n_fft > 0 && taps > 0 && taps <= a.n_fft && a.hop_length > 0 && a.pad >= 0 &&
                       a.pad_mode >= 0 && a.pad_mode <= 3 && a.crop_bands > 0 && a.crop_frames > 0 &&
@@ -66,23 +59,16 @@ inline Call make_call(const Arguments& a) {
   c.samples = a.wav.size(1);
   c.clip_stride = a.wav.stride(0);
   c.sample_stride = a.wav.stride(1);
-  c.window = a.window.const_data_ptr<float>();
+  c.window = contiguous_data<float>(a.window, "window", {taps});
   c.magnitude = a.magnitude;
   c.bands = static_cast<int>(a.n_fft / 2 + 1);
   if (a.lengths.has_value()) {
-    check_dim(*a.lengths, "lengths", 1);
-    check_size(*a.lengths, "lengths", 0, c.clips);
-    check_dtype(*a.lengths, "lengths", ScalarType::Long);
-    check_contiguous(*a.lengths, "lengths");
-    c.lengths = a.lengths->const_data_ptr<int64_t>();
+    c.lengths = contiguous_data<int64_t>(*a.lengths, "lengths", {c.clips});
   }
   if (a.rates.has_value()) {
     check_dim(*a.rates, "rates", 1);
-    check_dtype(*a.rates, "rates", ScalarType::Double);
-    check_contiguous(*a.rates, "rates");
-    if (a.rates->size(0) != 1) check_size(*a.rates, "rates", 0, c.clips);
-    c.rates = a.rates->const_data_ptr<double>();
     c.rate_step = a.rates->size(0) != 1;
+    c.rates = contiguous_data<double>(*a.rates, "rates", {c.rate_step == 0 ? 1 : c.clips});
   }
   if (a.mel.has_value()) {
     check_dim(*a.mel, "mel", 2);
@@ -106,12 +92,7 @@ inline Call make_call(const Arguments& a) {
 }
 
 inline void check_grad(const Tensor& grad, const Call& c) {
-  check_dim(grad, "grad", 3);
-  check_size(grad, "grad", 0, c.clips);
-  check_size(grad, "grad", 1, c.out_bands);
-  check_size(grad, "grad", 2, c.out_frames);
-  check_dtype(grad, "grad", ScalarType::Float);
-  check_contiguous(grad, "grad");
+  contiguous_data<float>(grad, "grad", {c.clips, c.out_bands, c.out_frames});
 }
 
 }  // namespace musiclm_fast::spectrogram

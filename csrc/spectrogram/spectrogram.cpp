@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "spectrogram/arguments.h"
 #include "spectrogram/cpu.h"
@@ -26,14 +24,6 @@ std::vector<int32_t> mel_ranges(const Call& c) {
   return ranges;
 }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-std::unique_ptr<void, Free> new_scratch(int64_t bytes) {
-  return std::unique_ptr<void, Free>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
-}
-
 // Gradients of the positions outside of a clip belong to the samples that they show.
 void fold_margins(const Call& c, int64_t clip, const float* margins, float* grad_wav) {
   const int64_t n = c.length(clip), margin = c.framing.margin();
@@ -53,9 +43,9 @@ Tensor spectrogram_forward_cpu(MUSICLM_FAST_SPECTROGRAM_PARAMETERS) {
   Tensor out = empty_as(wav, {c.clips, c.out_bands, c.out_frames});
   float* to = out.mutable_data_ptr<float>();
   const int64_t scratch_bytes = MUSICLM_FAST_SIMD_CALL(spectrogram_scratch, c, 0);
-  const int64_t tiles = (c.out_frames + kTileFrames - 1) / kTileFrames;
+  const int64_t tiles = divide_up(c.out_frames, kTileFrames);
   torch::stable::parallel_for(0, c.clips * tiles, 1, [&](int64_t first, int64_t last) {
-    const auto scratch = new_scratch(scratch_bytes);
+    const Buffer<char> scratch(scratch_bytes);
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = task % tiles * kTileFrames;
       const int64_t end = std::min(begin + kTileFrames, c.out_frames);
@@ -83,10 +73,10 @@ Tensor spectrogram_backward_cpu(const Tensor& grad, MUSICLM_FAST_SPECTROGRAM_PAR
   const int64_t taps = c.framing.taps;
   const int64_t segment =
       std::max(std::min(kTileFrames * hop_length, int64_t{1} << 16), 16 * taps);
-  const int64_t segments = (c.samples + 2 * margin + segment - 1) / segment;
+  const int64_t segments = divide_up(c.samples + 2 * margin, segment);
   const int64_t scratch_bytes = MUSICLM_FAST_SIMD_CALL(spectrogram_scratch, c, segment);
   torch::stable::parallel_for(0, c.clips * segments, 1, [&](int64_t first, int64_t last) {
-    const auto scratch = new_scratch(scratch_bytes);
+    const Buffer<char> scratch(scratch_bytes);
     for (int64_t task = first; task < last; ++task) {
       const int64_t clip = task / segments, n = c.length(clip);
       const int64_t begin = task % segments * segment - margin;

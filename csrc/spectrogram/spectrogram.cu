@@ -4,7 +4,9 @@
 
 #include "common/cuda.h"
 #include "spectrogram/arguments.h"
+#include "spectrogram/fft_block.h"
 #include "spectrogram/fixed_fft.h"
+#include "spectrogram/folded_block.h"
 
 namespace musiclm_fast {
 namespace {

@@ -1,8 +1,6 @@
+#include "common/arena.h"
 #include "common/simd.h"
 #include "spectrogram/cpu.h"
-
-#include <limits>
-#include <utility>
 
 namespace musiclm_fast::MUSICLM_FAST_SIMD_NS {
 namespace {
@@ -17,30 +15,7 @@ using spectrogram::Transform;
 // Rows of the folded table that are worked on together: four sums each, all in registers.
 constexpr int kRows = kWidth == 16 ? 4 : 2;
 
-constexpr int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
-
-template <int kStep, bool kUpper, int... kLane>
-MUSICLM_FAST_INLINE vfloat exchange(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
-  // lower row of a pair: keeps its lanes without the bit, takes the upper row's shifted up
-  return __builtin_shufflevector(
-      a, b,
-      (kUpper ? ((kLane & kStep) != 0 ? kWidth + kLane : kLane + kStep)
-              : ((kLane & kStep) != 0 ? kWidth + kLane - kStep : kLane))...);
-}
-
-template <int kStep = 1>
-MUSICLM_FAST_INLINE void transpose(vfloat* rows) {
-  if constexpr (kStep < kWidth) {
-    constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
-    for (int i = 0; i < kWidth; ++i) {
-      if ((i & kStep) != 0) continue;
-      const vfloat a = rows[i], b = rows[i + kStep];
-      rows[i] = exchange<kStep, false>(a, b, lanes);
-      rows[i + kStep] = exchange<kStep, true>(a, b, lanes);
-    }
-    transpose<2 * kStep>(rows);
-  }
-}
+constexpr int64_t padded(int64_t n) { return round_up(n, kWidth); }
 
 MUSICLM_FAST_INLINE vfloat vsqrt(vfloat x) {
 #if defined(__AVX512F__)
@@ -77,9 +52,8 @@ MUSICLM_FAST_INLINE vfloat vlog(vfloat x) {
   p = p * m + 3.3333331174e-1f;
   // e ln(2), with ln(2) in two parts so that e times the first is exact
   vfloat result = p * m * z - e * 2.12194440e-4f - z * 0.5f + m + e * 0.693359375f;
-  const float infinity = __builtin_inff();
-  result = x < vset(infinity) ? result : x;  // infinity, NaN
-  result = x > vzero() ? result : x == vzero() ? vset(-infinity) : x - x + __builtin_nanf("");
+  result = x < vset(kInfinity) ? result : x;  // infinity, NaN
+  result = x > vzero() ? result : x == vzero() ? vset(-kInfinity) : x - x + __builtin_nanf("");
   return result;
 }
 
@@ -90,17 +64,6 @@ MUSICLM_FAST_INLINE vfloat inverse_or_zero(vfloat x) { return x > vzero() ? 1.0f
 struct Group {
   int64_t frame[kWidth];
   int count;
-};
-
-// Parts of the scratch, each aligned to a vector.
-struct Carver {
-  char* at;
-  template <class T>
-  T* take(int64_t n) {
-    T* part = reinterpret_cast<T*>(at);
-    at += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
 };
 
 struct Scratch {
@@ -119,25 +82,25 @@ struct Scratch {
   Scratch(const Call& c, char* memory, int64_t segment_length) {
     const Transform& t = c.transform;
     const bool backward = segment_length > 0;
-    Carver carve{memory};
-    band_live = carve.take<uint8_t>(c.bands);
-    bin_live = carve.take<uint8_t>(t.bins);
-    rows = carve.take<float>(kWidth * padded(t.taps));
+    Arena arena{memory};
+    band_live = arena.take<uint8_t>(c.bands);
+    bin_live = arena.take<uint8_t>(t.bins);
+    rows = arena.take<float>(kWidth * padded(t.taps));
     const int64_t length = t.folded ? padded(t.taps) : t.length > t.taps ? t.length : t.taps;
-    re = carve.take<vfloat>(length);
-    im = carve.take<vfloat>(t.folded ? 0 : length);
-    even = carve.take<vfloat>(t.folded ? t.terms : 0);
-    odd = carve.take<vfloat>(t.folded ? t.terms : 0);
-    power = carve.take<vfloat>(t.bins);
-    right = carve.take<vfloat>(c.rates != nullptr && !backward ? t.bins : 0);
+    re = arena.take<vfloat>(length);
+    im = arena.take<vfloat>(t.folded ? 0 : length);
+    even = arena.take<vfloat>(t.folded ? t.terms : 0);
+    odd = arena.take<vfloat>(t.folded ? t.terms : 0);
+    power = arena.take<vfloat>(t.bins);
+    right = arena.take<vfloat>(c.rates != nullptr && !backward ? t.bins : 0);
     for (int side = 0; side < 2; ++side) {
       const bool used = backward && (side == 0 || c.rates != nullptr);
-      x[side][0] = carve.take<vfloat>(used ? t.bins : 0);
-      x[side][1] = carve.take<vfloat>(used ? t.bins : 0);
+      x[side][0] = arena.take<vfloat>(used ? t.bins : 0);
+      x[side][1] = arena.take<vfloat>(used ? t.bins : 0);
     }
-    slope = carve.take<vfloat>(backward ? t.bins : 0);
-    segment = carve.take<float>(segment_length);
-    bytes = carve.at - memory;
+    slope = arena.take<vfloat>(backward ? t.bins : 0);
+    segment = arena.take<float>(segment_length);
+    bytes = arena.used;
   }
 };
 

@@ -15,8 +15,8 @@ from musiclm_fast._checks import (
     check_shape,
     describe,
     fail,
+    is_readable,
 )
-from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 
 
@@ -39,8 +39,8 @@ def as_batch(
         ``(B, samples)`` and ``(B,)`` int64, or None if all clips are as long as the batch.
 
     Raises:
-        ValueError, TypeError: clips of other shapes, lengths with a list, a rate that cannot be
-            changed.
+        ValueError, TypeError: wrong shape or dtype, no clips, lengths that do not fit or stand
+            beside a list, a rate that cannot be changed.
     """
     if from_hz is not None:
         check_positive_int("input_sample_hz", from_hz)
@@ -55,19 +55,30 @@ def as_batch(
             check_ndim(f"wavs[{clip}]", wav, 1, "(samples,): mono; mix stereo down first")
             check_floating(f"wavs[{clip}]", wav)
         return _padded([_changed(wav, from_hz, to_hz) for wav in wavs])
+    check_ndim("wavs", wavs, 2, "(B, samples): mono; mix stereo down first")
+    check_padded("wavs", wavs, lengths)
     if lengths is None:
         return _changed(wavs, from_hz, to_hz), None
-    check_shape("lengths", lengths, (wavs.shape[0],), "(B,)")
-    check_dtype("lengths", lengths, (torch.int64, torch.int32))
     lengths = lengths.long()
     if from_hz is None or from_hz == to_hz:
         return wavs, lengths
-    for clip, length in enumerate(lengths.tolist()):
-        if not 0 < length <= wavs.shape[1]:
-            allowed = f"1 to {plural(wavs.shape[1], 'sample')}"
-            fail("lengths", f"{length} of clip {clip}", allowed)
     clips = [wav[:length] for wav, length in zip(wavs, lengths.tolist(), strict=True)]
     return _padded([_changed(wav, from_hz, to_hz) for wav in clips])
+
+
+def check_padded(name: str, clips: Tensor, lengths: Tensor | None) -> None:
+    """``clips (B, ..., T)`` are floating, at least one, and lengths, if given, are 1 to T."""
+    check_floating(name, clips)
+    if clips.shape[0] == 0:
+        fail(name, "an empty batch", "at least one clip")
+    if lengths is None:
+        return
+    check_shape("lengths", lengths, (clips.shape[0],), "(B,)")
+    check_dtype("lengths", lengths, (torch.int64, torch.int32))
+    size = clips.shape[-1]
+    for clip, length in enumerate(lengths.tolist() if is_readable(lengths) else ()):
+        if not 0 < length <= size:
+            fail("lengths", f"{length} of clip {clip}", f"1 to {size}")
 
 
 def _changed(wav: Tensor, from_hz: int | None, to_hz: int | None) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
+from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
 
 
@@ -24,11 +24,5 @@ def write_wave(path: str | Path, wave: Tensor | None, sample_hz: int) -> None:
         fail("wave", "an empty one: the model ended at once", "sound; try another seed")
     flat = wave.detach().reshape(-1).float().cpu()
     flat = torch.nan_to_num(flat) / max(1.0, float(flat.abs().max()))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        soundfile.write(str(temporary), flat.numpy(), sample_hz, format=path.suffix[1:] or "wav")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        soundfile.write(file, flat.numpy(), sample_hz, format=Path(path).suffix[1:] or "wav")

@@ -1,6 +1,6 @@
-"""AudioLM's three stages on the fused attention: audiolm-pytorch's names and checkpoints.
+"""AudioLM's three stages on the fused attention, with audiolm-pytorch's names and checkpoints.
 
-Importing loads nothing heavy: each name is imported when it is first used.
+Each name is imported at its first use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HOMES = {
     "SemanticTransformerWrapper": "wrappers.semantic",
 }
 
-# Trainers stand above this package; their names are at home here as in audiolm-pytorch.
+# Trainers are in a layer above this package. Upstream exports their names here.
 _TRAINERS = (
     "CoarseTransformerTrainer",
     "FineTransformerTrainer",

@@ -1,4 +1,4 @@
-"""AudioLM: the three stages one after the other, from a condition to a wave."""
+"""AudioLM: the three stages in sequence, from a condition to a wave."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from musiclm_fast._checks import check_ndim, check_positive, check_positive_int, fail
 from musiclm_fast._optional import require
 from musiclm_fast.audio.reading import read_sound
+from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.coarse import CoarseTransformer
 from musiclm_fast.audiolm.fine import FineTransformer
 from musiclm_fast.audiolm.sampling import as_sampling
@@ -24,19 +25,19 @@ from musiclm_fast.audiolm.wrappers.fine import FineTransformerWrapper
 from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 
 STAGES = ("semantic", "coarse", "fine")
-_FADE_SECONDS = 0.02  # from one window of a long piece to the next
+_FADE_SECONDS = 0.02  # cross-fade between two windows of a long piece
 
 
 class AudioLM(nn.Module):
-    """Generates audio by way of semantic, coarse and fine tokens; audiolm-pytorch's arguments.
+    """Generates audio from semantic, coarse and fine tokens, with upstream's arguments.
 
     Source: https://arxiv.org/abs/2209.03143.
 
     Args:
-        wav2vec: semantic tokenizer; needed for prompts of audio and for lengths in seconds.
+        wav2vec: semantic tokenizer; needed for audio prompts and for lengths in seconds.
         codec: codec of the acoustic tokens.
         semantic_transformer, coarse_transformer, fine_transformer: the stages.
-        audio_conditioner: embeds prompts of audio, where nothing else conditions.
+        audio_conditioner: embeds an audio prompt as the condition, if no other is given.
         unique_consecutive: the stages were trained on semantic tokens without repeats.
 
     Raises:
@@ -87,12 +88,12 @@ class AudioLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the stages lie."""
+        """Device of the stages."""
         return self.semantic.device
 
     @property
     def sample_hz(self) -> int | None:
-        """Rate of the waves it makes, in Hz, as far as the codec says."""
+        """Rate of generated waves in Hz; None if the codec does not specify it."""
         rate: int | None = getattr(self.fine.codec, "target_sample_hz", None)
         return rate
 
@@ -119,34 +120,35 @@ class AudioLM(nn.Module):
         """Generate waves.
 
         Args:
-            batch_size: rows, where neither condition nor prompt says how many.
+            batch_size: number of rows; the condition or the prompt can raise it.
             text: texts, one per row or one for all, embedded by the stages' T5.
             text_embeds: ``(B or 1, c, cond_dim)`` for all stages, or one per stage by the names
                 semantic, coarse and fine.
-            prime_wave: ``(B, samples)``, audio to go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: its rate; required with it.
             prime_wave_path: a sound file in place of prime_wave.
-            max_length: semantic tokens at most, default 2048.
-            return_coarse_generated_wave: stop after the second stage and decode its tokens.
+            max_length: maximum number of semantic tokens, default 2048.
+            return_coarse_generated_wave: stop after the coarse stage and decode its tokens.
             mask_out_generated_fine_tokens: see :class:`FineTransformerWrapper`.
-            seconds: length of what is generated, in place of max_length and max_time_steps.
-            max_time_steps: frames of the codec at most, default 512.
-            sampling: per stage, by name, a :class:`musiclm_fast.audiolm.Sampling` or a dict of its
-                fields.
+            seconds: length of the generated audio, in place of max_length and max_time_steps.
+            max_time_steps: maximum number of codec frames, default 512.
+            sampling: a :class:`musiclm_fast.audiolm.Sampling` or a dict of its fields by stage
+                name.
             seed: makes the result reproducible.
-            progress: show bars.
-            as_upstream: audiolm-pytorch's ways, see the wrappers' ``generate``.
+            progress: show progress bars.
+            as_upstream: generate as upstream does, see ``generate`` of the wrappers.
 
         Returns:
-            ``(B, samples)`` at the codec's rate; a list of one wave per row, None for an empty
-            one, where their lengths differ.
+            ``(B, samples)`` at the codec's rate. If lengths differ, a list of one wave per row,
+            None for an empty row.
         """
         check_positive_int("batch_size", batch_size)
         for name in sampling or {}:
             if name not in STAGES:
                 fail("sampling", f"a stage {name!r}", ", ".join(STAGES))
         options: dict[str, dict[str, Any]] = {
-            name: as_sampling((sampling or {}).get(name)) for name in STAGES
+            name: {**as_sampling((sampling or {}).get(name)), "progress": progress}
+            for name in STAGES
         }
         primed = prime_wave is not None or prime_wave_path is not None
         self._check_fitted(primed)
@@ -158,22 +160,27 @@ class AudioLM(nn.Module):
             prime_wave = prime_wave.expand(batch_size, -1)
         if seconds is not None:
             max_length, max_time_steps = self._lengths(seconds, max_length, max_time_steps)
-            if prime_wave is not None:
-                ids = self.semantic._semantic_ids(prime_wave, prime_hz)
-                max_length += ids.shape[1]
-        prime: dict[str, Any] = dict(prime_wave=prime_wave, prime_wave_input_sample_hz=prime_hz)
-        shared: dict[str, Any] = dict(progress=progress)
+        primes: dict[str, Tensor | None] = dict.fromkeys(STAGES)
+        if prime_wave is not None:
+            semantic_ids = self.semantic._semantic_ids(prime_wave, prime_hz)
+            ids = self.coarse._acoustic_ids(prime_wave, prime_hz)
+            split = self.coarse.num_coarse_quantizers
+            primes = dict(semantic=semantic_ids, coarse=ids[..., :split], fine=ids[..., split:])
+            if seconds is not None and max_length is not None:
+                max_length += semantic_ids.shape[1]
+            if self.needs_text and all(value is None for value in embeds.values()):
+                embeds = self._prompt_embeds(prime_wave, prime_hz)
         seeds: list[int | None] = [None] * 3 if seed is None else [seed, seed + 1, seed + 2]
         semantic = self.semantic.generate(
             text_embeds=embeds["semantic"], batch_size=batch_size, seed=seeds[0],
             max_length=2048 if max_length is None else max_length,
-            **prime, **options["semantic"], **shared,
+            prime_ids=primes["semantic"], **options["semantic"],
         )  # fmt: skip
         coarse = self.coarse.generate(
             text_embeds=embeds["coarse"], semantic_token_ids=semantic, seed=seeds[1],
             max_time_steps=512 if max_time_steps is None else max_time_steps,
             reconstruct_wave=return_coarse_generated_wave, as_upstream=as_upstream,
-            **prime, **options["coarse"], **shared,
+            prime_coarse_token_ids=primes["coarse"], **options["coarse"],
         )  # fmt: skip
         if return_coarse_generated_wave:
             waves: Tensor | list[Tensor | None] = coarse
@@ -182,12 +189,12 @@ class AudioLM(nn.Module):
             text_embeds=embeds["fine"], coarse_token_ids=coarse, seed=seeds[2],
             reconstruct_wave=True, as_upstream=as_upstream,
             mask_out_generated_fine_tokens=mask_out_generated_fine_tokens,
-            **prime, **options["fine"], **shared,
+            prime_fine_token_ids=primes["fine"], **options["fine"],
         )  # fmt: skip
         return fine
 
     def _check_fitted(self, primed: bool) -> None:
-        # What has to be fitted says so; an unfitted codec would only show after all the sampling.
+        # An unfitted codec would otherwise fail only after all sampling.
         parts = {"codec": self.fine.codec, **({"wav2vec": self.semantic.wav2vec} if primed else {})}
         for name, part in parts.items():
             if not getattr(part, "fitted", True):
@@ -197,7 +204,7 @@ class AudioLM(nn.Module):
     def _embeds(
         self, text: list[str] | None, text_embeds: Any, primed: bool
     ) -> dict[str, Tensor | None]:
-        # The condition of each stage, None where the stage has none or the prompt is embedded.
+        # Condition of each stage; None if it has none or the prompt will be embedded.
         conditioned = [name for name in STAGES if getattr(self, f"{name}_has_condition")]
         if text is not None and text_embeds is not None:
             fail("text", "given", "None beside text_embeds")
@@ -216,6 +223,15 @@ class AudioLM(nn.Module):
             if name in conditioned and given is None:
                 fail("text_embeds", f"nothing for {name}", "an embedding per conditioned stage")
         return embeds
+
+    def _prompt_embeds(self, wave: Tensor, hz: int | None) -> dict[str, Tensor | None]:
+        # Condition of each stage from the prompt, which is embedded once.
+        conditioner: Any = self.audio_conditioner
+        wave = resample(wave, hz, getattr(conditioner, "sample_hz", None))
+        if not hasattr(conditioner, "embed_latents"):
+            return {name: conditioner(wavs=wave, namespace=name) for name in STAGES}
+        latents = conditioner.audio_latents(wave)
+        return {name: conditioner.embed_latents(latents, name) for name in STAGES}
 
     def _prime(
         self, wave: Tensor | None, hz: int | None, path: str | Path | None
@@ -237,7 +253,7 @@ class AudioLM(nn.Module):
     def _lengths(
         self, seconds: float, max_length: int | None, max_time_steps: int | None
     ) -> tuple[int, int]:
-        # Semantic tokens and frames of the codec in so many seconds
+        # Numbers of semantic tokens and codec frames
         check_seconds("seconds", seconds)
         if max_length is not None or max_time_steps is not None:
             fail("seconds", seconds, "None beside max_length or max_time_steps")
@@ -257,16 +273,16 @@ class AudioLM(nn.Module):
         prime_seconds: float = 5.0,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """Generate a long piece window by window, each going on from the end of what there is.
+        """Generate a long piece in windows. Each continues the end of the piece so far.
 
         Args:
             seconds: length of the piece.
-            window_seconds: new audio per window.
-            prime_seconds: of the end of the piece so far, what a window goes on from.
-            **kwargs: passed to each window's :meth:`forward`; one row.
+            window_seconds: length of new audio per window.
+            prime_seconds: length of the prompt, the end of the piece so far.
+            **kwargs: passed to :meth:`forward` for each window. The batch has one row.
 
         Yields:
-            ``(1, samples)``, the new audio of each window, at the codec's rate.
+            ``(1, samples)``, the new audio of each window at the codec's rate.
         """
         check_seconds("seconds", seconds)
         check_seconds("window_seconds", window_seconds)
@@ -274,9 +290,12 @@ class AudioLM(nn.Module):
         rate = self.sample_hz
         if rate is None:
             fail("codec", "one without target_sample_hz", "a codec that says its rate")
+        if kwargs.get("text") is not None:  # embedded once for all windows
+            embeds = self._embeds(kwargs.pop("text"), kwargs.get("text_embeds"), primed=False)
+            kwargs["text_embeds"] = embeds
         seed = kwargs.pop("seed", None)
         left, prime, index = seconds, None, 0
-        held: Tensor | None = None  # the end of the last piece, not yet given out
+        held: Tensor | None = None  # end of the last window, not yet yielded
         fade = round(_FADE_SECONDS * rate)
         while round(left * rate) > 0:
             new = min(window_seconds, left)
@@ -291,7 +310,7 @@ class AudioLM(nn.Module):
             fresh = wave[:, known:]
             whole = fresh if prime is None else torch.cat((prime, fresh), dim=1)
             if held is not None:
-                # What was decoded twice: from the last piece to this one without a click.
+                # Both windows decoded this overlap. Cross-fade to avoid a click.
                 rise = torch.linspace(0, 1, held.shape[1], device=wave.device)
                 joint = torch.lerp(held, wave[:, known - held.shape[1] : known], rise)
                 fresh = torch.cat((joint, fresh), dim=1)
@@ -308,9 +327,9 @@ class AudioLM(nn.Module):
             yield held
 
     def stream_to_file(self, path: str | Path, **kwargs: Any) -> float:
-        """Write :meth:`stream` to a sound file as it comes; returns the seconds written.
+        """Write each window of :meth:`stream` to a sound file; return the seconds written.
 
-        Nothing is written before the first window is there, so that an error leaves no file.
+        The file is created after the first window, so an earlier error leaves no file.
 
         Raises:
             ValueError: the model ended at once.
@@ -334,7 +353,7 @@ class AudioLM(nn.Module):
 
 
 def check_seconds(name: str, value: float) -> None:
-    """``value`` is a finite number of seconds above zero."""
+    """Check that ``value`` is a finite number of seconds above zero."""
     check_positive(name, value)
     if value == math.inf:
         fail(name, value, "a finite number of seconds")

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a transformer has seen, in memory that is allotted once."""
+"""Key-value cache of a transformer, allocated once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from musiclm_fast._wording import plural
 
 
 class Cache:
-    """Self-attention keys and values of all layers, and the cross attention's, made once.
+    """Keys and values of all layers' self attention, and those of the cross attention.
 
     Args:
         depth: layers.
         batch: rows.
-        capacity: tokens (prefix included) that fit.
-        dim_head: width of a head; multi-query attention has one.
+        capacity: maximum number of tokens, the prefix included.
+        dim_head: width of the single key-value head.
         dtype, device: of the keys and values.
     """
 
@@ -39,7 +39,7 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Maximum number of tokens."""
         return self.keys_values.shape[3]
 
     @property
@@ -48,7 +48,7 @@ class Cache:
         return self.keys_values.shape[2]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values ``(B, m, dim_head)``; return all of them."""
+        """Store a layer's new keys and values ``(B, m, dim_head)``; return all so far."""
         end = self.length + k.shape[1]
         if end > self.capacity:
             fail("cache", plural(end, "token"), f"at most its capacity of {self.capacity}")
@@ -59,11 +59,11 @@ class Cache:
         return keys[:, :end], values[:, :end]
 
     def advance(self, added: int | None = None) -> None:
-        """Count the tokens that all layers have now stored: those of ``append``, or ``added``."""
+        """Advance the length by the tokens of the last ``append``, or by ``added``."""
         self.length += self._added if added is None else added
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but ``rows`` ``(kept,)`` int64."""
+        """Keep only ``rows`` ``(kept,)`` int64."""
         self.keys_values = self.keys_values[:, :, rows]
         self.context = [
             (k[rows], v[rows], None if mask is None else mask[rows]) for k, v, mask in self.context
@@ -83,7 +83,7 @@ class Cache:
 
     @classmethod
     def from_stacked(cls, stacked: Tensor, capacity: int) -> Cache:
-        """A cache from audiolm-pytorch's form, ``(depth, 2, B, tokens, dim_head)``."""
+        """A cache from upstream's layout, ``(depth, 2, B, tokens, dim_head)``."""
         depth, _, batch, length, dim_head = stacked.shape
         cache = cls(depth, batch, capacity, dim_head, stacked.dtype, stacked.device)
         cache.keys_values[..., :length, :] = stacked
@@ -91,5 +91,5 @@ class Cache:
         return cache
 
     def stacked(self) -> Tensor:
-        """Keys and values in audiolm-pytorch's form, ``(depth, 2, B, tokens, dim_head)``."""
+        """Keys and values in upstream's layout, ``(depth, 2, B, tokens, dim_head)``."""
         return self.keys_values[..., : self.length, :]

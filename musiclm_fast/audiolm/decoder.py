@@ -1,7 +1,7 @@
-"""One more token through a stage's transformer: what generation does a thousand times.
+"""Single-token forward pass of a stage's transformer, for generation.
 
-It computes what :meth:`.transformer.Transformer.forward` does for a single token, on
-:func:`musiclm_fast.ops.decode`: at one token per row only reading the weights may cost time.
+It equals :meth:`.transformer.Transformer.forward` on one token per row, and runs on
+:func:`musiclm_fast.ops.decode`, whose time is bounded by reading the weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from musiclm_fast.ops.decode import (
 )
 
 
-class Stepper:
-    """A transformer, laid out for one token per row; built once per generation.
+class TokenDecoder:
+    """A transformer prepared for one token per row; built once per generation.
 
     Args:
-        transformer: in eval mode. Its parameters must not change while this is used.
+        transformer: in eval mode. Its parameters must not change during use.
         positions: of all tokens, or None for no position bias.
     """
 
@@ -40,9 +40,10 @@ class Stepper:
 
         Args:
             x: ``(B, dim)``.
-            index: the token's place among the tokens.
-            mask: ``(B, n)`` bool of null keys, prefix, cached tokens and itself; None for all seen.
-            cache: of the earlier tokens; this one is added.
+            index: the token's place in the sequence.
+            mask: ``(B, n)`` bool over null keys, prefix, cached tokens and this token; None if all
+                are seen.
+            cache: of the earlier tokens; this token is added.
 
         Returns:
             ``(B, dim)``.
@@ -62,7 +63,7 @@ class Stepper:
 
 
 def decode_weights(transformer: Transformer) -> DecodeWeights:
-    """The transformer's parameters as :func:`musiclm_fast.ops.decode` takes them."""
+    """The transformer's parameters in the layout of :func:`musiclm_fast.ops.decode`."""
     layers: Any = transformer.layers
     return DecodeWeights(
         layers=tuple(

@@ -17,20 +17,21 @@ _NAMES = {24_000: "facebook/encodec_24khz", 32_000: "facebook/encodec_32khz"}
 
 
 class EncodecWrapper(nn.Module):
-    """EnCodec as a codec of the acoustic stages; the interface of audiolm-pytorch's wrapper.
+    """EnCodec as the codec of the acoustic stages, with the interface of upstream's wrapper.
 
     Source: https://arxiv.org/abs/2210.13438.
 
     Args:
-        target_sample_hz: 24000 or 32000, the model that is fetched.
-        strides: of the model's encoder; None asks the model.
-        num_quantizers: ignored, as in audiolm-pytorch: the bandwidth decides.
-        bandwidth: in kbit/s; 6.0 is 8 quantizers at 24 kHz. None is the highest at 32 kHz.
-        model: a transformers ``EncodecModel``, or a name or folder of one, in place of the model
-            that target_sample_hz names.
+        target_sample_hz: 24000 or 32000; selects the pretrained model.
+        strides: strides of the encoder; None takes them from the model.
+        num_quantizers: ignored, as upstream does; the bandwidth determines it.
+        bandwidth: in kbit/s. None selects 6.0, which is 8 quantizers at 24 kHz, or else the
+            model's highest.
+        model: a transformers ``EncodecModel``, or its name or folder. It overrides
+            target_sample_hz.
 
     Raises:
-        ValueError: no such rate; a bandwidth that the model does not have.
+        ValueError: the rate or the bandwidth is not one of the model's.
     """
 
     rq_groups = 1
@@ -77,7 +78,7 @@ class EncodecWrapper(nn.Module):
         return self.seq_len_multiple_of
 
     def train(self, mode: bool = True) -> EncodecWrapper:
-        """EnCodec stays in eval mode: it is trained already."""
+        """Stay in eval mode: EnCodec is pretrained and frozen."""
         return super().train(False)
 
     @torch.no_grad()

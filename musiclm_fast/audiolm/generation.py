@@ -1,35 +1,37 @@
-"""The loop that writes tokens: one forward per token for all rows and both halves of guidance.
+"""The sampling loop: one forward pass per token for all rows and both halves of guidance.
 
-The position table is computed once, keys and values are stored in memory that is allotted once,
-and rows that are done are taken out of the batch.
+The position table is computed once, the memory of keys and values is allocated once, and finished
+rows leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from musiclm_fast.audiolm.cache import Cache
-from musiclm_fast.audiolm.decoder import Stepper
+from musiclm_fast.audiolm.decoder import TokenDecoder
 from musiclm_fast.audiolm.positions import Positions
 from musiclm_fast.audiolm.sampling import Sampling, draw
-from musiclm_fast.audiolm.stage import Stage, guide, twice
+from musiclm_fast.audiolm.stage import Stage, apply_cfg, twice
 
 
 @dataclass
 class Prompt:
-    """What a stage has read before it writes.
+    """The input of a stage before the tokens to sample.
 
     Args:
-        tokens: ``(rows, n, dim)`` embeddings; with guidance, rows of both halves.
-        mask: ``(rows, n)`` bool of the tokens that are seen, or None for all.
-        context, context_mask: the condition of all rows.
-        halves: whether the rows are the two halves of guidance.
-        positions: of prompt and everything that follows, or None.
+        tokens: ``(B, n, dim)`` embeddings.
+        mask: ``(B, n)`` bool, True for tokens that are seen; None for all.
+        context, context_mask: the condition, of ``2B`` rows with ``halves``.
+        halves: run both halves of guidance.
+        positions: of the prompt and of all tokens to sample, or None.
+        index: place of the first token to sample in the stage's own segment.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class Prompt:
     context_mask: Tensor | None
     halves: bool
     positions: Positions | None
+    index: int = 0
 
 
 def generate_tokens(
@@ -46,48 +49,43 @@ def generate_tokens(
     steps: int,
     *,
     sampling: Sampling,
-    logits: Callable[[Tensor, int], Tensor],
-    embed: Callable[[Tensor, int], Tensor],
     end_id: int | None = None,
     banned: Callable[[int], int | None] = lambda step: None,
     row_steps: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    description: str = "generating",
+    seed: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Write up to ``steps`` tokens per row.
+    """Sample up to ``steps`` tokens per row.
 
     Args:
         stage: the transformer.
-        prompt: what stands before.
-        steps: tokens at most.
-        sampling: how they are drawn.
-        logits: ``logits(hidden (rows, dim), step)`` gives ``(rows, codes)``.
-        embed: ``embed(ids (rows,), step)`` gives the embedding ``(rows, dim)`` of step's token.
-        end_id: a row that draws it is done.
-        banned: a token that a step must not draw.
-        row_steps: ``(B,)`` tokens that each row needs, at most ``steps``.
-        generator: of the noise; None is the device's default.
-        description: of the progress bar.
-        progress: show one.
+        prompt: its input.
+        steps: maximum number of tokens.
+        sampling: temperature, filter and guidance.
+        end_id: a row that draws it is finished.
+        banned: the token that a step must not draw.
+        row_steps: ``(B,)`` number of tokens for each row, at most ``steps``.
+        seed: of the noise; None draws from the device's default generator.
+        progress: show a progress bar.
 
     Returns:
-        ``(B, taken)`` ids, taken at most ``steps``: the end token where it was drawn, -1 after it
-        and after a row's own number of steps.
+        ``(B, taken)`` ids with taken at most ``steps``: the end token where it was drawn, -1 after
+        it and after a row's own number of steps.
     """
     halves = prompt.halves
-    batch = prompt.tokens.shape[0] // (2 if halves else 1)
+    batch, length = prompt.tokens.shape[:2]
     device = prompt.tokens.device
-    length = prompt.tokens.shape[1]
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     written = torch.full((batch, steps), -1, dtype=torch.long, device=device)
     rows = torch.arange(batch, device=device)
     if row_steps is not None:
         rows = rows[row_steps.to(device) > 0]
     if steps == 0 or rows.numel() == 0:
         return written[:, :0]
-    x, mask, context, context_mask = prompt.tokens, prompt.mask, prompt.context, prompt.context_mask
-    if mask is not None:
-        mask = F.pad(mask, (0, steps - 1), value=True)
+    x, context, context_mask = twice(prompt.tokens, halves), prompt.context, prompt.context_mask
+    mask = None
+    if prompt.mask is not None:
+        mask = F.pad(twice(prompt.mask, halves), (0, steps - 1), value=True)
     if rows.numel() < batch:
         both = _both(rows, batch, halves)
         x = x[both]
@@ -95,24 +93,28 @@ def generate_tokens(
     cache = stage.new_cache(x.shape[0], length + steps - 1, context)
     hidden = stage.transformer(
         x, context=context, context_mask=context_mask, cache=cache,
-        self_attn_mask=None if prompt.mask is None else mask[:, :length],  # type: ignore[index]
+        self_attn_mask=None if mask is None else mask[:, :length],
         attn_bias=None if prompt.positions is None else prompt.positions.part(0, length),
     )[:, -1]  # fmt: skip
-    stepper = Stepper(stage.transformer, prompt.positions)
+    decoder = TokenDecoder(stage.transformer, prompt.positions)
     ids = rows
     prefix_mask = context_mask if stage.transformer.cond_as_self_attn_prefix else None
-    for step in _shown(range(steps), description) if progress else range(steps):
+    for step in tqdm(
+        range(steps), desc=f"generating {stage.namespace}", leave=False, disable=not progress
+    ):
         if step > 0:
-            index = length + step - 1
-            seen = _seen(index, mask, prefix_mask, cache, stage)
-            hidden = stepper(twice(embed(ids, step - 1), halves), index, seen, cache)
-        guided = guide(logits(hidden, step), sampling.cond_scale, halves)
+            place = length + step - 1
+            seen = _seen(place, mask, prefix_mask, cache, stage)
+            x = twice(stage.embed_next(ids, prompt.index + step - 1), halves)
+            hidden = decoder(x, place, seen, cache)
+        logits = stage.next_logits(hidden, prompt.index + step)
+        guided = apply_cfg(logits, sampling.cond_scale, halves)
         ban = banned(step)
         if ban is not None:
             guided[:, ban] = float("-inf")
         noise = None
         if sampling.temperature > 0:
-            # Drawn for all rows, done or not, so that a row's noise depends on no other row.
+            # Drawn for finished rows too, so that a row's noise does not depend on other rows.
             noise = torch.zeros(batch, guided.shape[-1], dtype=guided.dtype, device=device)
             noise = noise.uniform_(0, 1, generator=generator)
             noise = noise if rows.numel() == batch else noise[rows]
@@ -137,17 +139,10 @@ def generate_tokens(
     return written
 
 
-def _shown(steps: Iterable[int], description: str) -> Iterable[int]:
-    from tqdm.auto import tqdm
-
-    bar: Iterable[int] = tqdm(steps, desc=description, leave=False)
-    return bar
-
-
 def _seen(
-    index: int, mask: Tensor | None, prefix_mask: Tensor | None, cache: Cache, stage: Stage
+    place: int, mask: Tensor | None, prefix_mask: Tensor | None, cache: Cache, stage: Stage
 ) -> Tensor | None:
-    # (B, keys) of the token at index: null keys, prefix, tokens; None where all are seen
+    # Key mask (B, keys) of the token at `place`: null keys, prefix, tokens; None if all are seen
     if mask is None and prefix_mask is None:
         return None
     nulls = stage.transformer.num_null_kv
@@ -157,19 +152,14 @@ def _seen(
     if prefix_mask is not None:
         seen[:, nulls : nulls + prefix_mask.shape[1]] = prefix_mask
     if mask is not None:
-        seen[:, -index - 1 :] = mask[:, : index + 1]
+        seen[:, -place - 1 :] = mask[:, : place + 1]
     return seen
 
 
 def _both(rows: Tensor, batch: int, halves: bool) -> Tensor:
-    # Rows of the batch, in both halves of guidance.
+    # Indices of the rows in both halves of guidance
     return torch.cat((rows, rows + batch)) if halves else rows
 
 
 def _rows(rows: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor[rows] for tensor in tensors]
-
-
-def make_generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    """A generator of a seed, or None for the device's own."""
-    return None if seed is None else torch.Generator(device=device).manual_seed(seed)

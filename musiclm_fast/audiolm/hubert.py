@@ -1,4 +1,4 @@
-"""Semantic tokens: clusters of a layer of HuBERT, or of any audio model of transformers."""
+"""Semantic tokens: clustered outputs of a layer of HuBERT or another transformers audio model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 from musiclm_fast._checks import check_ndim, check_positive_int, describe, fail
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.audiolm.hubert_checkpoints import load_audio_model, load_centres
+from musiclm_fast.audiolm.mel import collect_frames
 from musiclm_fast.nn.kmeans import kmeans, nearest
 
 
 class HubertWithKmeans(nn.Module):
-    """Semantic tokens of a HuBERT layer; arguments of audiolm-pytorch, without fairseq.
+    """Semantic tokens of a HuBERT layer, with upstream's arguments and without fairseq.
 
     Sources: https://arxiv.org/abs/2106.07447, https://arxiv.org/abs/2306.00107 (MERT).
 
     Args:
-        checkpoint_path: the original fairseq ``.pt``, which is read without running what it
-            pickles; a folder or name of transformers' (HuBERT, wav2vec 2.0, WavLM, MERT and
-            whatever gives hidden states); or such a model.
+        checkpoint_path: the original fairseq ``.pt`` file, read without executing its pickles; a
+            folder or name of a transformers model that returns hidden states (HuBERT, wav2vec 2.0,
+            WavLM, MERT); or such a model.
         kmeans_path: cluster centres: ``.npz`` or ``.npy`` (see :func:`convert_kmeans`), the
             original joblib file, or a tensor ``(clusters, dim)``; None to :meth:`fit` them.
         target_sample_hz: rate in Hz.
-        seq_len_multiple_of: clips are cut to a multiple of so many samples.
-        output_layer: whose output is clustered, 1 for the first.
-        codebook_size: clusters to fit, where kmeans_path is None.
+        seq_len_multiple_of: clips are cut to a multiple of this number of samples.
+        output_layer: layer whose output is clustered; the first is 1.
+        codebook_size: number of clusters to fit without kmeans_path.
         model_kwargs: passed to ``from_pretrained``.
     """
 
@@ -71,7 +72,7 @@ class HubertWithKmeans(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Clusters."""
+        """Number of clusters."""
         return self.cluster_centers.shape[0]
 
     @property
@@ -82,7 +83,7 @@ class HubertWithKmeans(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether there are centres."""
+        """Whether the centres are set."""
         return bool(torch.isfinite(self.cluster_centers).all())
 
     @torch.no_grad()
@@ -101,19 +102,13 @@ class HubertWithKmeans(nn.Module):
         seed: int = 0,
     ) -> HubertWithKmeans:
         """Fit the centres to clips ``(samples,)``, or tuples that start with one."""
-        device = self.cluster_centers.device
-        frames, count = [], 0
-        for clip in clips:
-            wave = clip[0] if isinstance(clip, (tuple, list)) else clip
-            wave = resample(wave[None], input_sample_hz, self.target_sample_hz).to(device)
-            frames.append(self.features(wave)[0])
-            count += frames[-1].shape[0]
-            if count >= max_frames:
-                break
-        if not frames:
-            fail("clips", "no clip", "at least one")
+
+        def features(wave: Tensor) -> Tensor:
+            wave = resample(wave, input_sample_hz, self.target_sample_hz)
+            return self.features(wave.to(self.cluster_centers.device))
+
+        points = collect_frames(clips, features, max_frames)
         generator = torch.Generator().manual_seed(seed)
-        points = torch.cat(frames)[:max_frames]
         self.cluster_centers.copy_(kmeans(points, self.codebook_size, 25, generator)[0])
         return self
 

@@ -1,4 +1,4 @@
-"""Checkpoints of HuBERT and of its k-means, read without fairseq and without running code."""
+"""Checkpoints of HuBERT and its k-means, read without fairseq and without executing code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from musiclm_fast._optional import require, transformers_class
 
 
 def load_audio_model(source: str | Path | nn.Module, **kwargs: Any) -> nn.Module:
-    """A transformers model, from itself, a folder, a name or fairseq's HuBERT ``.pt``.
+    """A transformers model from a model, a folder, a name or fairseq's HuBERT ``.pt``.
 
     Raises:
-        ValueError: the file is no HuBERT of fairseq's.
+        ValueError: the file is not a fairseq HuBERT.
     """
     if isinstance(source, nn.Module):
         return source
@@ -35,7 +35,7 @@ def load_audio_model(source: str | Path | nn.Module, **kwargs: Any) -> nn.Module
 
 
 class _Inert(dict):  # type: ignore[type-arg]
-    # Stands for any class that a pickle names: takes whatever it is given and does nothing.
+    # Replaces any class that a pickle names. It accepts any state and does nothing.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.given = args
@@ -47,20 +47,20 @@ class _Inert(dict):  # type: ignore[type-arg]
         return _Inert()
 
     def append(self, item: Any) -> None:
-        """Lists are filled so."""
+        """Called by pickle to fill a list."""
 
     def extend(self, items: Any) -> None:
-        """Lists are filled so."""
+        """Called by pickle to fill a list."""
 
 
 def load_fairseq_hubert(path: str | Path) -> nn.Module:
     """fairseq's HuBERT checkpoint as transformers' HubertModel.
 
-    The file is read weights-only; the classes that its configuration pickles are replaced by
-    inert ones, so nothing in it runs. The architecture is read off the weights' shapes.
+    The file is read weights-only. The classes that its configuration pickles are replaced by
+    inert ones, so none of its code runs. The architecture is inferred from the weights' shapes.
 
     Raises:
-        ValueError: the file cannot be read, or holds no HuBERT.
+        ValueError: the file cannot be read or does not hold a HuBERT.
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -91,7 +91,7 @@ def _hubert_config(weights: dict[str, Tensor]) -> Any:
         for k, value in weights.items()
         if (m := re.fullmatch(r"feature_extractor\.conv_layers\.(\d+)\.0\.weight", k))
     )
-    # The first norm of a group-norm extractor is the only one; layer norm has one per layer.
+    # A group-norm extractor has one norm, in its first layer; layer norm has one per layer.
     per_layer = any(".2.1.weight" in key for key in weights if "conv_layers" in key)
     kernels = [shape[2] for _, shape in convolutions]
     positions = weights["encoder.pos_conv.0.weight_v"].shape  # (width, width / groups, kernel)
@@ -161,11 +161,11 @@ def load_centres(path: str | Path) -> Tensor:
 
 
 def convert_kmeans(source: str | Path, target: str | Path) -> None:
-    """Write the centres of a joblib k-means to a plain ``.npz``, without running the pickle."""
+    """Write the centres of a joblib k-means to a plain ``.npz`` without executing the pickle."""
     np.savez(target, cluster_centers=load_centres(source).numpy())
 
 
-# The first bytes of what joblib compresses; a pickle itself starts with 0x80.
+# First bytes of the formats that joblib compresses with. A pickle starts with 0x80.
 _COMPRESSORS = (
     (b"\x78", zlib.decompress), (b"\x1f\x8b", gzip.decompress), (b"BZh", bz2.decompress),
     (b"\xfd7zXZ", lzma.decompress), (b"\x5d\x00", lzma.decompress),
@@ -178,7 +178,7 @@ def _joblib_centres(path: Path) -> Any:
 
     class Arrays(NumpyArrayWrapper):  # type: ignore[misc]
         def read_array(self, *args: Any, **kwargs: Any) -> Any:
-            if self.dtype.hasobject:  # joblib would unpickle it with everything allowed
+            if self.dtype.hasobject:  # joblib would unpickle it without restrictions
                 raise pickle.UnpicklingError("an array of objects")
             return super().read_array(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Residual streams: plain, and the hyper-connections of audiolm-pytorch."""
+"""Residual streams: a plain residual and upstream's hyper-connections."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from musiclm_fast.ops import hyper_connection
 
 @dataclass(frozen=True)
 class Streams:
-    """Residual streams, and the output of a branch that the next connection will add to them.
+    """Residual streams, and a branch's output that the next connection adds to them.
 
     Args:
         residual: ``(..., streams, dim)``.
-        beta: ``(..., streams)``, weights of the branch's output; None for nothing to add.
+        beta: ``(..., streams)``, weights of the branch's output; None if there is no output yet.
         branch: ``(..., dim)``, or None.
     """
 
@@ -41,7 +41,7 @@ class Residual(nn.Module):
         self.branch = branch
 
     def constants(self) -> None:
-        """Nothing to prepare."""
+        """None: a plain residual has no mixing weights."""
 
     def width(self, streams: Streams, _: None) -> tuple[Tensor, Streams]:
         """The branch's input and the residual."""
@@ -53,7 +53,7 @@ class Residual(nn.Module):
 
 
 class _Norm(nn.Module):
-    # RMS norm's scale (its gain less one), under the key that hyper-connections gives it.
+    # Scale of an RMS norm, stored as gain - 1 under the hyper-connections package's key
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(dim))
@@ -70,10 +70,10 @@ class HyperConnection(nn.Module):
         input     = sum_s alpha[s, 0] x[s]
         x'[t]     = sum_s alpha[s, 1 + t] x[s] + beta[t] branch(input)
 
-    The norm is folded into A and b and divided out of their product, and a branch's output is added
-    by the next connection (:func:`musiclm_fast.ops.hyper_connection`), so nothing of the streams'
-    size is stored but the streams. https://arxiv.org/abs/2409.19606, algorithm 2; parameters and
-    names of the hyper-connections package.
+    The norm is folded into A and b and divided out of their product. The next connection adds a
+    branch's output (:func:`musiclm_fast.ops.hyper_connection`). So the streams are the only tensors
+    of their size that are stored. Source: https://arxiv.org/abs/2409.19606, algorithm 2. Parameters
+    and their names are those of the hyper-connections package.
     """
 
     def __init__(self, num_residual_streams: int, *, dim: int, branch: nn.Module) -> None:
@@ -91,7 +91,7 @@ class HyperConnection(nn.Module):
         self.dynamic_beta_scale = nn.Parameter(torch.ones(()) * 1e-2)
 
     def constants(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a forward pass needs of the parameters: weights, scales and offsets of the mix.
+        """Weights, scales and offsets of the mix, computed once per forward pass.
 
         Returns:
             ``(dim, streams + 2)`` with the norm's gain, ``(streams + 2,)``,
@@ -116,5 +116,5 @@ class HyperConnection(nn.Module):
         return branch_input, Streams(mixed, beta)
 
     def depth(self, out: Tensor, streams: Streams) -> Streams:
-        """The mixed streams, the branch's output to be added to each by its weight."""
+        """The mixed streams, with the branch's output still to be added by its weights."""
         return Streams(streams.residual, streams.beta, out)

@@ -1,8 +1,8 @@
-"""What the tokenizer and the codec on log-mel spectra share."""
+"""The base of the tokenizer and the codec on log-mel spectra."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from musiclm_fast._wording import plural
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.ops import mel_filters
 
-# Added to mel magnitudes before the logarithm, about 60 dB below a loud note's: clusters are not
-# spent on what nobody hears.
+# Added to mel magnitudes before the logarithm, about 60 dB below those of a loud note. It keeps
+# clusters from being spent on inaudible differences.
 OFFSET = 0.1
 
 
 class LogMel(nn.Module):
-    """Log-mel frames ``(B, L // hop, bands)`` of waves ``(B, L)``, each centred on its own hop."""
+    """Log-mel frames ``(B, L // hop, bands)`` of waves ``(B, L)``, each centred on its hop."""
 
     window: Tensor
     filters: Tensor
@@ -42,7 +42,7 @@ class LogMel(nn.Module):
                           return_complex=True)  # fmt: skip
 
     def istft(self, spectrum: Tensor) -> Tensor:
-        """``(B, frames * hop)``, least squares."""
+        """Least-squares inverse of :meth:`stft`, ``(B, frames * hop)``."""
         frames = torch.fft.irfft(spectrum, n=self.n_fft, dim=1) * self.window[:, None]
         count = spectrum.shape[-1]
         length = (count - 1) * self.hop + self.n_fft
@@ -57,7 +57,7 @@ class LogMel(nn.Module):
         return (mel + self.offset).log().transpose(1, 2)
 
     def griffin_lim(self, log_mel: Tensor, iterations: int, momentum: float = 0.99) -> Tensor:
-        """A wave with that log-mel spectrogram. https://doi.org/10.1109/WASPAA.2013.6701851"""
+        """Estimate a wave from a log-mel spectrogram. https://doi.org/10.1109/WASPAA.2013.6701851"""
         mel = (log_mel.transpose(1, 2).exp() - self.offset).clamp_min(0)
         magnitude = (self.inverse @ mel).clamp_min(0)
         generator = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ class LogMel(nn.Module):
 
 
 class Fitted(nn.Module):
-    """What the tokenizer and the codec share: rate, frames, fitting on clips."""
+    """A module with a sample rate and frames whose clusters are fitted to clips."""
 
     target_sample_hz: int
     downsample_factor: int
@@ -81,12 +81,12 @@ class Fitted(nn.Module):
 
     @property
     def seq_len_multiple_of(self) -> int:
-        """Samples of a token; clips are best cut to a multiple."""
+        """Samples per token. Trainers cut clips to a multiple of it."""
         return self.downsample_factor
 
     @property
     def fitted(self) -> bool:
-        """Whether :meth:`fit` or a checkpoint filled the clusters."""
+        """Whether the clusters are set, by :meth:`fit` or a checkpoint."""
         return bool(self.is_fitted)
 
     def _wave(self, wave: Tensor, input_sample_hz: int | None) -> Tensor:
@@ -105,18 +105,31 @@ class Fitted(nn.Module):
         raise NotImplementedError
 
     def _collect(self, clips: Iterable[Any], hz: int | None, limit: int) -> Tensor:
-        frames: list[Tensor] = []
-        count = 0
-        for clip in clips:
-            wave = clip[0] if isinstance(clip, (tuple, list)) else clip
-            frames.append(self._features(self._wave(wave.reshape(1, -1), hz))[0])
-            count += frames[-1].shape[0]
-            if count >= limit:
-                break
-        if not frames:
-            fail("clips", "no clip", "at least one")
-        return torch.cat(frames)[:limit]
+        return collect_frames(clips, lambda wave: self._features(self._wave(wave, hz)), limit)
 
     def _check_fitted(self) -> None:
         if not self.fitted:
             fail(type(self).__name__, "one that is not fitted", "fit() or a checkpoint first")
+
+
+def collect_frames(
+    clips: Iterable[Any], features: Callable[[Tensor], Tensor], limit: int
+) -> Tensor:
+    """Up to ``limit`` frames ``(n, dim)`` of clips.
+
+    Args:
+        clips: waves ``(samples,)``, or tuples that start with one.
+        features: gives the frames ``(1, n, dim)`` of a wave ``(1, samples)``.
+        limit: maximum number of frames.
+    """
+    frames: list[Tensor] = []
+    count = 0
+    for clip in clips:
+        wave = clip[0] if isinstance(clip, (tuple, list)) else clip
+        frames.append(features(wave.reshape(1, -1))[0])
+        count += frames[-1].shape[0]
+        if count >= limit:
+            break
+    if not frames:
+        fail("clips", "no clip", "at least one")
+    return torch.cat(frames)[:limit]

@@ -1,4 +1,4 @@
-"""A codec that is fitted in seconds: residual vector quantization of log-mel spectra."""
+"""A codec that fits in seconds: residual vector quantization of log-mel spectra."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from musiclm_fast.nn.kmeans import kmeans, nearest
 
 
 class MelCodec(Fitted):
-    """Acoustic tokens as residual clusters of log-mel frames, 50 a second; sound by Griffin-Lim.
+    """Acoustic tokens as residual clusters of log-mel frames, decoded by Griffin-Lim.
 
     Args:
         num_quantizers: residual codebooks.
         codebook_size: entries of each.
         target_sample_hz: rate in Hz.
-        downsample_factor: samples per time step; a frame has 1024 samples, or three steps'.
+        downsample_factor: samples per time step. The default is 50 steps a second. A frame has
+            1024 samples, or those of three time steps if that is more.
         bands: mel bands.
         iterations: of Griffin-Lim.
     """
@@ -100,7 +101,7 @@ class MelCodec(Fitted):
         return embeds, ids, None
 
     def get_emb_from_indices(self, indices: Tensor) -> Tensor:
-        """Frames ``(B, steps, bands)`` of codes of all quantizers or the first few."""
+        """Frames ``(B, steps, bands)`` of codes, of all quantizers or the first ones."""
         quantizer = torch.arange(indices.shape[-1], device=indices.device)
         return self.books[quantizer, indices].sum(dim=-2) + self.mean
 

@@ -1,4 +1,4 @@
-"""A semantic tokenizer that is fitted in seconds: k-means of log-mel spectra."""
+"""A semantic tokenizer that fits in seconds: k-means of log-mel spectra."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from musiclm_fast.nn.kmeans import kmeans, nearest
 
 
 class MelKmeans(Fitted):
-    """Semantic tokens as clusters of log-mel frames, loudness taken out: 25 a second.
+    """Semantic tokens as clusters of log-mel frames with most of the loudness removed.
 
     Args:
         codebook_size: clusters.
         target_sample_hz: rate in Hz.
-        downsample_factor: samples per token.
+        downsample_factor: samples per token. The default is 25 tokens a second.
         bands: mel bands.
     """
 
@@ -43,7 +43,7 @@ class MelKmeans(Fitted):
     def _features(self, wave: Tensor) -> Tensor:
         mel = self.mel(wave)
         loudness = mel.mean(dim=-1, keepdim=True)
-        # the shape of the spectrum, and a little of how loud it is
+        # The loudness stays as one of the features.
         return torch.cat((mel - loudness, loudness), dim=-1)
 
     @torch.no_grad()

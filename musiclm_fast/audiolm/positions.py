@@ -9,14 +9,14 @@ from torch import Tensor
 
 from musiclm_fast.nn.transformer import OffsetBias
 
-# Codes of tokens that stand outside of the positions' order. Real codes lie in [0, FAR), so that
-# differences with these fall beyond every table's radius, onto an edge entry.
+# Code of tokens outside the order of positions. Other codes lie in [0, FAR), so a difference with
+# FAR exceeds every table's radius and selects an edge entry.
 FAR = 2**28
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The position bias of a whole sequence, of which each forward pass takes its part.
+    """The position bias of a whole sequence. Each forward pass takes a part of it.
 
     Args:
         table: ``(heads, 2R + 1)``.
@@ -37,7 +37,7 @@ class Positions:
 def causal_table(left: Tensor, offsets: Tensor, right: Tensor) -> Tensor:
     """A table ``(heads, 2R + 1)`` from its edges ``(heads, 1)`` and the entries for 0 to R - 1.
 
-    Negative offsets, which a causal transformer never reads, are zero.
+    Negative offsets are zero; a causal transformer never reads them.
     """
     heads, length = offsets.shape
     return torch.cat((left, offsets.new_zeros(heads, length - 1), offsets, right), dim=1)

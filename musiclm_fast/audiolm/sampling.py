@@ -1,4 +1,4 @@
-"""Drawing tokens, and the small tensors around it: padding, end tokens, random masks."""
+"""Sampling of tokens, and helpers for padding, end tokens and random masks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        filter_thres: share of the vocabulary, the unlikeliest, that is left out.
-        cond_scale: strength of classifier-free guidance; 1 is none.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        filter_thres: share of the vocabulary that is excluded, the least likely tokens first.
+        cond_scale: strength of classifier-free guidance; 1 disables it.
     """
 
     temperature: float = 1.0
@@ -52,7 +52,7 @@ def as_sampling(value: Any) -> dict[str, float]:
 def draw(
     logits: Tensor, noise: Tensor | None, temperature: float = 1.0, filter_thres: float = 0.9
 ) -> Tensor:
-    """Draw one token per row from the likeliest, by the Gumbel trick.
+    """Draw one token per row from the most likely ones by the Gumbel trick.
 
     ::
 
@@ -78,19 +78,19 @@ def draw(
 
 
 def append_id(ids: Tensor, value: int) -> Tensor:
-    """``ids`` ``(B, n)`` with one more column of ``value``."""
+    """``ids`` ``(B, n)`` with a column of ``value`` appended."""
     return F.pad(ids, (0, 1), value=value)
 
 
 def unique_consecutive(ids: Tensor, pad_id: int = -1) -> Tensor:
-    """Each row of ``ids`` ``(B, n)`` without repeats of the token before, padded at the end."""
+    """Each row of ``ids`` ``(B, n)`` without consecutive repeats, padded at the end."""
     return pad_sequence(
         [torch.unique_consecutive(row) for row in ids], batch_first=True, padding_value=pad_id
     )
 
 
 def forgetful_mask(shape: tuple[int, int], mask_prob: float, device: torch.device) -> Tensor:
-    """Random keys to hide, never the first. https://arxiv.org/abs/2210.13432
+    """Mask that hides random keys, never the first. https://arxiv.org/abs/2210.13432
 
     Returns:
         ``shape`` bool, False where hidden: ``int(n * mask_prob)`` of each row's n.

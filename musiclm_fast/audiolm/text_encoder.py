@@ -1,4 +1,4 @@
-"""T5 text embeddings, loaded only when a text is to be embedded."""
+"""T5 text embeddings. The encoder is loaded at the first call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_T5_NAME = "google/t5-v1_1-base"
 MAX_TOKENS = 256
 
 
-# Widths of the usual encoders, so that building a model asks nobody.
+# Widths of common encoders, so that building a stage needs no network.
 _WIDTHS = {
     "t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024,
     "t5-v1_1-small": 512, "t5-v1_1-base": 768, "t5-v1_1-large": 1024, "t5-v1_1-xl": 2048,
@@ -28,7 +28,7 @@ _WIDTHS = {
 
 
 def encoded_dim(name: str) -> int:
-    """Width of a T5's embeddings; only an unusual T5's configuration is looked up."""
+    """Width of a T5's embeddings, from its configuration unless the T5 is a common one."""
     short = name.removeprefix("google/").removeprefix("google-t5/")
     if short in _WIDTHS:
         return _WIDTHS[short]
@@ -47,15 +47,15 @@ def t5_encode_text(
     name: str = DEFAULT_T5_NAME,
     output_device: torch.device | str | None = None,
 ) -> Tensor:
-    """Embed texts with a T5 encoder, which is fetched on the first call.
+    """Embed texts with a T5 encoder, which is downloaded at the first call.
 
     Args:
-        texts: one text or several, cut to 256 tokens.
-        name: of the T5 on the Hugging Face hub, or a folder.
-        output_device: where the result goes, and where the encoder runs.
+        texts: one text or several, truncated to 256 tokens.
+        name: name of the T5 on the Hugging Face hub, or a folder.
+        output_device: device of the encoder and the result.
 
     Returns:
-        ``(B, n, width)``, zero beyond each text's end.
+        ``(B, n, width)``, zero after each text's end.
 
     Raises:
         ValueError: no text, or an empty one.

@@ -12,7 +12,7 @@ from musiclm_fast._checks import fail
 
 
 def quantizer_embedding(table: Tensor, length: int) -> Tensor:
-    """Rows of ``table`` ``(q, dim)`` in turn, ``(length, dim)``."""
+    """Rows of ``table`` ``(q, dim)`` repeated in order to ``(length, dim)``."""
     rounds = -(-length // table.shape[0])
     return table.repeat(rounds, 1)[:length]
 
@@ -22,7 +22,7 @@ def per_quantizer_logits(weights: Tensor, hidden: Tensor) -> Tensor:
 
     Args:
         weights: ``(q, codes, dim)``.
-        hidden: ``(B, n, dim)``, token i belonging to quantizer i mod q; n need not divide.
+        hidden: ``(B, n, dim)``. Token i belongs to quantizer i mod q; n may be any length.
 
     Returns:
         ``(B, n, codes)``.

@@ -1,7 +1,7 @@
-"""The transformer that the three stages share: audiolm-pytorch's parameters on the fused attention.
+"""The transformer of the three stages: upstream's parameters on the fused attention.
 
-Every forward pass has one position table, shared by all layers and read through offset codes; no
-tensor of one value per pair of tokens is made.
+A forward pass computes one position table for all layers and reads it through offset codes. It
+never allocates a tensor with one value per pair of tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RelativePositionBias(nn.Module):
         self.net.append(nn.Linear(dim, heads))
 
     def forward(self, length: int) -> Tensor:
-        """Bias of the offsets 0 to length - 1, all that a causal transformer sees.
+        """Bias of the offsets 0 to length - 1; a causal transformer needs no others.
 
         Returns:
             ``(heads, length)``.
@@ -63,9 +63,9 @@ class RelativePositionBias(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Pre-norm GEGLU feed-forward with a norm of the hidden layer, width ``dim * mult * 2 / 3``.
+    """Pre-norm GEGLU feed-forward with a normed hidden layer of width ``dim * mult * 2 / 3``.
 
-    Long inputs are computed on a width of a multiple of 16, as in
+    For long inputs the hidden width is padded to a multiple of 16, as in
     :class:`musiclm_fast.nn.transformer.FeedForward`.
     """
 
@@ -84,7 +84,7 @@ class FeedForward(nn.Sequential):
         modules: Any = list(self)
         norm, widen, _, inner_norm, dropout, narrow = modules
         plain = all(is_plain(layer) for layer in (widen, narrow))
-        # Dropout draws its mask for the width that it is given.
+        # With padding, dropout would draw a mask of another width.
         drops = self.training and dropout.p > 0
         padding = width_padding(inner_norm.gamma.shape[0], x) if plain and not drops else 0
         if padding:
@@ -97,10 +97,10 @@ class FeedForward(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Multi-query attention: each head has its queries, all share one head of keys and values.
+    """Multi-query attention: all query heads share one head of keys and values.
 
-    Queries see the normed input; keys and values see it as it is, or the context's. The bias of
-    null keys and of a prefix is zero.
+    Queries are projected from the normed input, keys and values from the raw input or the context.
+    The bias of null keys and of a prefix is zero.
     """
 
     def __init__(
@@ -179,15 +179,14 @@ class Transformer(nn.Module):
         cross_attend: each layer attends to the condition.
         attn_dropout, ff_dropout: dropout of attention weights and outputs, of hidden units.
         grad_shrink_alpha: the input's gradient is scaled by this.
-        cond_as_self_attn_prefix: the condition stands before the sequence as keys and values.
-        rel_pos_bias: own a :class:`RelativePositionBias`.
-        flash_attn: no position bias, as in audiolm-pytorch.
-        add_value_residual: average values with the first layer's.
+        cond_as_self_attn_prefix: prepend the condition to the keys and values of the sequence.
+        rel_pos_bias: add a :class:`RelativePositionBias`.
+        flash_attn: no position bias, as in upstream.
+        add_value_residual: average the values with those of the first layer.
         num_residual_streams: streams of the hyper-connections; 1 is a plain residual.
         dim_head: width of a head.
         norm_context, num_null_kv: of the self attention; see :class:`Attention`.
-        scale: accepted and unused, as in audiolm-pytorch: similarities are scaled by
-            ``dim_head ** -0.5``.
+        scale: ignored, as upstream does; similarities are scaled by ``dim_head ** -0.5``.
     """
 
     def __init__(
@@ -268,13 +267,13 @@ class Transformer(nn.Module):
         """Run all layers.
 
         Args:
-            x: ``(B, m, dim)``, the tokens that the cache does not hold yet.
+            x: ``(B, m, dim)``, the tokens that are not in the cache.
             self_attn_mask: ``(B, n)`` bool over all tokens (cached ones first, without prefix and
-                null keys), True where a token may be seen.
+                null keys), True for tokens that are seen.
             context: ``(B, c, dim_context)``, the condition.
             context_mask: ``(B, c)`` bool.
             attn_bias: position bias; its key codes cover null keys, prefix and all tokens.
-            cache: keys and values of earlier tokens, which this call adds to.
+            cache: keys and values of earlier tokens. This call appends to it.
 
         Returns:
             ``(B, m, dim)``.
@@ -332,7 +331,7 @@ class Transformer(nn.Module):
         self, x: Tensor, mask: Tensor | None, prefix: Tensor | None,
         prefix_mask: Tensor | None, cache: Cache | None,
     ) -> Tensor | None:  # fmt: skip
-        # (B, null + prefix + tokens), or None where every key is seen
+        # (B, null + prefix + tokens), or None if every key is seen
         front = 0 if prefix is None else prefix.shape[1]
         if mask is None and (prefix is None or prefix_mask is None):
             return None
@@ -347,6 +346,6 @@ class Transformer(nn.Module):
 
 
 def front_length(transformer: Transformer, context: Tensor | None) -> int:
-    """Keys that stand before the tokens: null keys and the prefix."""
+    """Number of keys before the tokens: null keys and the prefix."""
     prefix = transformer.cond_as_self_attn_prefix and context is not None
     return transformer.num_null_kv + (context.shape[1] if prefix and context is not None else 0)

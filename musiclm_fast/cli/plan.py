@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from musiclm_fast import cost
     from musiclm_fast._checks import check_positive, check_positive_int, fail
+    from musiclm_fast._tables import aligned
     from musiclm_fast.models.front_end import resolve_front_end
 
     check_positive("seconds", args.seconds)
@@ -110,18 +111,19 @@ def run(args: argparse.Namespace) -> int:
     at = step.with_batch(shown)
     memory = cost.memory(at, values)
     print(f"\nat {plural(shown, 'pair')}")
-    for name, value in (
-        ("weights", memory.weights),
-        ("optimizer", memory.optimizer),
-        ("forward and backward", memory.forward_backward),
-        ("CUDA and workspaces", RESERVED),
-        ("between tensors", (memory.total / USABLE) - memory.total),
-    ):
-        print(f"  {name:<24}{value / 1e9:8.2f} GB")
+    parts = {
+        "weights": memory.weights,
+        "optimizer": memory.optimizer,
+        "forward and backward": memory.forward_backward,
+        "CUDA and workspaces": RESERVED,
+        "between tensors": (memory.total / USABLE) - memory.total,
+    }
+    rows = [(f"  {name}", f"{value / 1e9:.2f}", "GB") for name, value in parts.items()]
     ops = cost.step_ops(at)
     operations = sum(op.operations for op in ops)
-    print(f"  {'operations of a step':<24}{operations / 1e12:8.2f} TFLOP")
+    rows.append(("  operations of a step", f"{operations / 1e12:.2f}", "TFLOP"))
     for device in cost.DEVICES.values():
         seconds = cost.seconds(ops, device, args.precision)
-        print(f"  {'at least, on ' + device.name:<24}{1e3 * seconds:8.1f} ms a step")
+        rows.append((f"  at least, on {device.name}", f"{1e3 * seconds:.1f}", "ms a step"))
+    print(aligned([(name, f"{value} {unit:<9}") for name, value, unit in rows]))
     return 0

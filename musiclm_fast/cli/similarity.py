@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from musiclm_fast._tables import aligned
 from musiclm_fast._wording import plural
 from musiclm_fast.cli._common import DEFAULT_CHECKPOINT
 
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     count = plural(len(windows), "window")
     print(f"{args.file}: {sound.describe()}; {count} of {seconds:g} s")
-    width = max(len(text) for text in args.text)
-    for text, value in zip(args.text, similarities, strict=True):
-        print(f"  {text:<{width}}  {value:+.3f}")
+    rows = zip(args.text, similarities, strict=True)
+    print(aligned([(f"  {text}", f"{value:+.3f}") for text, value in rows]))
     return 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,20 +38,18 @@ def collate(rows: Sequence[Any]) -> dict[str, Any]:
         if any(row.skipped for row in rows):
             sounds["skipped"] = [skip for row in rows for skip in row.skipped]
         return sounds
-    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
     batch: dict[str, Any] = {}
-    for column in zip(*rows, strict=True):
+    for column in _columns(rows):
         value: Any
-        if all(isinstance(item, str) for item in column):
+        if _are_texts(column):
             name, value = "raw_texts", list(column)
-        elif all(isinstance(t, Tensor) and t.is_floating_point() for t in column):
+        elif _are_floating(column):
             shortest = min(len(t) for t in column)
             name, value = "wavs", torch.stack([t[:shortest] for t in column])
         elif all(isinstance(t, Tensor) and t.ndim == 1 for t in column):
             name, value = "texts", pad_sequence([t.long() for t in column], batch_first=True)
         else:
-            kinds = " or ".join(sorted({describe(item) for item in column}))
-            fail("dataset", kinds, "clips (floating), texts (str) or token ids", TypeError)
+            _refuse(column, "clips (floating), texts (str) or token ids")
         if name in batch:
             fail("dataset", f"two elements per row that are {name}", "one clip and one text")
         batch[name] = value
@@ -67,21 +65,38 @@ def collate_fields(rows: Sequence[Any], waves: Sequence[str]) -> dict[str, Any]:
     Raises:
         TypeError: an element is none of these, or there are too many.
     """
-    rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
     names = iter(waves)
     batch: dict[str, Any] = {}
-    for column in zip(*rows, strict=True):
+    for column in _columns(rows):
         name: str | None = None
         value: Any = None
-        if all(isinstance(item, str) for item in column):
+        if _are_texts(column):
             name, value = "text", list(column)
-        elif all(isinstance(t, Tensor) and t.is_floating_point() for t in column):
-            if column[0].ndim == 1:
-                name, value = next(names, None), pad_sequence(list(column), batch_first=True)
-            elif column[0].ndim == 2:
-                name, value = "text_embeds", torch.stack(column)
+        elif _are_floating(column) and column[0].ndim == 1:
+            name, value = next(names, None), pad_sequence(list(column), batch_first=True)
+        elif _are_floating(column) and column[0].ndim == 2:
+            name, value = "text_embeds", torch.stack(list(column))
         if name is None or name in batch:
-            kinds = " or ".join(sorted({describe(item) for item in column}))
-            fail("dataset", kinds, f"{', '.join(waves)} (samples,), a text, text_embeds", TypeError)
+            _refuse(column, f"{', '.join(waves)} (samples,), a text, text_embeds")
         batch[name] = value
     return batch
+
+
+def _columns(rows: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    # The first elements of all rows, the second ones, ...; a row may be an element alone.
+    yield from zip(
+        *(row if isinstance(row, (tuple, list)) else (row,) for row in rows), strict=True
+    )
+
+
+def _are_texts(column: Sequence[Any]) -> bool:
+    return all(isinstance(item, str) for item in column)
+
+
+def _are_floating(column: Sequence[Any]) -> bool:
+    return all(isinstance(item, Tensor) and item.is_floating_point() for item in column)
+
+
+def _refuse(column: Sequence[Any], allowed: str) -> NoReturn:
+    kinds = " or ".join(sorted({describe(item) for item in column}))
+    fail("dataset", kinds, allowed, TypeError)

@@ -41,7 +41,6 @@ class _Conversions(Dataset[Any]):
         path = self.folder / name
         try:
             if not _is_there(path, self.sounds.sample_hz):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 _write_wav(path, self.sounds, index)
         except (UnreadableSoundError, OSError) as error:
             return error
@@ -71,13 +70,8 @@ def _write_wav(path: Path, sounds: CaptionedSounds, index: int) -> None:
     wav = sounds.whole(index).wav.clamp(-1, 1).numpy()  # resampling overshoots a little
     content = io.BytesIO()
     soundfile.write(content, wav, sounds.sample_hz, format="WAV", subtype="PCM_16")
-    part = path.with_suffix(".part")
-    try:
-        part.write_bytes(content.getbuffer())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_file(path, durable=False) as file:
+        file.write(content.getbuffer())
 
 
 def convert_data(

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from musiclm_fast._wording import plural
+
 Key = tuple[int, int]  # row of the dataset and its position in the order of all draws
 
 
@@ -114,6 +116,26 @@ class SeededRows(Dataset[Any]):
         np.random.seed(seed % 2**32)  # noqa: NPY002 - what a dataset that knows no Generator uses
         random.seed(seed)
         return dataset[index]
+
+
+class FixedRows(Dataset[Any]):
+    """The rows of a dataset by index, the same each time, whatever it draws.
+
+    Args:
+        dataset: the rows.
+        seed: of all draws.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.rows = SeededRows(dataset, seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, expected one of {plural(len(self), 'row')}")
+        return self.rows[index, index]
 
 
 @contextlib.contextmanager

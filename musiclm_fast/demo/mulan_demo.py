@@ -14,6 +14,7 @@ import torch
 
 from musiclm_fast._files import atomic_file
 from musiclm_fast._optional import require
+from musiclm_fast._tables import aligned
 from musiclm_fast._wording import plural
 from musiclm_fast.demo.mulan_run import (
     MODEL_FILE,
@@ -34,15 +35,13 @@ EXAMPLE_PROGRAMS = (0, 24, 56)  # grand piano, nylon string guitar, trumpet
 def results_table(accuracy: dict[str, dict[int, float]], data: Notes, config: DemoConfig) -> str:
     """The accuracies as a table, with chance and the number of clips."""
     pitches = {k: len(np.unique(data.notes.pitch[v])) for k, v in data.parts.items()}
-    lines = [
-        f"{'zero-shot, ' + str(config.instruments) + ' instruments':<28}"
-        f"{'pitches':>8}{'clips':>8}{'top-1':>8}{'top-5':>8}"
-    ]
+    title = f"zero-shot, {plural(config.instruments, 'instrument')}"
+    rows: list[tuple[str, ...]] = [(title, "pitches", "clips", "top-1", "top-5")]
     for name, by_k in accuracy.items():
-        cells = "".join(f"{by_k[k]:>8.1%}" if k in by_k else f"{'':>8}" for k in (1, 5))
-        lines.append(f"{name:<28}{pitches[name]:>8}{len(data.parts[name]):>8}{cells}")
-    chance = "".join(f"{min(1, k / config.instruments):>8.1%}" for k in (1, 5))
-    return "\n".join([*lines, f"{'chance':<28}{'':>16}{chance}"])
+        shares = (f"{by_k[k]:.1%}" if k in by_k else "" for k in (1, 5))
+        rows.append((name, str(pitches[name]), str(len(data.parts[name])), *shares))
+    chance = (f"{min(1, k / config.instruments):.1%}" for k in (1, 5))
+    return aligned([*rows, ("chance", "", "", *chance)])
 
 
 def run_demo(

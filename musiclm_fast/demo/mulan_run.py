@@ -144,7 +144,7 @@ class DemoConfig:
         return RunOptions(
             OptimizerConfig(
                 "adamw", self.learning_rate, (0.9, 0.98), weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
+                decay_all_matrices=True, max_grad_norm=self.max_grad_norm,
             ),
             ScheduleConfig("cosine", self.warmup_steps, final=0.02),
             MuLaNTrainingConfig(

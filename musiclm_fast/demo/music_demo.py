@@ -48,7 +48,7 @@ def _scores(ranks: Tensor, distances: Tensor) -> dict[str, float]:
 def classifier_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
     """The classifier's results as text, with chance."""
     lines = [
-        f"{f'classified among {instruments} instruments':<42}{'clips':>6}{'top-1':>8}"
+        f"{'classified among ' + plural(instruments, 'instrument'):<42}{'clips':>6}{'top-1':>8}"
         f"{'top-5':>8}{'nearest training clip':>24}"
     ]
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import check_positive, check_positive_int, fail
+from musiclm_fast._files import atomic_file
 
 RENDER_VERSION = 1  # part of the cache key: raise it when rendered samples change
 
@@ -219,13 +219,5 @@ def _read_cache(path: Path) -> NoteSet | None:
 
 
 def _write_cache(path: Path, notes: NoteSet) -> None:
-    """Write next to ``path`` and move it there, so a reader never sees an incomplete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".npz.tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **vars(notes))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path, durable=False) as file:
+        np.savez(file, **vars(notes))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from musiclm_fast._checks import check_dtype, check_ndim, check_positive_int, check_shape, fail
 from musiclm_fast._wording import plural
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.nn.modes import evaluation_mode
 
 
 def collapsed_loss(batch_size: int, decoupled: bool = True) -> float:
@@ -111,12 +112,8 @@ def embed_clips(
 
 
 def _embed(mulan: MuLaN, starts: Iterable[int], embed: Callable[[int], Tensor]) -> Tensor:
-    training = mulan.training
-    mulan.eval()
-    try:
+    with evaluation_mode(mulan):
         return torch.cat([embed(start) for start in starts])
-    finally:
-        mulan.train(training)
 
 
 def label_latents(mulan: MuLaN, prompts: Sequence[Sequence[str]]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from musiclm_fast._tables import aligned
 from musiclm_fast._wording import plural
 from musiclm_fast.evaluation.metrics import Retrieval, Spread
 
@@ -109,7 +110,7 @@ class Report:
             recall = [f"{found.recall[k]:.1%}" for k in _KS]
             rank = f"{found.median_rank:g} of {found.candidates:,}"
             rows.append([title, *recall, rank, f"{found.mean_average_precision:.3f}"])
-        lines += _aligned(rows)
+        lines.append(aligned(rows))
         if self.labels is not None:
             own, chance = self.labels, 1 / len(self.labels.roc_auc)
             over = f"{plural(len(own.roc_auc), 'label')}, {plural(own.sounds, 'sound')}"
@@ -139,8 +140,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _without_nan(own) for key, own in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]

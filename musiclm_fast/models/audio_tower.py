@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_fast._checks import (
-    check_dtype,
     check_finite,
-    check_floating,
-    check_ndim,
     check_positive_int,
     check_probability,
-    check_shape,
     describe,
     fail,
+    is_readable,
 )
 from musiclm_fast._wording import plural
-from musiclm_fast.audio.batching import as_batch, similar_lengths
+from musiclm_fast.audio.batching import similar_lengths
 from musiclm_fast.models.arguments import record_arguments
+from musiclm_fast.models.draws import AudioDraws, draw_kept, own_patches, own_patches_kept
 from musiclm_fast.models.front_end import (
     FrontEnd,
+    GivenSpectrogram,
     PhaseAdvance,
     Spectrogram,
     draw_masks,
@@ -34,7 +33,6 @@ from musiclm_fast.models.front_end import (
 )
 from musiclm_fast.nn.transformer import LayerNorm, OffsetBias, Transformer
 from musiclm_fast.ops import grid_codes, grid_offsets
-from musiclm_fast.ops.spectrogram.reference import span_mask
 
 _UPSTREAM = FrontEnd()
 
@@ -157,6 +155,8 @@ class AudioSpectrogramTransformer(nn.Module):
             nn.Identity(), nn.LayerNorm(patch_dim), nn.Linear(patch_dim, dim), nn.LayerNorm(dim)
         )
         self.spec = Spectrogram(self.front_end)
+        if accept_spec:
+            self.spec = GivenSpectrogram(self.front_end, accept_spec_time_first)
         self.aug = nn.ModuleList([PhaseAdvance(spec_aug_stretch_factor)])
         self.transformer = Transformer(
             dim=dim, depth=depth, dim_head=dim_head, heads=heads, attn_dropout=attn_dropout,
@@ -177,6 +177,7 @@ class AudioSpectrogramTransformer(nn.Module):
         *,
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
+        draws: AudioDraws | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Embed clips.
 
@@ -189,11 +190,12 @@ class AudioSpectrogramTransformer(nn.Module):
             x: waveforms ``(B, samples)`` or a list of clips ``(samples,)``, or spectrograms
                 ``(B, time, frequency)`` where the tower accepts those (``(B, frequency, time)``
                 without ``accept_spec_time_first``).
-            force_no_patch_dropout: keep all patches in training too.
+            force_no_patch_dropout: keep all patches in training too; draws go before it.
             return_all_layers: also return the outputs of all blocks but the last.
             lengths: ``(B,)`` integer samples (frames of a spectrogram) of each clip; None where
                 all fill the batch.
             input_sample_hz: rate of the waveforms in Hz, if it is not the front end's.
+            draws: what :meth:`draw` made for these clips, in place of new draws.
 
         Returns:
             ``(B, dim)``; with ``return_all_layers`` also ``(depth - 1, B, patches, dim)``, whose
@@ -204,41 +206,22 @@ class AudioSpectrogramTransformer(nn.Module):
         Raises:
             ValueError, TypeError: wrong shape or dtype, an empty batch, NaN or infinite samples
                 (checked on CPU tensors), a clip shorter than one patch, a rate to change where
-                the front end has none.
+                the front end has none, draws of other clips.
             ImportError: soxr, which changes the rate, is not installed.
         """
-        if isinstance(x, Tensor):
-            self._check_input(x)
-        if not self.accept_spec:
-            to_hz = self.front_end.sample_hz
-            x, lengths = as_batch(x, lengths, from_hz=input_sample_hz, to_hz=to_hz)
-        elif input_sample_hz is not None:
-            fail("input_sample_hz", input_sample_hz, "None: the input is a spectrogram")
-        elif not isinstance(x, Tensor):
-            fail("x", "a list", "a spectrogram batch: lists are for waveforms")
-        self._check_input(x)
-        own_frames = self._own_frames(x, lengths)
-        stretch, masks = self._draw_augmentation(x, own_frames)
-        drops = self.training and not force_no_patch_dropout
-
-        def run(rows: Tensor | None, size: int) -> Embedded:
-            def part(t: Tensor | None) -> Tensor | None:
-                return t if rows is None or t is None or t.shape[0] == 1 else t[rows.to(t.device)]
-
-            spec = self._spectrogram(
-                self._cut(cast(Tensor, part(x)), size), (part(masks[0]), part(masks[1])),
-                part(lengths), part(own_frames), part(stretch),
-            )  # fmt: skip
-            return self._embed(spec, part(own_frames), drops, return_all_layers)
-
-        longest = self._samples(x)
-        groups = self._groups(lengths, own_frames)
-        if len(groups) <= 1:
-            result = run(None, longest)
+        x, lengths = self._clips(x, lengths, input_sample_hz)
+        groups = self._groups(lengths)
+        if draws is None:
+            draws = self._draw(x, lengths, groups, force_no_patch_dropout)
         else:
-            assert lengths is not None
-            sizes = lengths.tolist()
-            parts = [run(torch.tensor(g), max(sizes[clip] for clip in g)) for g in groups]
+            draws.check(x.shape[0], self._grid(x), x.device)
+        if lengths is None or not groups:
+            result = self._embed(x, lengths, draws, return_all_layers)
+        else:
+            parts = [
+                self._embed(x[rows], lengths[rows], draws.rows(rows), return_all_layers)
+                for rows in groups
+            ]
             result = _reunited(parts, groups)
         if not return_all_layers:
             return result.out
@@ -247,172 +230,129 @@ class AudioSpectrogramTransformer(nn.Module):
             return result.out, result.layers
         return result.out, result.layers, result.tokens
 
-    def _check_input(self, x: Tensor) -> None:
-        if self.accept_spec:
-            order = "time, frequency" if self.accept_spec_time_first else "frequency, time"
-            check_ndim("x", x, 3, f"(B, {order})")
-        else:
-            check_ndim("x", x, 2, "(B, samples): mono; mix stereo down first")
-        check_floating("x", x)
-        if x.shape[0] == 0:
-            fail("x", "an empty batch", "at least one clip")
+    def draw(
+        self,
+        x: Tensor | Sequence[Tensor],
+        force_no_patch_dropout: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        input_sample_hz: int | None = None,
+    ) -> AudioDraws:
+        """Make the draws that forward would make for these clips; none in evaluation mode.
+
+        Arguments and errors are forward's.
+        """
+        x, lengths = self._clips(x, lengths, input_sample_hz)
+        return self._draw(x, lengths, self._groups(lengths), force_no_patch_dropout)
+
+    def as_batch(
+        self,
+        x: Tensor | Sequence[Tensor],
+        lengths: Tensor | None = None,
+        *,
+        input_sample_hz: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check clips and make one padded batch of them, at the front end's rate.
+
+        Arguments and errors are forward's.
+
+        Returns:
+            ``(B, samples)`` (a spectrogram as it came), and lengths ``(B,)`` int64 or None.
+        """
+        return self.spec.as_batch(x, lengths, input_sample_hz)
 
     @property
     def shortest_clip(self) -> int:
-        """Samples of the shortest waveform that makes a patch."""
+        """Samples of the shortest waveform that makes a patch; frames, of a spectrogram."""
         return self.spec.samples(self.patch_size[1])
 
-    def _time_axis(self) -> int:
-        return 1 if not self.accept_spec or self.accept_spec_time_first else 2
-
-    def _samples(self, x: Tensor) -> int:
-        return x.shape[self._time_axis()]
-
-    def _cut(self, x: Tensor, size: int) -> Tensor:
-        return x.narrow(self._time_axis(), 0, size)
-
-    def _frames(self, samples: int) -> int:
-        return samples if self.accept_spec else self.spec.frames(samples)
-
-    def _own_frames(self, x: Tensor, lengths: Tensor | None) -> Tensor | None:
-        # frames of each clip, (B,) int64 where the lengths lie; None where all fill the batch
-        samples = self._samples(x)
-        frames = self._frames(samples)
-        bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
+    def _clips(
+        self, x: Tensor | Sequence[Tensor], lengths: Tensor | None, input_sample_hz: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # a checked batch, time last, of clips that make a patch at least
+        x, lengths = self.spec.as_batch(x, lengths, input_sample_hz)
+        x = self.spec.time_last(x)
         tall, wide = self.patch_size
+        least = self.spec.samples(wide)
         needed = f"at least one patch of {plural(tall, 'band')} and {plural(wide, 'frame')}"
         if not self.accept_spec:
-            needed += f" ({plural(self.shortest_clip, 'sample')})"
-        if bands < tall or frames < wide:
-            found = f"{describe(x)}, {plural(bands, 'band')} and {plural(frames, 'frame')}"
-            fail("x", found, needed)
-        if lengths is None:
-            check_finite("x", x)
-            return None
-        check_shape("lengths", lengths, (x.shape[0],), "(B,)")
-        check_dtype("lengths", lengths, (torch.int64, torch.int32))
-        own = lengths.long() if self.accept_spec else self.spec.own_frames(lengths.long())
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            for clip, (length, own_frames) in enumerate(
-                zip(lengths.tolist(), own.tolist(), strict=True)
-            ):
-                if length > samples:
-                    fail("lengths", f"{length} of clip {clip}", f"at most the {samples} of x")
-                if own_frames < wide:
-                    fail(
-                        "lengths", f"{length} of clip {clip}, {plural(own_frames, 'frame')}", needed
-                    )
-        if lengths.device.type == "cpu":
-            check_finite("x", x, lengths, self._time_axis())
-        return own
+            needed += f" ({plural(least, 'sample')})"
+        bands, samples = self.spec.bands(x), x.shape[-1]
+        if bands < tall or samples < least:
+            frames = plural(self.spec.frames(samples), "frame")
+            found = f"a spectrogram of {plural(bands, 'band')} and {frames}"
+            fail("x", f"{describe(x)}, {found}", needed)
+        if lengths is not None and is_readable(lengths):
+            for clip, length in enumerate(lengths.tolist()):
+                if length < least:
+                    frames = plural(self.spec.frames(length), "frame")
+                    fail("lengths", f"{length} of clip {clip}, {frames}", needed)
+        check_finite("x", x, lengths, time_axis=-1)
+        return x, lengths
 
-    def _draw_augmentation(
-        self, x: Tensor, own_frames: Tensor | None
-    ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
-        # speeds (B,), and spans of masked bands and frames
+    def _groups(self, lengths: Tensor | None) -> list[Tensor]:
+        # rows of the clips that run together; none where they all do
+        if lengths is None or not is_readable(lengths):
+            return []
+        groups = similar_lengths(self._columns(lengths).tolist(), _SPREAD)
+        return [torch.tensor(group) for group in groups] if len(groups) > 1 else []
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        # rows and columns of patches of a batch, time last
+        bands, frames = self.spec.bands(x), self.spec.frames(x.shape[-1])
+        return bands // self.patch_size[0], frames // self.patch_size[1]
+
+    def _columns(self, lengths: Tensor, most: int | None = None) -> Tensor:
+        # columns of patches of each clip; the clamp is for lengths on a GPU, which are not checked
+        return (self.spec.own_frames(lengths) // self.patch_size[1]).clamp(1, most)
+
+    def _draw(
+        self, x: Tensor, lengths: Tensor | None, groups: list[Tensor], keep_all: bool
+    ) -> AudioDraws:
+        grid, batch, device = self._grid(x), x.shape[0], x.device
         if not self.training:
-            return None, (None, None)
-        frames = self._frames(self._samples(x))
-        bands = self.front_end.bands if not self.accept_spec else x.shape[3 - self._time_axis()]
-        own = None if own_frames is None else own_frames.to(x.device)
-        masks = draw_masks(self.front_end, bands, frames, x.shape[0], x.device, own)
-        stretch = None
-        if not self.accept_spec:
-            stretch = draw_stretch(self.front_end, x.shape[0], x.device)
-        return stretch, masks
-
-    def _groups(self, lengths: Tensor | None, own_frames: Tensor | None) -> list[list[int]]:
-        # clips that run together; none where they all do
-        if lengths is None or own_frames is None or lengths.device.type != "cpu":
-            return []
-        if torch.compiler.is_compiling():
-            return []
-        columns = (own_frames // self.patch_size[1]).tolist()
-        return similar_lengths(columns, _SPREAD)
-
-    def _spectrogram(
-        self,
-        x: Tensor,
-        masks: tuple[Tensor | None, Tensor | None] = (None, None),
-        lengths: Tensor | None = None,
-        own_frames: Tensor | None = None,
-        stretch: Tensor | None = None,
-    ) -> Tensor:
-        # (B, samples) or a spectrogram -> (B, F, T), masked, cropped to whole patches
-        weight_dtype = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight).dtype
-        if x.dtype != torch.float64 or weight_dtype != torch.float64:
-            x = x.float()
-        crop = self.patch_size
-        if not self.accept_spec:
-            own = None if lengths is None else lengths.to(x.device)
-            spec = self.spec(x, masks, crop, own, stretch, check_finite=False)
-            return spec.to(weight_dtype)
-        spec = x.transpose(1, 2) if self.accept_spec_time_first else x
-        bands, frames = spec.shape[1:]
-        if masks[0] is not None:
-            spec = spec.masked_fill(span_mask(masks[0], bands).any(1)[:, :, None], 0.0)
-        if masks[1] is not None:
-            spec = spec.masked_fill(span_mask(masks[1], frames).any(1)[:, None, :], 0.0)
-        if own_frames is not None:
-            inside = torch.arange(frames, device=x.device) < own_frames.to(x.device)[:, None]
-            spec = spec.masked_fill(~inside[:, None, :], 0.0)
-        spec = spec[:, : bands // crop[0] * crop[0], : frames // crop[1] * crop[1]]
-        return spec.to(weight_dtype)
+            return AudioDraws(grid)
+        size = self.spec.bands(x), self.spec.frames(x.shape[-1])
+        own = None if lengths is None else self.spec.own_frames(lengths).to(device)
+        freq, time = draw_masks(self.front_end, *size, batch, device, own)
+        stretch = None if self.accept_spec else draw_stretch(self.front_end, batch, device)
+        share = 1 - self.patch_dropout_prob
+        if keep_all or share == 1.0:
+            return AudioDraws(grid, stretch, freq, time)
+        columns = None if lengths is None else self._columns(lengths, grid[1])
+        kept = draw_kept(batch, grid, share, device, columns, groups)
+        return AudioDraws(grid, stretch, freq, time, kept, share)
 
     def _embed(
-        self, spec: Tensor, own_frames: Tensor | None, drops: bool, return_all_layers: bool
+        self, x: Tensor, lengths: Tensor | None, draws: AudioDraws, return_all_layers: bool
     ) -> Embedded:
-        # spec (B, F, T), of which own_frames (B,) frames are a clip's own
-        batch, bands, frames = spec.shape
-        height, width = bands // self.patch_size[0], frames // self.patch_size[1]
-        kept, tokens_of = self._draw_kept(batch, height, width, own_frames, spec.device, drops)
-        tokens, codes = self._embed_patches(spec, height, width, kept)
+        if lengths is not None and is_readable(lengths):
+            x = x[..., : int(lengths.max())]
+        height, width = grid = self._grid(x)
+        dtype = cast(Tensor, self.dynamic_pos_bias_mlp[0].weight).dtype
+        if x.dtype != torch.float64 or dtype != torch.float64:
+            x = x.float()
+        masks = draws.freq_mask, draws.time_mask
+        lengths = None if lengths is None else lengths.to(x.device)
+        spec = self.spec(x, masks, self.patch_size, lengths, draws.stretch, check_finite=False)
+        kept, own = draws.kept_within(width), None  # patches that take part, and how many
+        if lengths is not None:
+            columns = self._columns(lengths, width)
+            kept = own_patches(columns, grid) if kept is None else kept
+            own = own_patches_kept(columns, grid, draws.share).int()
+        # Select before embedding: dropped patches cost nothing.
+        tokens, codes = self._embed_patches(spec.to(dtype), height, width, kept)
         bias = OffsetBias(self._bias_table(height, width), codes, codes)
         tokens, layers = self.transformer(
-            tokens, bias=bias, lengths=tokens_of, return_all_layers=return_all_layers
+            tokens, bias=bias, lengths=own, return_all_layers=return_all_layers
         )
-        if tokens_of is None:
+        if own is None:
             return Embedded(self.norm(tokens.mean(dim=1)), layers, None)
-        beyond = torch.arange(tokens.shape[1], device=spec.device) >= tokens_of[:, None]  # (B, n)
+        beyond = torch.arange(tokens.shape[1], device=x.device) >= own[:, None]  # (B, n)
         total = tokens.masked_fill(beyond[:, :, None], 0.0).sum(dim=1)
         if layers is not None:
             layers = layers.masked_fill(beyond[None, :, :, None], 0.0)
-        return Embedded(self.norm(total / tokens_of[:, None]), layers, tokens_of)
-
-    def _draw_kept(
-        self,
-        batch: int,
-        height: int,
-        width: int,
-        own_frames: Tensor | None,
-        device: torch.device,
-        drops: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        # Patches that take part, (B, kept) int64 of the grid's row-major order, and how many of
-        # each row they are, (B,) int32; None for all. Each row rises: neighbours in the grid stay
-        # neighbours, and neither attention nor the mean sees the order.
-        patches = height * width
-        share = 1 - self.patch_dropout_prob if drops else 1.0
-        keep = max(1, int(patches * share))
-        scores = None
-        if share < 1.0:
-            scores = torch.randn(batch, patches, device=device)
-        if own_frames is None:
-            if scores is None:
-                return None, None
-            return scores.topk(keep, dim=-1).indices.sort(dim=-1).values, None
-        columns = (own_frames.to(device) // self.patch_size[1]).clamp(1, width)  # (B,)
-        place = torch.arange(patches, device=device)
-        own = place % width < columns[:, None]  # (B, patches)
-        count = (columns * height * share).long().clamp(min=1)
-        if scores is not None:
-            drawn = scores.masked_fill(~own, -torch.inf).topk(keep, dim=-1).indices
-            ranked = torch.arange(keep, device=device) < count[:, None]
-            chosen = torch.where(ranked, drawn, patches)
-        else:
-            chosen = torch.where(own, place, patches)
-        # what is not a clip's own goes to the end and shows the last patch, which is never read
-        return chosen.sort(dim=-1).values.clamp(max=patches - 1), count.int()
+        return Embedded(self.norm(total / own[:, None]), layers, own)
 
     def _embed_patches(
         self, spec: Tensor, height: int, width: int, kept: Tensor | None
@@ -424,7 +364,6 @@ class AudioSpectrogramTransformer(nn.Module):
         codes = grid_codes(height, width, spec.device)
         position = posemb_sincos_2d(height, width, self.dim, spec.device).to(spec.dtype)
         if kept is not None:
-            # Select before embedding: dropped patches cost nothing.
             patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[-1]))
             codes, position = codes[kept], position[kept]
         return self.to_patch_tokens(patches) + position, codes
@@ -447,10 +386,9 @@ class Embedded:
     tokens: Tensor | None
 
 
-def _reunited(parts: list[Embedded], groups: list[list[int]]) -> Embedded:
+def _reunited(parts: list[Embedded], groups: list[Tensor]) -> Embedded:
     # groups of clips back in the batch's order, layers padded with zeros
-    order = torch.tensor([clip for group in groups for clip in group])
-    back = order.argsort().to(parts[0].out.device)
+    back = torch.cat(groups).argsort().to(parts[0].out.device)
     out = torch.cat([part.out for part in parts])[back]
     tokens = torch.cat([cast(Tensor, part.tokens) for part in parts])[back]
     if parts[0].layers is None:

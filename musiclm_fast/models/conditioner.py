@@ -1,4 +1,4 @@
-"""The base class by which audiolm-pytorch recognises an audio conditioner."""
+"""The base class that audiolm-pytorch requires of an audio conditioner."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _NAME = "audiolm_pytorch.utils"
 
 
 def audio_conditioner_base() -> type[nn.Module]:
-    """audiolm-pytorch's ``AudioConditionerBase`` if that package is installed, else a stand-in.
+    """audiolm-pytorch's ``AudioConditionerBase`` if that package is installed, else ``nn.Module``.
 
-    audiolm-pytorch checks ``isinstance(conditioner, AudioConditionerBase)``, and importing the
-    package runs all of its imports, fairseq's included. The class is defined in a file that
-    needs only torch, so that file is loaded by path under its module name. A later import of the
-    package finds it, and both sides use the same class, in either order of imports.
+    audiolm-pytorch checks ``isinstance(conditioner, AudioConditionerBase)``, but importing the
+    package also imports fairseq. The class is defined in a file that needs only torch, so this
+    function loads that file by path under its module name. A later import of the package finds the
+    module there, so both packages use the same class in either order of import.
     """
     if _NAME not in sys.modules:
         try:

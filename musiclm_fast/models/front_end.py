@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from musiclm_fast._checks import (
     check_choice,
+    check_ndim,
     check_not_negative_int,
     check_positive,
     check_positive_int,
     fail,
 )
+from musiclm_fast.audio.batching import as_batch, check_padded
 from musiclm_fast.ops import mel_filters, spectrogram
 from musiclm_fast.ops.spectrogram.op import PAD_MODES, shortest_clip
-from musiclm_fast.ops.spectrogram.reference import check_mel_edges, num_frames
+from musiclm_fast.ops.spectrogram.reference import check_mel_edges, num_frames, span_mask
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,24 @@ class Spectrogram(nn.Module):
             )
         self.register_buffer("mel", mel, persistent=False)
 
+    def as_batch(
+        self, x: Tensor | Sequence[Tensor], lengths: Tensor | None, input_sample_hz: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One padded batch at the front end's rate, see :func:`musiclm_fast.audio.batching`."""
+        return as_batch(x, lengths, from_hz=input_sample_hz, to_hz=self.config.sample_hz)
+
+    def time_last(self, x: Tensor) -> Tensor:
+        """A batch as forward takes it: time is the last axis."""
+        return x
+
+    def bands(self, x: Tensor) -> int:
+        """Bands of the spectrogram of ``x``."""
+        return self.config.bands
+
     def frames(self, samples: int) -> int:
         """Frames of a clip of ``samples`` samples."""
         c = self.config
-        return num_frames(samples, c.n_fft, self.hop_length, c.pad, c.center)
+        return max(0, num_frames(samples, c.n_fft, self.hop_length, c.pad, c.center))
 
     def samples(self, frames: int) -> int:
         """Samples of the shortest clip of ``frames`` frames."""
@@ -188,6 +205,62 @@ class Spectrogram(nn.Module):
             time_mask=masks[1], crop=crop, lengths=lengths, stretch_rate=stretch_rate,
             check_finite=check_finite,
         )  # fmt: skip
+
+
+class GivenSpectrogram(Spectrogram):
+    """In place of :class:`Spectrogram` where the input is one; a frame is its sample."""
+
+    def __init__(self, config: FrontEnd, time_first: bool) -> None:
+        super().__init__(config)
+        self.time_first = time_first
+
+    def as_batch(
+        self, x: Tensor | Sequence[Tensor], lengths: Tensor | None, input_sample_hz: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The checked batch as it came; lengths are int64."""
+        if input_sample_hz is not None:
+            fail("input_sample_hz", input_sample_hz, "None: the input is a spectrogram")
+        if not isinstance(x, Tensor):
+            fail("x", "a list", "a spectrogram batch: lists are for waveforms")
+        order = "time, frequency" if self.time_first else "frequency, time"
+        check_ndim("x", x, 3, f"(B, {order})")
+        check_padded("x", self.time_last(x), lengths)
+        return x, None if lengths is None else lengths.long()
+
+    def time_last(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.time_first else x
+
+    def bands(self, x: Tensor) -> int:
+        return x.shape[1]
+
+    def frames(self, samples: int) -> int:
+        return samples
+
+    def samples(self, frames: int) -> int:
+        return frames
+
+    def own_frames(self, lengths: Tensor) -> Tensor:
+        return lengths
+
+    def forward(
+        self,
+        x: Tensor,
+        masks: tuple[Tensor | None, Tensor | None] = (None, None),
+        crop: tuple[int, int] = (1, 1),
+        lengths: Tensor | None = None,
+        stretch_rate: Tensor | None = None,
+        check_finite: bool | None = None,
+    ) -> Tensor:
+        """Mask and crop ``x (B, F, T)``; nothing is stretched."""
+        for axis, spans in enumerate(masks, start=1):
+            if spans is not None:
+                masked = span_mask(spans, x.shape[axis]).any(1)  # (1 or B, F or T)
+                x = x.masked_fill(masked.unsqueeze(3 - axis), 0.0)
+        if lengths is not None:
+            beyond = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+            x = x.masked_fill(beyond[:, None], 0.0)
+        bands, frames = (size // by * by for size, by in zip(x.shape[1:], crop, strict=True))
+        return x[:, :bands, :frames]
 
 
 class PhaseAdvance(nn.Module):

@@ -24,6 +24,7 @@ from musiclm_fast._wording import plural
 from musiclm_fast.audio.reading import read_sound
 from musiclm_fast.audio.resampling import resample
 from musiclm_fast.models.arguments import record_arguments
+from musiclm_fast.models.draws import AudioDraws
 from musiclm_fast.models.losses import (
     MultiLayerContrastiveLoss,
     interspersed_indices,
@@ -31,6 +32,7 @@ from musiclm_fast.models.losses import (
 )
 from musiclm_fast.models.pretrained import Pretrained
 from musiclm_fast.models.towers import AudioTower, Tower
+from musiclm_fast.nn.modes import evaluation_mode
 
 
 class MuLaN(Pretrained, nn.Module):
@@ -109,6 +111,7 @@ class MuLaN(Pretrained, nn.Module):
         *,
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
+        audio_draws: AudioDraws | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -119,6 +122,7 @@ class MuLaN(Pretrained, nn.Module):
         *,
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
+        audio_draws: AudioDraws | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def get_audio_latents(
@@ -128,6 +132,7 @@ class MuLaN(Pretrained, nn.Module):
         *,
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
+        audio_draws: AudioDraws | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Embed clips.
 
@@ -138,12 +143,16 @@ class MuLaN(Pretrained, nn.Module):
             lengths: ``(B,)`` integer samples of each clip of a padded batch; the embedding of a
                 clip is that of the clip alone.
             input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
+            audio_draws: what the audio tower's ``draw`` made for these clips, in place of new
+                draws.
 
         Returns:
             Unit vectors ``(B, dim_latent)``; with ``return_all_layers`` also
             ``(depth - 1, B, patches, audio dim)``, zeros beyond a clip's own patches.
         """
-        latents, layers, _ = self._audio_latents(wavs, return_all_layers, lengths, input_sample_hz)
+        latents, layers, _ = self._audio_latents(
+            wavs, return_all_layers, lengths, input_sample_hz, audio_draws
+        )
         if layers is None:
             return latents
         return latents, layers
@@ -154,11 +163,15 @@ class MuLaN(Pretrained, nn.Module):
         return_all_layers: bool,
         lengths: Tensor | None,
         input_sample_hz: int | None,
+        audio_draws: AudioDraws | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # latents, layers if asked for, and each clip's patches where they differ
+        if audio_draws is not None and not hasattr(self.audio, "draw"):
+            fail("audio_draws", "draws", f"None: {type(self.audio).__name__} takes none")
         result = self.audio(
             wavs, return_all_layers=return_all_layers, lengths=lengths,
             input_sample_hz=input_sample_hz,
+            **({} if audio_draws is None else {"draws": audio_draws}),
         )  # fmt: skip
         embeds, *rest = result if return_all_layers else (result,)
         layers, tokens = (*rest, None, None)[:2]
@@ -217,17 +230,12 @@ class MuLaN(Pretrained, nn.Module):
         stride = max(1, round(stride_seconds * rate))
         last = len(wav) - window
         starts = [*range(0, last, stride), last]
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            total = wav.new_zeros(self.dim_latent, dtype=torch.float64)
+        total = wav.new_zeros(self.dim_latent, dtype=torch.float64)
+        with evaluation_mode(self):
             for begin in range(0, len(starts), batch_size):
                 some = starts[begin : begin + batch_size]
                 clips = torch.stack([wav[start : start + window] for start in some])
                 total += self.get_audio_latents(clips).double().sum(dim=0)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         return F.normalize(total, dim=0).to(self.audio_to_latents.weight.dtype)
 
     def _mono(
@@ -315,6 +323,7 @@ class MuLaN(Pretrained, nn.Module):
         lengths: Tensor | None = None,
         input_sample_hz: int | None = None,
         return_loss_latents: bool = False,
+        audio_draws: AudioDraws | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Contrastive loss of B pairs, or what one of the flags asks for.
 
@@ -331,6 +340,8 @@ class MuLaN(Pretrained, nn.Module):
             return_loss_latents: return what :meth:`loss_of_latents` takes: a tuple of latents, and
                 the losses' own parameters by name. All that the loss depends on is then in what
                 forward returns, as DistributedDataParallel and fully_shard want it.
+            audio_draws: what the audio tower's ``draw`` made for these clips, in place of new
+                draws.
 
         Raises:
             ValueError, TypeError: see the towers; batches of different sizes; both or none of
@@ -349,7 +360,7 @@ class MuLaN(Pretrained, nn.Module):
             return_latents or return_similarities or return_pairwise_similarities
         )
         audio, audio_layers, audio_tokens = self._audio_latents(
-            wavs, wants_layers, lengths, input_sample_hz
+            wavs, wants_layers, lengths, input_sample_hz, audio_draws
         )
         text_layers = None
         if wants_layers:

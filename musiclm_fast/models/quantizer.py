@@ -1,4 +1,4 @@
-"""Quantized MuLaN embeddings, which condition the stages of AudioLM."""
+"""Quantized MuLaN embeddings that condition the stages of AudioLM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from musiclm_fast.models.conditioner import AudioConditionerBase
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.nn.kmeans import kmeans
 
-_WINDOWS_AT_ONCE = 64  # through MuLaN, so that a long clip takes no more memory than a batch
+_WINDOWS_AT_ONCE = 64  # batch size of a long clip's windows; bounds the memory
 
 
 class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-type]
@@ -35,21 +35,22 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
     Source: MusicLM, https://arxiv.org/abs/2301.11325.
 
     Args:
-        mulan: a trained MuLaN, or any module with ``get_audio_latents(wavs)`` and
-            ``get_text_latents(texts=None, raw_texts=None)`` that give unit vectors
-            ``(B, dim_latent)``; where it has a ``sample_hz``, clips are resampled to it.
+        mulan: a trained MuLaN, or any module whose ``get_audio_latents(wavs)`` and
+            ``get_text_latents(texts=None, raw_texts=None)`` return unit vectors
+            ``(B, dim_latent)``. Clips are resampled to its ``sample_hz``, if it has one.
         conditioning_dims: width of the conditioning of each namespace.
-        rq_num_quantizers: number of residual codebooks. MusicLM's are 12 x 1024: :meth:`paper`.
+        rq_num_quantizers: number of residual codebooks; see :meth:`paper` for MusicLM's sizes.
         rq_ema_decay: decay of the codebooks' moving averages.
         codebook_size: entries of a codebook.
-        namespaces: one name per stage that is conditioned.
-        window_seconds: longer clips are embedded in windows of this length, and the mean counts;
-            None embeds a clip as a whole. MusicLM's are 10 s. It needs a MuLaN that knows its rate.
-        window_stride_seconds: from one window to the next.
-        dim_latent: width of the joint embedding, where mulan has no such attribute.
+        namespaces: one name per conditioned stage.
+        window_seconds: a longer clip is embedded as the mean over windows of this length, which
+            requires MuLaN's sample rate. None embeds a clip as a whole.
+        window_stride_seconds: distance between the starts of two windows.
+        dim_latent: width of the joint embedding, if mulan has no such attribute.
 
     Raises:
-        ValueError: mulan lacks a method or its width, or there is not one width per namespace.
+        ValueError: mulan lacks a method or its width, or the number of conditioning_dims is not
+            that of namespaces.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             num_quantizers=rq_num_quantizers,
             codebook_size=codebook_size,
             decay=rq_ema_decay,
-            commitment_weight=0,  # the codebooks learn by moving averages alone
+            commitment_weight=0,  # the codebooks learn from moving averages only
             kmeans_init=True,
             threshold_ema_dead_code=2,
             quantize_dropout=False,
@@ -96,8 +97,8 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         self.dim = dim_latent
         self.num_codebooks = rq_num_quantizers
         self.codebook_size = codebook_size
-        # Filled one by one: from a dict, ParameterDict would sort the names, and an optimizer's
-        # checkpoint knows parameters by their place only.
+        # ParameterDict sorts the names of a dict. An optimizer's checkpoint identifies parameters
+        # by their order, so add them one by one.
         self.cond_embeddings = nn.ParameterDict()
         for namespace, width in zip(namespaces, conditioning_dims, strict=True):
             # Drawn twice, as upstream does, so that the same seed gives the same weights.
@@ -105,6 +106,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             self.cond_embeddings[namespace] = nn.init.normal_(embeddings, std=0.02)
         self.set_default_namespace(self.namespaces[0])
         self._frozen = False
+        self._fingerprint: tuple[list[tuple[int, int, int]], str] | None = None
         self.window_seconds = window_seconds
         self.window_stride_seconds = window_stride_seconds
         if window_seconds is not None:
@@ -117,30 +119,29 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
     def paper(
         cls, mulan: MuLaN, conditioning_dims: Sequence[int], **kwargs: Any
     ) -> MuLaNEmbedQuantizer:
-        """MusicLM's quantizer: 12 codebooks of 1024, windows of 10 s every second."""
+        """MusicLM's quantizer: 12 codebooks of 1024 entries, windows of 10 s every second."""
         sizes = dict(rq_num_quantizers=12, codebook_size=1024, window_seconds=10.0)
         return cls(mulan, conditioning_dims, **{**sizes, **kwargs})
 
     @property
     def sample_hz(self) -> int | None:
-        """Rate in Hz of the clips it hears, None where the MuLaN does not know."""
+        """Sample rate of MuLaN's clips in Hz; None if it is unknown."""
         front_end = getattr(getattr(self.mulan, "audio", None), "front_end", None)
         rate = getattr(self.mulan, "sample_hz", getattr(front_end, "sample_hz", None))
         return None if rate is None else int(rate)
 
     @property
     def fitted(self) -> bool:
-        """Whether the codebooks hold anything: by :meth:`fit`, training or a checkpoint."""
+        """Whether the codebooks are initialized, by :meth:`fit`, training or a checkpoint."""
         return all(bool(layer._codebook.initted) for layer in self.rq.layers)
 
     def freeze(self) -> MuLaNEmbedQuantizer:
-        """Keep the codebooks as they are, in training too.
+        """Keep the codebooks fixed, in training mode too.
 
-        Otherwise they move with the batches that a stage is trained on, and stages that are
-        trained one after the other see different codes.
+        Otherwise training a stage updates them, so stages trained in sequence see different codes.
 
         Raises:
-            ValueError: there is nothing to keep yet.
+            ValueError: the quantizer is not fitted.
         """
         if not self.fitted:
             fail("quantizer", "one that is not fitted", "fit() or a checkpoint first")
@@ -149,23 +150,32 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         return self
 
     def train(self, mode: bool = True) -> MuLaNEmbedQuantizer:
-        """Training mode, but for frozen codebooks."""
+        """Set training mode, except for frozen codebooks."""
         super().train(mode)
         if self._frozen:
             self.rq.eval()
         return self
 
     def fingerprint(self) -> str:
-        """A short hash of MuLaN and codebooks: stages are of use with the same ones alone."""
-        digest = hashlib.sha256()
-        for part in (self.mulan, self.rq):
-            for name, value in sorted(part.state_dict().items()):
-                if name.endswith(("cluster_size", "embed_avg", "initted")):
-                    continue  # of training, not of the codes
+        """A short hash of MuLaN and the codebooks. A stage works only with those it was trained on.
+
+        The hash is cached. It is computed again when a checksum of the weights has changed.
+        """
+        training_state = ("cluster_size", "embed_avg", "initted")  # does not affect the codes
+        tensors = [
+            (name, value)
+            for part in (self.mulan, self.rq)
+            for name, value in sorted(part.state_dict().items())
+            if not name.endswith(training_state)
+        ]
+        checksums = [_checksum(value) for _, value in tensors]
+        if self._fingerprint is None or self._fingerprint[0] != checksums:
+            digest = hashlib.sha256()
+            for name, value in tensors:
                 digest.update(name.encode())
-                flat = value.detach().cpu().contiguous().view(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+                digest.update(_bytes(value).cpu().numpy().data)
+            self._fingerprint = checksums, digest.hexdigest()[:16]
+        return self._fingerprint[1]
 
     @torch.no_grad()
     def fit(
@@ -179,18 +189,17 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         seed: int = 0,
         progress: bool = True,
     ) -> MuLaNEmbedQuantizer:
-        """Fit the codebooks by k-means, one after the other on what the ones before leave, and
-        freeze them.
+        """Fit each codebook by k-means to the residual of those before it, then freeze them.
 
         Args:
-            data: latents ``(N, dim_latent)``; or clips, as rows ``(samples,)`` or tuples that
-                start with one, of any lengths, for example a data set.
-            batch_size: clips of equal length that are embedded at once.
-            iterations: of k-means at most.
-            max_latents: how many to look at.
+            data: latents ``(N, dim_latent)``; or clips ``(samples,)`` of any lengths, or tuples
+                that start with one, for example a data set.
+            batch_size: number of clips of equal length that are embedded at once.
+            iterations: maximum number of k-means iterations.
+            max_latents: maximum number of latents.
             input_sample_hz: rate of the clips; None is MuLaN's.
-            seed: of the first centres.
-            progress: show a bar.
+            seed: seed of the initial centres.
+            progress: show a progress bar.
 
         Returns:
             The quantizer itself.
@@ -229,7 +238,7 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
 
         def embed() -> None:
             waves = resample(torch.stack(batch), hz, self.sample_hz)
-            found.append(self._audio_latents(waves.to(device)))
+            found.append(self.audio_latents(waves.to(device)))
             batch.clear()
 
         size = getattr(data, "__len__", lambda: limit)()
@@ -244,8 +253,11 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
             embed()
         return torch.cat(found) if found else torch.empty(0, self.dim)
 
-    def _audio_latents(self, wavs: Tensor) -> Tensor:
-        # (B, samples) -> (B, dim_latent); long clips are embedded window by window
+    def audio_latents(self, wavs: Tensor) -> Tensor:
+        """MuLaN latents ``(B, dim_latent)`` of clips ``(B, samples)`` at MuLaN's rate.
+
+        A clip that is longer than a window is embedded window by window.
+        """
         self.mulan.eval()
         rate, window = self.sample_hz, self.window_seconds
         if window is None or rate is None or wavs.shape[1] <= int(window * rate):
@@ -257,13 +269,18 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         return F.normalize(each.view(*windows.shape[:2], -1).mean(dim=1), dim=-1)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The conditioning embeddings alone: MuLaN is frozen and the codebooks have no gradient."""
+        """The conditioning embeddings. MuLaN is frozen and the codebooks have no gradient."""
         return self.cond_embeddings.parameters(recurse)
 
     def set_default_namespace(self, namespace: str) -> None:
-        """Choose the namespace that calls without one use."""
+        """Set the namespace of calls that name none."""
+        self._default_namespace = self._known_namespace(namespace)
+
+    def _known_namespace(self, namespace: str | None) -> str:
+        if namespace is None:
+            return self._default_namespace
         check_choice("namespace", namespace, self.namespaces)
-        self._default_namespace = namespace
+        return namespace
 
     def forward(
         self,
@@ -277,30 +294,46 @@ class MuLaNEmbedQuantizer(AudioConditionerBase):  # type: ignore[misc, valid-typ
         Args:
             wavs: ``(B, samples)`` at MuLaN's rate.
             texts: ``(B, n)`` token ids, in place of clips.
-            namespace: whose embeddings; None is the default namespace.
+            namespace: name of the embeddings; None is the default namespace.
             raw_texts: B strings, in place of token ids.
 
         Returns:
             ``(B, quantizers, conditioning dim)``.
 
         Raises:
-            ValueError: both or none of wavs and texts; an unknown namespace.
+            ValueError: not exactly one of wavs, texts and raw_texts; an unknown namespace.
         """
         given = sum(value is not None for value in (wavs, texts, raw_texts))
         if given != 1:
             fail("wavs, texts, raw_texts", f"{given} of them", "exactly one of them")
-        namespace = self._default_namespace if namespace is None else namespace
-        check_choice("namespace", namespace, self.namespaces)
+        namespace = self._known_namespace(namespace)
         with torch.no_grad():
             self.mulan.eval()
             if wavs is not None:
-                latents = self._audio_latents(wavs)
+                latents = self.audio_latents(wavs)
             elif texts is not None:
                 latents = self.mulan.get_text_latents(texts)
             else:
                 latents = self.mulan.get_text_latents(raw_texts=list(raw_texts or ()))
+        return self.embed_latents(latents, namespace)
+
+    def embed_latents(self, latents: Tensor, namespace: str | None = None) -> Tensor:
+        """Conditioning embeddings of MuLaN latents ``(B, dim_latent)``; see :meth:`forward`."""
         _, indices, _ = self.rq(latents)  # (B, q)
-        table = self.cond_embeddings[namespace]  # (q, codebook, dim)
+        table = self.cond_embeddings[self._known_namespace(namespace)]  # (q, codebook, dim)
         quantizer = torch.arange(self.num_codebooks, device=indices.device)
         embeds: Tensor = table[quantizer, indices]  # (B, q, dim)
         return embeds
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _checksum(value: Tensor) -> tuple[int, int, int]:
+    # An order of magnitude faster than SHA-256. The sum detects writes through `.data`, which do
+    # not change the version. The version detects a permutation in place.
+    data = _bytes(value)
+    whole_words = data.numel() % 8 == 0 and data.storage_offset() % 8 == 0
+    total = int(data.view(torch.int64).sum() if whole_words else data.sum())
+    return value.data_ptr(), 0 if value.is_inference() else value._version, total

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from musiclm_fast._checks import check_choice, fail
+from musiclm_fast.models.draws import AudioDraws
 
 _TOWERS: dict[str, dict[str, type[nn.Module]]] = {"audio": {}, "text": {}}
 KINDS = tuple(_TOWERS)
@@ -37,6 +39,26 @@ class AudioTower(Tower, Protocol):
     """
 
     front_end: Any
+
+
+class DrawingTower(AudioTower, Protocol):
+    """An audio tower that draws random numbers apart from dropout's.
+
+    It takes them as ``draws``, so that a second pass over the same clips, or over a part of them,
+    sees the same. A tower without the methods is not asked for any.
+    """
+
+    def as_batch(
+        self,
+        x: Tensor | Sequence[Tensor],
+        lengths: Tensor | None = None,
+        *,
+        input_sample_hz: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Clips as one padded batch at the tower's rate, and their lengths."""
+
+    def draw(self, x: Tensor | Sequence[Tensor], *, lengths: Tensor | None = None) -> AudioDraws:
+        """Make the draws of a batch."""
 
 
 def register_tower(kind: str, tower: type[nn.Module]) -> type[nn.Module]:

@@ -1,1 +1,1 @@
-"""MusicLM, and the folder in which one is made."""
+"""MusicLM, and the project folder of a trained MusicLM."""

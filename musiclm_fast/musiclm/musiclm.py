@@ -1,4 +1,4 @@
-"""MusicLM: text to music by way of a quantized joint embedding."""
+"""MusicLM: text to music through a quantized joint embedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from musiclm_fast.audiolm.audio_lm import AudioLM
 from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.tokenizer import tokenizer
 
-# Samples of a wave that an audio tower may refuse as shorter than a patch
+# An audio tower may refuse a wave of fewer samples as shorter than a patch.
 _SHORT = 16_000
 
 
@@ -27,14 +27,14 @@ class Sample(NamedTuple):
 
 
 class MusicLM(nn.Module):
-    """Generates music for a text and keeps the sample that MuLaN likes best.
+    """Generates music for a text and returns the sample with the highest MuLaN similarity.
 
     Source: https://arxiv.org/abs/2301.11325.
 
     Args:
-        audio_lm: an AudioLM (of this package or of audiolm-pytorch) without a conditioner of its
-            own; called as ``audio_lm(text_embeds=..., **kwargs)``.
-        mulan_embed_quantizer: the quantizer that the stages were trained with.
+        audio_lm: an AudioLM, of this package or of audiolm-pytorch, without an audio_conditioner.
+            It is called as ``audio_lm(text_embeds=..., **kwargs)``.
+        mulan_embed_quantizer: the quantizer used in training the stages.
 
     Raises:
         ValueError: audio_lm already has a conditioner.
@@ -76,30 +76,30 @@ class MusicLM(nn.Module):
         """Generate music.
 
         Args:
-            text: what the music should be.
-            num_samples: how many samples to draw, all in one batch; the best one is returned.
-            return_all: return every sample with its score, the best one first.
-            single_namespace: send the default namespace's embedding to every stage and draw the
-                samples one by one, as musiclm-pytorch does. Stages that were trained on their own
-                namespaces then see the wrong one.
-            **audio_lm_kwargs: passed on to the AudioLM: ``seconds``, ``sampling``, ``seed`` for
+            text: description of the music.
+            num_samples: number of samples, generated in one batch; the best one is returned.
+            return_all: return all samples with their scores, best first.
+            single_namespace: condition every stage on the default namespace and generate the
+                samples one by one, as upstream does. This is wrong for stages that were trained on
+                their own namespaces.
+            **audio_lm_kwargs: arguments of the AudioLM: ``seconds``, ``sampling``, ``seed`` for
                 this package's, ``max_length`` for any.
 
         Returns:
-            ``(1, samples)`` at the codec's rate, or what a list of one waveform holds; with
-            ``return_all`` a list of :class:`Sample`.
+            ``(1, samples)`` at the codec's rate, None if it is empty; with ``return_all`` a list of
+            :class:`Sample`. One sample of an audio_lm of another kind is returned unchanged.
 
         Raises:
-            ValueError, TypeError: an empty text or one that is too long, no samples, a quantizer
-                that is not fitted, stages that were trained with another MuLaN.
+            ValueError, TypeError: the text is empty or too long, num_samples is 0, the quantizer is
+                not fitted, or the stages were trained with another MuLaN.
         """
         check_positive_int("num_samples", num_samples)
         stages = stages_of(self.audio_lm)
-        texts = self._ready(text, stages)
+        latent = self._text_latent(text, stages)
         if num_samples > 1 or return_all:
             self._check_rates(stages)
         if not stages or single_namespace:
-            text_embeds = self.mulan_embed_quantizer(**texts)
+            text_embeds = self.mulan_embed_quantizer.embed_latents(latent)
             samples = [
                 self.audio_lm(text_embeds=text_embeds, **audio_lm_kwargs)
                 for _ in range(num_samples)
@@ -109,10 +109,10 @@ class MusicLM(nn.Module):
             waves: list[Tensor | None] = [_as_batch(music) for music in samples]
         else:
             samples = None
-            waves = self._generate(stages, texts, num_samples, audio_lm_kwargs)
+            waves = self._generate(stages, latent, num_samples, audio_lm_kwargs)
         if num_samples == 1 and not return_all:
             return waves[0]
-        scores = self._scores(waves, texts)
+        scores = self._scores(waves, latent)
         if return_all:
             order = scores.argsort(descending=True, stable=True).tolist()
             return [Sample(waves[i], float(scores[i])) for i in order]
@@ -123,31 +123,31 @@ class MusicLM(nn.Module):
     def stream_to_file(
         self, text: str, path: str | Path, *, seconds: float, **kwargs: Any
     ) -> float:
-        """Generate a long piece window by window and write it to a sound file as it comes.
+        """Generate a long piece in windows and write each to a sound file at once.
 
         Args:
-            text: what the music should be.
+            text: description of the music.
             path: the file.
             seconds: length of the piece.
             **kwargs: see :meth:`musiclm_fast.audiolm.AudioLM.stream`: ``window_seconds``,
                 ``prime_seconds``, ``sampling``, ``seed``.
 
         Returns:
-            The seconds written; fewer than asked for where the model ends the piece.
+            The seconds written, fewer than requested if the model ends the piece.
 
         Raises:
-            ValueError, TypeError: as for a call; nothing is written then.
+            ValueError, TypeError: as in a call; no file is written.
         """
         if not isinstance(self.audio_lm, AudioLM):
             fail("audio_lm", f"a {type(self.audio_lm).__module__} object",
-                 "musiclm_fast.audiolm.AudioLM, which can go on from a prompt")  # fmt: skip
+                 "musiclm_fast.audiolm.AudioLM, which can continue a prompt")  # fmt: skip
         stages = stages_of(self.audio_lm)
-        embeds = self._embeds(stages, self._ready(text, stages), 1)
+        embeds = self._embeds(stages, self._text_latent(text, stages), 1)
         given: Any = {"text_embeds": embeds} if embeds else {}
         return self.audio_lm.stream_to_file(path, seconds=seconds, **given, **kwargs)
 
-    def _ready(self, text: str, stages: dict[str, Any]) -> dict[str, Any]:
-        # Checks whatever can be wrong, and gives the text as the joint embedding takes it.
+    def _text_latent(self, text: str, stages: dict[str, Any]) -> Tensor:
+        # MuLaN's latent of the text (1, dim_latent), after all checks; also sets eval mode.
         if not isinstance(text, str):
             fail("text", describe(text), "a string", TypeError)
         if not text.strip():
@@ -155,20 +155,16 @@ class MusicLM(nn.Module):
         if stages:
             self._check_stages(stages)
         self.eval()
-        return self._texts(text)
-
-    def _texts(self, text: str) -> dict[str, Any]:
-        # The argument by which the joint embedding takes the text
         mulan = self.mulan_embed_quantizer.mulan
         length = getattr(getattr(mulan, "text", None), "max_seq_len", None)
         if length is None:
-            return {"raw_texts": [text]}
+            return mulan.get_text_latents(raw_texts=[text])
         ids = tokenizer.encode(text)
         if not ids:
             fail("text", repr(text), "a text that says something")
         if len(ids) > length:
             fail("text", f"one of {plural(len(ids), 'token')}", f"at most MuLaN's {length}")
-        return {"texts": torch.tensor([ids], device=self.device)}
+        return mulan.get_text_latents(torch.tensor([ids], device=self.device))
 
     def _check_stages(self, stages: dict[str, Any]) -> None:
         quantizer = self.mulan_embed_quantizer
@@ -190,37 +186,32 @@ class MusicLM(nn.Module):
                      f"one trained with these, {own}")  # fmt: skip
 
     def _check_rates(self, stages: dict[str, Any]) -> None:
-        # What is generated is judged by MuLaN, which may hear at a rate of its own.
-        codec, hears = (
-            getattr(stages.get("fine"), "codec", None),
-            self.mulan_embed_quantizer.sample_hz,
-        )
-        if codec is not None and hears and getattr(codec, "target_sample_hz", None) is None:
+        # MuLaN scores the waves, which may need resampling to its rate.
+        codec = getattr(stages.get("fine"), "codec", None)
+        rate = self.mulan_embed_quantizer.sample_hz
+        if codec is not None and rate and getattr(codec, "target_sample_hz", None) is None:
             fail("audio_lm", f"a {type(codec).__name__} without target_sample_hz",
-                 f"a codec that says its rate: MuLaN hears {hears} Hz")  # fmt: skip
+                 f"a codec that says its rate: MuLaN's is {rate} Hz")  # fmt: skip
 
     def _namespace(self, stage: str) -> str:
         quantizer = self.mulan_embed_quantizer
         default: str = quantizer._default_namespace
         return stage if stage in quantizer.namespaces else default
 
-    def _embeds(
-        self, stages: dict[str, Any], texts: dict[str, Any], count: int
-    ) -> dict[str, Tensor]:
-        # The condition (count, quantizers, dim) of each stage that has one, in its own namespace.
+    def _embeds(self, stages: dict[str, Any], latent: Tensor, count: int) -> dict[str, Tensor]:
+        # The condition (count, quantizers, dim) of each conditioned stage, in its own namespace.
+        embed = self.mulan_embed_quantizer.embed_latents
         return {
-            name: self.mulan_embed_quantizer(**texts, namespace=self._namespace(name)).expand(
-                count, -1, -1
-            )
+            name: embed(latent, self._namespace(name)).expand(count, -1, -1)
             for name, stage in stages.items()
             if stage.transformer.has_condition
         }
 
     def _generate(
-        self, stages: dict[str, Any], texts: dict[str, Any], count: int, kwargs: dict[str, Any]
+        self, stages: dict[str, Any], latent: Tensor, count: int, kwargs: dict[str, Any]
     ) -> list[Tensor | None]:
-        # One wave (1, samples) per sample, None for an empty one; each stage in its own namespace.
-        embeds = self._embeds(stages, texts, count)
+        # One wave (1, samples) per sample, None if empty
+        embeds = self._embeds(stages, latent, count)
         if isinstance(self.audio_lm, AudioLM):
             given: Any = {"text_embeds": embeds} if embeds else {}
             music = self.audio_lm(batch_size=count, **given, **kwargs)
@@ -228,10 +219,9 @@ class MusicLM(nn.Module):
             music = _run_stages(stages, embeds, count, **kwargs)
         return [None if wave is None else wave.reshape(1, -1) for wave in music]
 
-    def _scores(self, waves: list[Tensor | None], texts: dict[str, Any]) -> Tensor:
-        # Cosine of each sample and the text; samples that say nothing come last.
+    def _scores(self, waves: list[Tensor | None], latent: Tensor) -> Tensor:
+        # Cosine similarity of each sample and the text. Empty samples rank last.
         quantizer = self.mulan_embed_quantizer
-        latent = quantizer.mulan.get_text_latents(**texts)
         codec = getattr(stages_of(self.audio_lm).get("fine"), "codec", None)
         rate = getattr(codec, "target_sample_hz", None)
         scores = []
@@ -251,7 +241,7 @@ class MusicLM(nn.Module):
 
 
 def stages_of(audio_lm: nn.Module) -> dict[str, Any]:
-    """The wrappers of an AudioLM's stages by name, empty for anything else."""
+    """The wrappers of an AudioLM's stages by name; empty for any other module."""
     names = ("semantic", "coarse", "fine")
     stages = {name: getattr(audio_lm, name, None) for name in names}
     whole = all(hasattr(stage, "transformer") for stage in stages.values())
@@ -268,7 +258,7 @@ def _run_stages(
     mask_out_generated_fine_tokens: bool = False,
     **prime: Any,
 ) -> Any:
-    # audiolm-pytorch's AudioLM takes one embedding for all stages; its stages take their own.
+    # Upstream's AudioLM takes one embedding for all stages, so its stages are called one by one.
     semantic = stages["semantic"].generate(
         text_embeds=embeds.get("semantic"), batch_size=count, max_length=max_length, **prime
     )
@@ -285,6 +275,6 @@ def _run_stages(
 
 
 def _as_batch(music: Tensor | list[Tensor]) -> Tensor:
-    # An AudioLM returns (1, n), (1, 1, n), or a list with one waveform per row.
+    # An AudioLM returns (1, n), (1, 1, n) or a list of one wave per row.
     wave = music[0] if isinstance(music, (list, tuple)) else music
     return wave.reshape(1, -1)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +34,9 @@ from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.musiclm.config import MusicConfig, TrainStageConfig
 from musiclm_fast.musiclm.musiclm import MusicLM
 from musiclm_fast.training.options import RunOptions
-from musiclm_fast.training.stages import (
-    TRAINERS,
-    StageTrainer,
-)
+
+if TYPE_CHECKING:
+    from musiclm_fast.training.stages import StageTrainer
 
 PARTS = "parts.pt"
 
@@ -165,6 +164,8 @@ class MusicProject:
             options: of the run; ``training.output`` is the project's folder, whatever it says.
             **kwargs: passed on to the stage's trainer.
         """
+        from musiclm_fast.training.stages import TRAINERS  # accelerate is needed for training only
+
         seed = options.training.seed
         drawn = random.getstate()  # which stream a hyper-connection starts on
         random.seed(seed)

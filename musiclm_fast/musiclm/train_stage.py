@@ -12,7 +12,7 @@ from musiclm_fast._checkpoint import CheckpointError
 from musiclm_fast._config import ConfigError, differences, from_plain
 from musiclm_fast._progress import progress_bar
 from musiclm_fast._wording import plural
-from musiclm_fast.datasets.sampling import SeededRows
+from musiclm_fast.datasets.sampling import FixedRows
 from musiclm_fast.datasets.sound_folder import SoundFolder
 from musiclm_fast.models.checkpoint import load_mulan
 from musiclm_fast.musiclm.config import TrainStageConfig
@@ -113,7 +113,7 @@ def _open(config: TrainStageConfig, clips: SoundFolder) -> MusicProject:
     if known not in (None, front_end.sample_hz):
         raise ValueError(f"mulan: {config.mulan!r} hears {known} Hz but cannot resample")
     project = MusicProject(output, mulan, config.music)
-    rows = SeededRows(clips, config.training.seed)
+    rows = FixedRows(clips, config.training.seed)
     some = range(min(len(clips), config.data.fit_clips))
-    project.fit([rows[index, index] for index in progress_bar(some, desc="reading")], SAMPLE_HZ)
+    project.fit([rows[index] for index in progress_bar(some, desc="reading")], SAMPLE_HZ)
     return project

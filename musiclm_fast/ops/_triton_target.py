@@ -1,4 +1,4 @@
-"""What the Triton backends share: a call's target, what they refuse, and how kernels are launched.
+"""What the Triton backends share: target, refusals, launching, registration.
 
 Importing this file needs neither Triton nor a GPU.
 """
@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._compiling import assume_constant_result
+from musiclm_fast._dispatch import Backend, Supports
+from musiclm_fast._self_check import SelfCheck
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # AMD architectures for which tests/ops/triton_resources.py compiles the kernels.
 AMD_TARGETS = ("gfx90a", "gfx942")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# numpy has no bfloat16: the interpreter multiplies its bits. The tests mend that.
+# numpy has no bfloat16, so the interpreter multiplies its bits; the tests correct that.
 INTERPRETED_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("musiclm_fast", "FRAGMENT")
 
 Record = Callable[[Any, int, dict[str, Any], dict[str, int]], None]
 _recorder: ContextVar[tuple[Record, str] | None] = ContextVar("recorder", default=None)
@@ -48,49 +51,72 @@ def _target_of(device: torch.device) -> str:
 
 
 def family(target: str) -> str:
-    """Targets whose products work alike: ``ampere``, ``hopper``, ``blackwell`` or ``amd``."""
+    """A target's kind of matrix products: ``ampere``, ``hopper``, ``blackwell`` or ``amd``."""
     if target.startswith("gfx"):
         return "amd"
     generation = int(target.removeprefix("sm_")) // 10
-    # The desktop's Blackwell, sm_120, has Ampere's products and less shared memory.
+    # Desktop Blackwell, sm_120, has Ampere's matrix products and less shared memory.
     return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(generation, "ampere")
 
 
 def refusal(x: Tensor) -> str:
-    """Why no kernel takes a tensor like this, from device and dtype alone; empty if one does."""
-    if x.device.type == "cpu":
+    """Why the kernels do not take a tensor of this device and dtype; empty if they do."""
+    if x.is_cpu:
         if not INTERPRET:
             return "its kernels run on CUDA tensors (on CPU only with TRITON_INTERPRET=1)"
         if x.dtype not in INTERPRETED_DTYPES:
             return f"the interpreter runs float32 and float16, not {x.dtype}"
-    elif x.device.type != "cuda":
+    elif not x.is_cuda:
         return f"no kernel for {x.device.type} tensors"
     elif (reason := target_refusal(_target_of(x.device))) != "":
         return reason
     if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} is none of float32, bfloat16 and float16"
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
     return ""
 
 
+def supports(x: Tensor, widest: int) -> tuple[bool, str]:
+    """Whether kernels for rows of at most ``widest`` numbers take a call, and why not.
+
+    Device, dtype and the last size of ``x`` decide.
+    """
+    reason = refusal(x)
+    if not reason and not 0 < x.shape[-1] <= widest:
+        reason = f"{x.shape[-1]} numbers a row, not 1 to {widest}"
+    return not reason, reason
+
+
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Those that the kernels take on a device."""
+    """The dtypes that the kernels take on a device."""
     return tuple(d for d in DTYPES if not refusal(torch.empty(0, dtype=d, device=device)))
 
 
 def target_refusal(target: str) -> str:
-    """Why no kernel runs on an architecture; empty if they do."""
+    """Why the kernels do not run on an architecture; empty if they do."""
     if family(target) == "amd":
         known = " and ".join(AMD_TARGETS)
         return "" if target in AMD_TARGETS else f"its tiles are chosen for {known}, not {target}"
     capability = int(target.removeprefix("sm_"))
-    # bfloat16 products and asynchronous copies
+    # 8.0 brought bfloat16 products and asynchronous copies.
     below = f"compute capability {capability / 10} is below 8.0"
     return below if capability < 80 else ""
 
 
 def available() -> tuple[bool, str]:
-    """Whether Triton is installed; does not import it."""
+    """Whether Triton is installed, and why not; does not import it."""
     return _HAVE_TRITON, "" if _HAVE_TRITON else "triton is not installed"
+
+
+def triton_backend(supports: Supports, run: Callable[..., Any], self_check: SelfCheck) -> Backend:
+    """The backend of an op's Triton kernels."""
+    return Backend("triton", supports, run, available, self_check, dtypes)
+
+
+def define(name: str, schema: str, function: Callable[..., Any]) -> None:
+    """Register ``musiclm_fast::<name>``, an op whose kernels Triton compiles."""
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+        _library.impl(name, function, key)
 
 
 @dataclass(frozen=True)
@@ -101,8 +127,8 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    # NVIDIA's assembler may aim at more programs a multiprocessor and miss by a few registers,
-    # which it spills, or at fewer: a limit makes it use just as many.
+    # Without a limit NVIDIA's assembler may target more programs per multiprocessor and spill a few
+    # registers for that, or target fewer programs than fit.
     max_registers: int | None = None
 
     @property
@@ -118,18 +144,17 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[
     if recorder is not None:
         recorder[0](kernel, programs, arguments, options)
     elif programs:
-        # Fused multiply-adds by order: newer Triton versions no longer default to them.
+        # Newer Triton versions no longer fuse multiply-adds by default.
         kernel[(programs,)](**arguments, **options, enable_fp_fusion=True)
 
 
 @contextlib.contextmanager
 def recorded_launches(record: Record, target: str) -> Iterator[None]:
-    """For the ahead-of-time checks: note every launch of a block instead of running it.
+    """Record every launch of a block instead of running it, for ahead-of-time compilation.
 
     Args:
-        record: gets ``(kernel, programs, arguments, options)`` of each launch.
-        target: the architecture for which tiles are chosen; the tensors may be on the meta
-            device.
+        record: called with ``(kernel, programs, arguments, options)`` of each launch.
+        target: the architecture to choose tiles for; tensors may be on the meta device.
     """
     token = _recorder.set((record, target))
     try:
@@ -139,5 +164,5 @@ def recorded_launches(record: Record, target: str) -> Iterator[None]:
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """That device made current, where it is a GPU."""
+    """Makes a device current if it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -21,8 +21,9 @@ from musiclm_fast.audiolm.wrappers.coarse import CoarseTransformerWrapper
 from musiclm_fast.audiolm.wrappers.fine import FineTransformerWrapper
 from musiclm_fast.audiolm.wrappers.semantic import SemanticTransformerWrapper
 from musiclm_fast.datasets.collation import collate_fields
-from musiclm_fast.datasets.sampling import SeededRows
+from musiclm_fast.datasets.sampling import FixedRows, SeededRows
 from musiclm_fast.datasets.sound_folder import SoundFolder
+from musiclm_fast.nn.modes import evaluation_mode
 from musiclm_fast.training.engine import Engine
 from musiclm_fast.training.options import (
     OptimizerConfig,
@@ -178,9 +179,8 @@ class StageTrainer(Engine):
             rate = self.data_sample_hz
             if rate is None and conditioner.sample_hz is not None:
                 rate = getattr(first, "target_sample_hz", None)
-            conditioner.fit(
-                self.ds, max_latents=self.fit_clips, input_sample_hz=rate, progress=False
-            )
+            clips = FixedRows(self.ds, self.seed)  # a resumed run fits the same codebooks
+            conditioner.fit(clips, max_latents=self.fit_clips, input_sample_hz=rate, progress=False)
         conditioner.freeze()  # codes that move during training would be others for each stage
         wrapper.transformer.conditioner_fingerprint = conditioner.fingerprint()
 
@@ -241,9 +241,10 @@ class StageTrainer(Engine):
             collate_fn=self.collate,
             generator=torch.Generator(),  # else it would draw from the model's
         )
-        self.wrapper.eval()
-        losses = [self.wrapper(**self.inputs(batch), return_loss=True).item() for batch in loader]
-        self.wrapper.train()
+        with evaluation_mode(self.wrapper):
+            losses = [
+                self.wrapper(**self.inputs(batch), return_loss=True).item() for batch in loader
+            ]
         return sum(losses) / len(losses)
 
     # ---- checkpoints

@@ -15,6 +15,7 @@ from musiclm_fast.datasets.sampling import SeededRows
 from musiclm_fast.evaluation.metrics import retrieval
 from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
 from musiclm_fast.models.mulan import MuLaN
+from musiclm_fast.nn.modes import evaluation_mode
 from musiclm_fast.training.accelerated import Accelerator, gather_object
 
 RECALL_AT = (1, 5, 10)
@@ -69,10 +70,8 @@ def validate(
         num_workers=num_workers,
         generator=torch.Generator(),  # else it would draw from the model's
     )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     found = []
-    try:
+    with evaluation_mode(model):
         for batch in loader:
             ids = batch["texts"].tolist() if "texts" in batch else []
             texts = batch.get("raw_texts") or [tuple(filter(None, row)) for row in ids]
@@ -86,9 +85,6 @@ def validate(
                 for latents, texts in in_order
                 if len(texts) == each
             ]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     audio, text = (torch.cat([pair[side] for pair, _ in in_order]).float() for side in (0, 1))
     result = {"valid_loss": sum(losses) / len(losses)}
     there, back = _recall(audio, text, [each for _, texts in in_order for each in texts])

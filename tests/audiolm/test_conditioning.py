@@ -1,5 +1,7 @@
 """Quantizer, MusicLM and the stages' trainers: from clips to a text's music."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,45 @@ def test_fit_of_latents_is_reproducible_and_moves_the_fingerprint():
     other.load_state_dict(one.state_dict())
     assert other.fitted
     assert other.fingerprint() == one.fingerprint()
+
+
+def test_the_fingerprint_is_hashed_once_and_follows_the_weights(monkeypatch):
+    quantizer = make_quantizer().fit(F.normalize(torch.randn(60, 16), dim=-1))
+    quantizer.mulan.scale = nn.Parameter(torch.ones(3))  # no whole number of words
+    digests = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda: digests.append(None) or sha256())
+    seen = [quantizer.fingerprint()]
+    for _ in range(3):
+        assert quantizer.fingerprint() == seen[-1]
+    assert len(digests) == 1
+
+    heard, book = quantizer.mulan.heard, quantizer.rq.layers[1]._codebook.embed
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+
+    def changed(change):
+        with torch.no_grad():
+            change()
+        seen.append(quantizer.fingerprint())
+        assert len(set(seen)) == len(seen) == len(digests)
+
+    changed(lambda: heard[3, 2].add_(1e-3))
+    changed(lambda: heard.copy_(heard.flip(0)))
+    changed(lambda: heard.data[0, 0].mul_(-1))  # leaves the version counter as it is
+    changed(lambda: book.data.copy_(2 * book))
+    changed(lambda: quantizer.mulan.scale.data.neg_())
+    changed(lambda: setattr(quantizer.mulan, "heard", heard.flip(1)))
+    quantizer.load_state_dict(state)
+    assert quantizer.fingerprint() == seen[0]
+    quantizer.mulan.heard = quantizer.mulan.heard.t().contiguous().t()  # the same values
+    before = len(digests)
+    assert [quantizer.fingerprint() for _ in range(2)] == seen[:1] * 2
+    assert len(digests) == before + 1
+    with torch.inference_mode():  # such tensors have no version
+        quantizer.mulan.heard = heard.clone()
+        seen.append(quantizer.fingerprint())
+        quantizer.mulan.heard.add_(1)
+        assert quantizer.fingerprint() != seen[-1]
 
 
 def test_errors_of_fit():
@@ -277,6 +318,75 @@ def test_each_stage_sees_its_own_namespace(parts, clips, monkeypatch):
     assert torch.equal(seen["fine"], quantizer(raw_texts=["a slow waltz"], namespace="semantic"))
 
 
+class Counter:
+    """Counts the calls of methods while it lets them through."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.calls = monkeypatch, {}
+
+    def count(self, owner, method):
+        original = getattr(owner, method)
+        self.calls[method] = 0
+
+        def counted(*args, **kwargs):
+            self.calls[method] += 1
+            return original(*args, **kwargs)
+
+        self.monkeypatch.setattr(owner, method, counted)
+
+
+def test_one_text_goes_through_the_tower_once(parts, clips, monkeypatch, tmp_path):
+    pytest.importorskip("soundfile")
+    musiclm = make_musiclm(parts, make_quantizer().fit(clips, progress=False))
+    counter = Counter(monkeypatch)
+    counter.count(Joint, "get_text_latents")
+    options = dict(seed=0, progress=False)
+    for call in (
+        lambda: musiclm("waltz", 3, seconds=0.2, **options),
+        lambda: musiclm("waltz", 2, seconds=0.2, single_namespace=True, **options),
+        lambda: musiclm.stream_to_file(
+            "waltz", tmp_path / "x.wav", seconds=0.6, window_seconds=0.2, **options
+        ),
+    ):
+        counter.calls["get_text_latents"] = 0
+        call()
+        assert counter.calls["get_text_latents"] == 1
+
+
+@pytest.mark.parametrize("conditioner", [None, "quantizer", "any"])
+def test_a_prompt_is_tokenized_and_encoded_once(parts, clips, monkeypatch, conditioner):
+    quantizer = make_quantizer().fit(clips, progress=False)
+
+    class AnyConditioner(nn.Module):
+        sample_hz = RATE
+
+        def forward(self, wavs, namespace):
+            return quantizer(wavs=wavs, namespace=namespace)
+
+    names = ("semantic", "coarse", "fine")
+    transformers = dict(zip((f"{name}_transformer" for name in names), stages(), strict=True))
+    model = AudioLM(
+        wav2vec=parts[0], codec=parts[1], **transformers,
+        audio_conditioner={None: None, "quantizer": quantizer}.get(conditioner, AnyConditioner()),
+    )  # fmt: skip
+    prompt = torch.stack(notes(2, 0.4))
+    counter = Counter(monkeypatch)
+    for owner, method in (
+        (parts[0], "forward"), (parts[1], "get_emb_from_indices"), (Joint, "get_audio_latents"),
+    ):  # fmt: skip
+        counter.count(owner, method)
+    embeds = {} if conditioner else dict(text_embeds=torch.randn(2, 3, DIM))
+    waves = model(
+        seconds=0.2, prime_wave=prompt, prime_wave_input_sample_hz=RATE, seed=0, progress=False,
+        return_coarse_generated_wave=True, **embeds,
+    )  # fmt: skip
+    decoded = len(waves) if isinstance(waves, list) else 1
+    assert counter.calls["forward"] == 1
+    assert counter.calls["get_emb_from_indices"] == 1 + decoded
+    wanted = {None: 0, "quantizer": 1, "any": 3}[conditioner]
+    assert counter.calls["get_audio_latents"] == wanted
+
+
 def test_music_is_refused_before_any_sampling(parts, clips, monkeypatch):
     fitted = make_quantizer().fit(clips, progress=False)
     with pytest.raises(ValueError, match="not fitted"):
@@ -375,7 +485,8 @@ def test_a_long_piece_for_a_text(parts, clips, tmp_path):
 def test_an_unfitted_codec_is_refused_before_any_sampling(parts, clips, monkeypatch):
     quantizer = make_quantizer().fit(clips, progress=False)
     monkeypatch.setattr(
-        "musiclm_fast.audiolm.wrappers.base.generate_tokens", lambda *a, **k: pytest.fail("sampled")
+        "musiclm_fast.audiolm.wrappers.semantic.SemanticTransformerWrapper.generate",
+        lambda *a, **k: pytest.fail("sampled"),
     )
     musiclm = make_musiclm((parts[0], MelCodec(4, 10)), quantizer)
     with pytest.raises(ValueError, match="codec: got a MelCodec that is not fitted"):

@@ -1,4 +1,4 @@
-"""Generation without upstream: what it promises beyond equal tokens."""
+"""Generation without upstream: seeds, guidance, prompts, padding, long pieces."""
 
 import pytest
 import torch
@@ -275,6 +275,22 @@ def test_a_prompt_of_another_rate_and_a_long_piece(parts, tmp_path):
     assert written == pytest.approx(sum(p.shape[1] for p in pieces) / RATE)
     with pytest.raises(ValueError, match="prime_wave_input_sample_hz"):
         model(seconds=0.2, prime_wave=prime, progress=False)
+
+
+def test_a_long_piece_embeds_its_text_once(parts, monkeypatch):
+    model = without_ends(audio_lm(parts, has_condition=True, cond_dim=32))
+    texts = []
+    monkeypatch.setattr(
+        "musiclm_fast.audiolm.stage.t5_encode_text", lambda text, **_: texts.append(text) or EMBEDS
+    )
+    options = dict(seconds=0.6, window_seconds=0.2, prime_seconds=0.1, seed=0, progress=False)
+    pieces = list(model.stream(text=["a slow waltz"], **options))
+    assert len(pieces) > 1
+    assert texts == [["a slow waltz"]]
+    for piece, other in zip(pieces, model.stream(text_embeds=EMBEDS, **options), strict=True):
+        assert torch.equal(piece, other)
+    with pytest.raises(ValueError, match="None beside text_embeds"):
+        next(model.stream(text=["a slow waltz"], text_embeds=EMBEDS, **options))
 
 
 def test_windows_of_a_long_piece_meet_without_a_jump(parts, monkeypatch):

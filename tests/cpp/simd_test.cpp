@@ -28,20 +28,36 @@ void check(bool ok, const char* what, double detail) {
 }
 
 float exp_of(float x) { return simd::vexp(simd::vset(x))[kWidth - 1]; }
+float weight_of(float x) { return simd::vexp_weight(simd::vset(x))[kWidth - 1]; }
 
 void test_exp() {
-  double worst = 0;  // units in the last place
+  double worst = 0, worst_weight = 0;  // units in the last place
   for (int i = 0; i <= 1'000'000; ++i) {
     const float x = -87.33f + 175.7f * static_cast<float>(i) / 1e6f;
     const double exact = std::exp(static_cast<double>(x));
     const double unit = std::ldexp(1.0, std::ilogb(exact) - 23);
     worst = std::fmax(worst, std::fabs(exp_of(x) - exact) / unit);
+    if (x >= -87.3f && x <= 0.0f) {
+      worst_weight = std::fmax(worst_weight, std::fabs(weight_of(x) - exact) / unit);
+    }
   }
   check(worst <= 2, "vexp within 2 units in the last place", worst);
+  check(worst_weight <= 1.2, "vexp_weight within 1.2 units in the last place", worst_weight);
+  check(weight_of(0.0f) == 1.0f, "vexp_weight(0) is 1", weight_of(0.0f));
+  for (const float x : {-kInfinity, -1e30f, -87.31f}) {
+    check(weight_of(x) == 0, "vexp_weight underflows", x);
+  }
   check(exp_of(0.0f) == 1.0f, "vexp(0) is 1", exp_of(0.0f));
   for (const float x : {-kInfinity, -1e30f, -104.0f, -87.4f}) check(exp_of(x) == 0, "vexp underflows", x);
   for (const float x : {kInfinity, 1e30f, 89.0f}) check(exp_of(x) == kInfinity, "vexp overflows", x);
   check(std::isnan(exp_of(kNaN)), "vexp keeps NaN", exp_of(kNaN));
+  for (int i = -1000; i <= 1000; ++i) {
+    const float x = static_cast<float>(i) / 100;
+    const double tanh_error = simd::vtanh(simd::vset(x))[0] - std::tanh(static_cast<double>(x));
+    check(std::fabs(tanh_error) <= 2e-7, "vtanh", x);
+    const double below = 0.5 * std::erfc(-x * std::sqrt(0.5));
+    check(std::fabs(simd::vnormal(simd::vset(x))[0] - below) <= 4e-7, "vnormal", x);
+  }
 }
 
 // Partial loads and stores touch no element beyond n: the vectors end there, which the address
@@ -72,6 +88,15 @@ void test_partial() {
     for (float& x : beyond) x = -1;
     simd::vstore_partial(beyond, simd::vset(7), n);
     for (int i = 0; i <= kWidth; ++i) check(beyond[i] == (i < n ? 7 : -1), "elements beyond n", i);
+    const simd::vint first = simd::vfirst(n);
+    for (int i = 0; i < kWidth; ++i) check(first[i] == (i < n ? -1 : 0), "vfirst", i);
+  }
+  for (int n = 0; n <= 2 * kWidth; ++n) {  // more than a vector's lanes are a vector's lanes
+    std::vector<float> source(n, 3.0f), target(n, -1.0f);
+    const simd::vfloat v = simd::vload_up_to(source.data(), n);
+    simd::vstore_up_to(target.data(), v, n);
+    for (int i = 0; i < kWidth; ++i) check(v[i] == (i < n ? 3 : 0), "vload_up_to", i);
+    for (int i = 0; i < n; ++i) check(target[i] == (i < kWidth ? 3 : -1), "vstore_up_to", i);
   }
 }
 

@@ -15,6 +15,7 @@ from musiclm_fast import (
     TextTransformer,
 )
 from musiclm_fast.models.audio_tower import posemb_sincos_2d
+from musiclm_fast.models.draws import AudioDraws
 from musiclm_fast.models.front_end import PRESETS, draw_span
 from musiclm_fast.ops import use_backend
 from musiclm_fast.ops.attention import attention_reference, grid_codes, grid_offsets
@@ -87,34 +88,13 @@ def test_offset_table_equals_the_mlp_of_every_pair(height, width):
     assert len(offsets) == 2 * radius + 1
 
 
-def test_patch_dropout_keeps_a_sorted_random_part(wavs):
-    tower = audio_tower(patch_dropout_prob=0.5).train()
-    kept, tokens = tower._draw_kept(4, 4, 5, None, torch.device("cpu"), True)
-    assert tokens is None
-    assert kept.shape == (4, 10)
-    assert (kept.diff(dim=1) > 0).all()
-    assert not torch.equal(kept[0], kept[1])
-    own = torch.tensor([80, 33, 16, 79])  # frames: 5, 2, 1 and 4 of the grid's columns
-    kept, tokens = tower._draw_kept(4, 4, 5, own, torch.device("cpu"), True)
-    assert tokens.tolist() == [10, 4, 2, 8]
-    for row, count, columns in zip(kept, tokens, (5, 2, 1, 4), strict=True):
-        assert (row[:count].diff() > 0).all()
-        assert (row[:count] % 5 < columns).all()
-    assert tower._draw_kept(4, 4, 5, None, torch.device("cpu"), False) == (None, None)
-
-
 def test_order_of_kept_patches_does_not_change_the_embedding(wavs):
     tower = audio_tower().eval()
-    spec = tower._spectrogram(wavs)
-    height, width = spec.shape[1] // 16, spec.shape[2] // 16
-    kept = torch.rand(3, height * width).argsort(dim=1)[:, :7]
+    grid = tower.draw(wavs).grid
+    kept = torch.rand(3, grid[0] * grid[1]).argsort(dim=1)[:, :20]
     outs = []
     for order in (kept, kept.sort(dim=1).values):
-        tokens, codes = tower._embed_patches(spec, height, width, order)
-        from musiclm_fast.nn.transformer import OffsetBias
-
-        bias = OffsetBias(tower._bias_table(height, width), codes, codes)
-        outs.append(tower.norm(tower.transformer(tokens, bias=bias)[0].mean(dim=1)))
+        outs.append(tower(wavs, draws=AudioDraws(grid, kept=order, share=0.25)))
     torch.testing.assert_close(outs[0], outs[1])
 
 

@@ -33,6 +33,11 @@ def folder(tmp_path_factory):
     project.fit(clips, RATE, progress=False)
     for name in ("semantic", "coarse", "fine"):
         project.train(name, clips, RATE, 3, 4, accelerate_kwargs={"cpu": True})
+    # Models of three steps may end a piece at once: these seldom do.
+    for name, key in (("semantic", "to_logits.bias"), ("coarse", "coarse_logit_weights")):
+        package = torch.load(folder / f"{name}.pt", weights_only=True)
+        package["model"][key][..., -1] = -1e9 if key.endswith("bias") else 0.0
+        torch.save(package, folder / f"{name}.pt")
     return folder
 
 
@@ -47,11 +52,8 @@ def test_an_opened_project_is_the_same(folder):
 def test_the_command_line_generates(folder, tmp_path, capsys):
     output = tmp_path / "out" / "flute.wav"
     command = ["generate", "a flute", "--seconds", "0.3", "--num-samples", "3", "--all"]
-    code = main([*command, "--seed", "2", "--music", str(folder), "-o", str(output)])
-    out, err = capsys.readouterr()
-    if code:
-        assert "ended at once" in err  # an untrained model may
-        return
+    assert main([*command, "--seed", "2", "--music", str(folder), "-o", str(output)]) == 0
+    out, _ = capsys.readouterr()
     assert out.count("similarity to the text") == 3
     samples, rate = soundfile.read(output)
     assert rate == RATE
@@ -70,14 +72,11 @@ def test_texts_that_say_nothing_or_too_much(folder):
 def test_the_command_line_streams(folder, tmp_path, capsys):
     output = tmp_path / "long.wav"
     command = ["generate", "a flute", "--seconds", "0.6", "--music", str(folder), "--seed", "3"]
-    code = main([*command, "--window-seconds", "0.2", "-o", str(output)])
-    out, err = capsys.readouterr()
-    if code:
-        assert "ended at once" in err  # an untrained model may
-        assert not output.exists()
-    else:
-        samples, _ = soundfile.read(output)
-        assert out == f"{output}: {len(samples) / RATE:.2f} s\n"
+    assert main([*command, "--window-seconds", "0.2", "-o", str(output)]) == 0
+    out, _ = capsys.readouterr()
+    samples, _ = soundfile.read(output)
+    assert 0 < len(samples) <= 0.6 * RATE
+    assert out == f"{output}: {len(samples) / RATE:.2f} s\n"
     for wrong in (["--window-seconds", "0"], ["--window-seconds", "1", "--num-samples", "2"]):
         assert main([*command, *wrong, "-o", str(output)]) == 2
         assert wrong[-2][2:] in capsys.readouterr().err

@@ -1,4 +1,4 @@
-// Runs the CUDA blocks of csrc/spectrogram/block.h on the CPU, for tests/ops/test_spectrogram.py.
+// Runs the CUDA blocks of csrc/spectrogram on the CPU, for tests/ops/test_spectrogram.py.
 //
 // A team of one thread computes what a block computes. A team of 64 threads in two warps, real ones
 // with real barriers, must give the same; under the thread sanitizer it shows missing barriers.
@@ -8,7 +8,9 @@
 #include <thread>
 #include <vector>
 
+#include "spectrogram/fft_block.h"
 #include "spectrogram/fixed_fft.h"
+#include "spectrogram/folded_block.h"
 #include "spectrogram/plan.h"
 
 using namespace musiclm_fast::spectrogram;

@@ -474,20 +474,6 @@ def test_no_grad_and_inference_mode() -> None:
 
 
 @cpp
-def test_torch_func_takes_the_torch_backend() -> None:
-    arguments = testing.attention_inputs(queries=12)
-
-    def loss(q: Tensor, backend: str | None = None) -> Tensor:
-        return attention(**{**arguments, "q": q}, backend=backend).square().sum()
-
-    ours = torch.func.grad(loss)(arguments["q"].detach())
-    expected = torch.autograd.grad(loss(arguments["q"]), arguments["q"])[0]
-    torch.testing.assert_close(ours, expected)
-    with pytest.raises(BackendError, match=r"torch\.func"):
-        torch.func.grad(lambda q: loss(q, "cpp"))(arguments["q"].detach())
-
-
-@cpp
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_take_the_torch_backend(dtype: torch.dtype) -> None:
     arguments = testing.attention_inputs(queries=12, dtype=dtype)

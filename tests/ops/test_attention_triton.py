@@ -21,7 +21,14 @@ import torch
 
 from musiclm_fast import testing
 from musiclm_fast.ops import _triton_target, attention, grid_codes
-from musiclm_fast.ops.attention import _triton, attention_reference
+from musiclm_fast.ops.attention import (
+    _autograd,
+    _triton,
+    _triton_bands,
+    _triton_table,
+    attention_reference,
+)
+from musiclm_fast.ops.attention._triton_tiles import MAX_HEAD_DIM
 from musiclm_fast.ops.attention.reference import offset_bias
 
 if importlib.util.find_spec("triton") is None:
@@ -219,7 +226,7 @@ def test_any_codes_are_safe(codes: list[int], radius: int, device: str) -> None:
 
 @pytest.mark.gpu
 def test_codes_equal_modulo_the_slots(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(_triton, "INDEX_BYTES", 0)  # the fewest slots, 128
+    monkeypatch.setattr(_triton_table, "INDEX_BYTES", 0)  # the fewest slots, 128
     codes = torch.tensor([0, 128, 256, 1, 129, -128])
     compare(with_codes(codes, codes, 400, device, batch=1, heads=1), {})
 
@@ -311,9 +318,9 @@ def test_bands_of_rows_give_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     shapes = dict(queries=150, keys=40, batch=1, heads=2, kv_heads=1, codes_per_sample=True)
-    monkeypatch.setattr(_triton, "DS_BYTES", 2 * 64 * 128 * 4)
-    monkeypatch.setattr(_triton, "BAND_PROGRAMS", 8)
-    bands = _triton.plan_bands(1, 1, 2, 150, 40, 32, 4)
+    monkeypatch.setattr(_triton_bands, "DS_BYTES", 2 * 64 * 128 * 4)
+    monkeypatch.setattr(_triton_bands, "BAND_PROGRAMS", 8)
+    bands = _triton_bands.plan_bands(1, 1, 2, 150, 40, 32, 4)
     assert [(b.row_begin, b.row_end) for b in bands] == [(0, 128), (128, 150)]
     compare(testing.attention_inputs(**shapes, device=device), dict(causal=True))
 
@@ -362,7 +369,7 @@ def test_opcheck(device: str) -> None:
     )
     torch.library.opcheck(
         torch.ops.musiclm_fast.attention_forward_triton.default,
-        tuple(arguments[name] for name in _triton._autograd.ARGUMENTS),
+        tuple(arguments[name] for name in _autograd.ARGUMENTS),
     )
 
 
@@ -428,14 +435,16 @@ def test_self_check_sees_a_wrong_kernel(
     kernel: str, head_dim: int, change: Callable[[dict[str, Any]], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    launch = _triton._launch
+    launch = _triton_target.launch
 
-    def wrong(name: str, programs: int, options: dict[str, int], **arguments: Any) -> None:
-        if name == kernel and arguments.get("HEAD_DIM", 0) == head_dim:
-            arguments.update(change(arguments))
-        launch(name, programs, options, **arguments)
+    def wrong(
+        launched: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        if launched.__name__ == kernel and arguments.get("HEAD_DIM", 0) == head_dim:
+            arguments = arguments | change(arguments)
+        launch(launched, programs, arguments, options)
 
-    monkeypatch.setattr(_triton, "_launch", wrong)
+    monkeypatch.setattr(_triton_target, "launch", wrong)
     assert "error" in str(_triton.self_check(torch.device("cpu"), torch.float32))
 
 
@@ -485,22 +494,22 @@ def test_bands_cover_every_row_once_and_fit() -> None:
         kv_heads, group = min(kv_heads, 8), min(group, 8)
         queries, keys = (generator.choice([1, 17, 372, 744, 2048, 8192]) for _ in range(2))
         block_n, itemsize = generator.choice([32, 64]), generator.choice([2, 4])
-        bands = _triton.plan_bands(batch, kv_heads, group, queries, keys, block_n, itemsize)
+        bands = _triton_bands.plan_bands(batch, kv_heads, group, queries, keys, block_n, itemsize)
         covered = sum(b.samples * b.kv_heads * (b.row_end - b.row_begin) for b in bands)
         assert covered == batch * kv_heads * queries
         seen = set()
         padded_keys = -(-keys // block_n) * block_n
         for band in bands:
-            assert band.row_begin % _triton.DS_ROWS == 0
+            assert band.row_begin % _triton_bands.DS_ROWS == 0
             corner = (band.sample, band.kv_head, band.row_begin)
             assert corner not in seen
             seen.add(corner)
             units = band.samples * band.kv_heads
             assert units <= bands[0].samples * bands[0].kv_heads
-            rows = _triton._round_up(band.row_end - band.row_begin, _triton.DS_ROWS)
-            assert units * group * rows * padded_keys * itemsize <= _triton.DS_BYTES
+            rows = _triton_bands.round_up(band.row_end - band.row_begin, _triton_bands.DS_ROWS)
+            assert units * group * rows * padded_keys * itemsize <= _triton_bands.DS_BYTES
             if band.row_end - band.row_begin < queries:  # sums of k and v are carried
-                assert 2 * units * padded_keys * _triton.MAX_HEAD_DIM * 4 <= 16 << 20
+                assert 2 * units * padded_keys * MAX_HEAD_DIM * 4 <= 16 << 20
 
 
 def test_refusals_give_reasons() -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from musiclm_fast import _extension
 from musiclm_fast.ops import contrastive_loss, distributed_contrastive_loss
-from musiclm_fast.ops.contrastive import distributed
+from musiclm_fast.ops.contrastive import _ring
 
 KINDS = ("softmax", "decoupled", "sigmoid")
 STRATEGIES = ("all_gather", "ring")
@@ -94,7 +94,7 @@ def what_passes(strategy: str, kind: str) -> tuple[dict[str, int], int]:
     blocks: list[weakref.ref[Tensor]] = []
     most = 0
 
-    class Watched(distributed._Transfer):
+    class Watched(_ring._Transfer):
         def __init__(self, ranks: Any, leaving: Tensor, arriving: Tensor, what: str) -> None:
             nonlocal most
             counted[what] += leaving.nbytes
@@ -113,7 +113,7 @@ def what_passes(strategy: str, kind: str) -> tuple[dict[str, int], int]:
         return watched
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_Transfer", Watched)
+        patch.setattr(_ring, "_Transfer", Watched)
         patch.setattr(dist, "all_reduce", watch("all_reduce", 0))
         for new, old, size_of in (
             ("all_gather_single", "all_gather_into_tensor", 0),
@@ -347,7 +347,7 @@ def test_a_rank_that_does_not_come_ends_the_others(results: list[dict[Any, Any]]
         for result in results[:3]:
             message = result["late", strategy]
             assert message.startswith("RuntimeError: contrastive loss: rank"), message
-            assert "did not come within the process group's timeout" in message
+            assert "did not answer within the group's timeout" in message
 
 
 def test_several_ranks_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

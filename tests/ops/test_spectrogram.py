@@ -497,7 +497,7 @@ def test_self_check_passes_a_right_kernel_and_no_other(monkeypatch: pytest.Monke
         return right(**{**arguments, "wav": arguments["wav"].roll(1)})
 
     monkeypatch.setattr(_cuda._autograd, "run", later)
-    assert "values, 24 of 128: error" in str(_cuda.self_check(cpu, torch.float32))
+    assert "values (24 of 128): error" in str(_cuda.self_check(cpu, torch.float32))
 
 
 # bad input

@@ -48,7 +48,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, name: str, family: str, words:
     assert _triton_target.target(device) == name
     assert _triton_target.family(name) == family
     # No build of torch makes tensors on a device that is not there.
-    x: Any = SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(1, 4, 64))
+    x: Any = SimpleNamespace(
+        device=device, is_cpu=False, is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 64)
+    )
     for ok, reason in (attention.supports(q=x), contrastive.supports(audio=x)):
         assert ok == (not words)
         assert words in reason and bool(reason) == bool(words)

@@ -313,8 +313,8 @@ def poisoned(trainer: MuLaNTrainer, at: set[int], value: float) -> None:
     """The loss of those steps, counted from 1, is not finite."""
     backward = trainer.backward
 
-    def bad(inputs: dict[str, Any]) -> Tensor:
-        loss = backward(inputs)
+    def bad(inputs: dict[str, Any], share: float) -> Tensor:
+        loss = backward(inputs, share)
         if trainer.step + 1 in at:
             next(p for p in trainer.unwrapped.parameters()).grad.fill_(value)
         return loss

@@ -1,1 +1,1 @@
-"""The three stages from sound to loss, and from text to sound."""
+"""The three stages with tokenizer, codec and conditioner: training loss and generation."""

@@ -1,41 +1,47 @@
-"""What the three wrappers share."""
+"""The base of the three wrappers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from musiclm_fast._checks import fail
+from musiclm_fast._checks import describe, fail
 from musiclm_fast.audio.resampling import resample
+from musiclm_fast.audiolm.sampling import forgetful_mask
 from musiclm_fast.audiolm.stage import Stage
+from musiclm_fast.nn.modes import evaluation_mode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def inference(method: _Function) -> _Function:
-    """A method that runs in eval mode and without gradients, and leaves the mode as it was."""
+    """Run a method in eval mode and without gradients, then restore each module's mode."""
 
+    @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                return method(self, *args, **kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluation_mode(self), torch.no_grad():
+            return method(self, *args, **kwargs)
 
-    run.__doc__ = method.__doc__
     return run  # type: ignore[return-value]
 
 
 class Wrapper(nn.Module):
-    """What the three wrappers share: tokenizers, conditioner, rates."""
+    """A stage with its tokenizer, codec and conditioner: reads waves, resampled as needed.
 
-    namespace: str
+    Args:
+        transformer: the stage.
+        wav2vec: semantic tokenizer.
+        codec: codec of the acoustic tokens.
+        audio_conditioner: embeds the clips.
+        pad_id: id of padding.
+        mask_prob: share of keys hidden in training (forgetful causal mask).
+    """
+
     transformer: Any
 
     def __init__(
@@ -61,8 +67,14 @@ class Wrapper(nn.Module):
         self.mask_prob = mask_prob
 
     @property
+    def namespace(self) -> str:
+        """The stage's name, which selects its conditioning embeddings."""
+        namespace: str = self.transformer.namespace
+        return namespace
+
+    @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
+        """Device of the transformer."""
         device: torch.device = self.transformer.device
         return device
 
@@ -97,7 +109,7 @@ class Wrapper(nn.Module):
     def _conditioning(
         self, wave: Tensor | None, input_sample_hz: int | None, text: Any, text_embeds: Any
     ) -> Tensor:
-        # The joint embedding of the clips themselves, in this stage's namespace.
+        # Conditioning embeddings of the clips in this stage's namespace
         assert self.audio_conditioner is not None
         if wave is None:
             fail("raw_wave", None, "clips, which the audio_conditioner embeds")
@@ -105,7 +117,7 @@ class Wrapper(nn.Module):
             fail("text, text_embeds", "given", "neither beside an audio_conditioner")
         rate = getattr(self.audio_conditioner, "sample_hz", None)
         if input_sample_hz is None and rate is not None:
-            # by contract the rate of the tokenizer that reads the same wave
+            # None means the rate of the tokenizer that reads the same wave.
             first = self.codec if self.wav2vec is None else self.wav2vec
             input_sample_hz = getattr(first, "target_sample_hz", None)
         wave = resample(wave, input_sample_hz, rate)
@@ -128,6 +140,58 @@ class Wrapper(nn.Module):
         )
         return condition
 
+    def _prime_ids(
+        self, read: Callable[[Tensor, int | None], Tensor], wave: Tensor | None, hz: int | None,
+        ids: Tensor | None, name: str,
+    ) -> Tensor | None:  # fmt: skip
+        # The tokens of a prompt, from a wave or from ids
+        if wave is not None and ids is not None:
+            fail(name, "given", "None beside prime_wave")
+        if wave is not None:
+            ids = read(wave.to(self.device), hz)
+        return None if ids is None else ids.to(self.device)
+
+    def _acoustic_prime(
+        self, wave: Tensor | None, hz: int | None, ids: Tensor | None, batch: int,
+        quantizers: slice, name: str,
+    ) -> Tensor:  # fmt: skip
+        # The prompt's acoustic tokens (batch, n) of some quantizers, n = 0 without a prompt
+        found = self._prime_ids(
+            lambda wave, hz: self._acoustic_ids(wave, hz)[..., quantizers], wave, hz, ids, name
+        )
+        if found is None:
+            return torch.empty(batch, 0, dtype=torch.long, device=self.device)
+        if found.shape[0] not in (1, batch):
+            fail(name, describe(found), f"1 row or {batch}")
+        return found.expand(batch, *found.shape[1:]).flatten(1)
+
+    def _forgetful_mask(self, batch: int, length: int) -> Tensor | None:
+        if self.mask_prob == 0 or not self.training:
+            return None
+        return forgetful_mask((batch, length), self.mask_prob, self.device)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id)
+
+    def _loss(self, *parts: tuple[Tensor | None, Tensor, Any, float]) -> Tensor:
+        # Mean over the tokens of (logits, labels, tokens, weight), weights in the numerator only.
+        # A part without logits or weight is left out.
+        kept = [
+            (self._cross_entropy(logits, labels), count, weight)
+            for logits, labels, count, weight in parts
+            if logits is not None and weight > 0
+        ]
+        total: Any = sum(loss * count * weight for loss, count, weight in kept)
+        loss: Tensor = total / sum(count for _, count, _ in kept)
+        return loss
+
+
+def check_codebook(part: Any, transformer: Any, size: str) -> None:
+    """Refuse a tokenizer or codec whose codebook size differs from the stage's ``size``."""
+    own, wanted = getattr(part, "codebook_size", None), getattr(transformer, size)
+    if own is not None and own != wanted:
+        fail("transformer", f"{size}={wanted}", f"{type(part).__name__}'s codebook_size {own}")
+
 
 def check_rates(first: Any, second: Any) -> None:
     """Refuse a tokenizer and a codec of different sample rates."""
@@ -136,11 +200,5 @@ def check_rates(first: Any, second: Any) -> None:
         fail(
             "raw_wave",
             f"one wave for a tokenizer of {rates[0]} Hz and a codec of {rates[1]} Hz",
-            "raw_wave_for_codec too, or input_sample_hz, by which the wave is resampled for both",
+            "raw_wave_for_codec too, or input_sample_hz, to resample the wave for both",
         )
-
-
-def weighted(losses: list[tuple[Tensor, Any, float]]) -> Tensor:
-    """Mean over all tokens of ``(loss, tokens, weight)``, weights in the numerator only."""
-    total = sum(loss * count * weight for loss, count, weight in losses)
-    return total / sum(count for _, count, _ in losses)  # type: ignore[operator, return-value]

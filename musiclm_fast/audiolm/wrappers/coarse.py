@@ -10,29 +10,26 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast.audiolm.coarse import CoarseTransformer
-from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
-from musiclm_fast.audiolm.sampling import Sampling, append_id, forgetful_mask, unique_consecutive
-from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base import Wrapper, check_rates, inference, weighted
-from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows, prime_ids
-from musiclm_fast.audiolm.wrappers.semantic import check_semantic_sizes
+from musiclm_fast.audiolm.generation import Prompt, generate_tokens
+from musiclm_fast.audiolm.sampling import Sampling, append_id, unique_consecutive
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, check_rates, inference
+from musiclm_fast.audiolm.wrappers.decoding import decode_rows
 
 
 class CoarseTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`CoarseTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`CoarseTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
-        codec: codec of the acoustic tokens; needed to read waves and to make them.
+        codec: codec of the acoustic tokens; needed to read and decode waves.
         wav2vec: semantic tokenizer; needed to read waves.
         audio_conditioner: embeds the clips.
-        pad_id: of ids.
-        unique_consecutive: leave out repeats among the semantic tokens.
+        pad_id: id of padding.
+        unique_consecutive: remove consecutive repeats of semantic tokens.
         semantic_cross_entropy_loss_weight: weight of the semantic tokens in the loss.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
-    namespace = "coarse"
     transformer: CoarseTransformer
 
     def __init__(
@@ -48,8 +45,8 @@ class CoarseTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, codec, audio_conditioner, pad_id, mask_prob)
-        check_semantic_sizes(wav2vec, transformer)
-        check_codebook(codec, transformer)
+        check_codebook(wav2vec, transformer, "num_semantic_tokens")
+        check_codebook(codec, transformer, "codebook_size")
         self.unique_consecutive = unique_consecutive
         self.semantic_cross_entropy_loss_weight = semantic_cross_entropy_loss_weight
         groups = getattr(codec, "rq_groups", 1)
@@ -77,80 +74,71 @@ class CoarseTransformerWrapper(Wrapper):
         progress: bool = True,
         as_upstream: bool = False,
     ) -> Any:
-        """Draw coarse tokens.
+        """Generate coarse tokens.
 
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the codec's.
             prime_coarse_token_ids: ``(B, n)`` tokens in place of prime_wave.
             text, text_embeds: the condition.
-            max_time_steps: codec frames to draw at most, the prime's excluded.
+            max_time_steps: maximum number of codec frames, without the prompt's.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
             reconstruct_wave: return waves.
-            use_kv_cache: ignored: the cache changes no result.
+            use_kv_cache: ignored; the cache does not change the result.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
-            as_upstream: attend to the padding of the semantic tokens, which training hides, and
-                return all time steps, as audiolm-pytorch does.
+            progress: show a progress bar.
+            as_upstream: do as upstream: attend to the padding of the semantic tokens, which is
+                masked in training, and return all time steps.
 
         Returns:
-            ``(B, steps, quantizers)``, -1 from the end on; with reconstruct_wave ``(B, samples)``,
-            or a list of one wave per row (None for an empty one) where their lengths differ.
+            ``(B, steps, quantizers)``, -1 from the end on. With reconstruct_wave
+            ``(B, samples)``, or if lengths differ a list of one wave per row, None for an empty
+            row.
         """
         check_positive_int("max_time_steps", max_time_steps)
         sampling = Sampling(temperature, filter_thres, cond_scale)
         semantic = semantic_token_ids.to(self.device).flatten(1)
         batch = semantic.shape[0]
-        prime = prime_ids(
-            self, prime_wave, prime_wave_input_sample_hz, prime_coarse_token_ids, batch,
+        prime = self._acoustic_prime(
+            prime_wave, prime_wave_input_sample_hz, prime_coarse_token_ids, batch,
             slice(None, self.num_coarse_quantizers), "prime_coarse_token_ids",
         )  # fmt: skip
-        context, context_mask, halves = self._prompt_condition(
+        condition = self._prompt_condition(
             batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
         )
         if self.unique_consecutive:
             semantic = unique_consecutive(semantic, self.pad_id)
         stage = self.transformer
-        quantizers = stage.num_coarse_quantizers
         tokens = torch.cat((stage.embed_semantic(semantic), stage.embed_coarse(prime)), dim=1)
         seen = (semantic != self.pad_id) & (semantic != self.semantic_eos_id)
         mask = None
         if not as_upstream and not bool(seen.all()):
-            mask = twice(F.pad(seen, (1, 1 + prime.shape[1]), value=True), halves)
+            mask = F.pad(seen, (1, 1 + prime.shape[1]), value=True)
         steps = max_time_steps * self.num_coarse_quantizers
         first = prime.shape[1]
-        weights, embeds = stage.coarse_logit_weights, stage.coarse_embedding
-
-        def embed(drawn: Tensor, step: int) -> Tensor:
-            quantizer = (first + step) % quantizers
-            embedded: Tensor = embeds(drawn + quantizer * stage.codebook_size)
-            return embedded + stage.coarse_quantize_embedding.weight[quantizer]
 
         def banned(step: int) -> int | None:
-            # The end may come between time steps alone, and not before the first.
+            # The end token may only follow a whole time step.
             at_end = step % self.num_coarse_quantizers == 0 and step > 0
             return None if at_end else self.coarse_eos_id
 
         written = generate_tokens(
             stage,
             Prompt(
-                twice(tokens, halves), mask, context, context_mask, halves,
-                stage.positions(semantic.shape[1] + 1, first + steps, context),
+                tokens, mask, *condition, index=first,
+                positions=stage.positions(semantic.shape[1] + 1, first + steps, condition[0]),
             ),
             steps,
             sampling=sampling,
-            logits=lambda hidden, step: F.linear(hidden, weights[(first + step) % quantizers]),
-            embed=embed,
             end_id=self.coarse_eos_id,
             banned=banned,
-            generator=make_generator(seed, semantic.device),
-            description="generating coarse",
+            seed=seed,
             progress=progress,
         )  # fmt: skip
         written = written.masked_fill(written == self.coarse_eos_id, -1)
-        # Leave the column out in which the last row drew its end.
+        # Drop an unfinished time step: the one in which the last row drew its end token.
         whole = written.shape[1] // self.num_coarse_quantizers * self.num_coarse_quantizers
         written = written[:, :whole]
         if as_upstream:
@@ -178,11 +166,11 @@ class CoarseTransformerWrapper(Wrapper):
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
             raw_wave: ``(B, samples)`` at the semantic tokenizer's rate.
-            raw_wave_for_codec: the same at the codec's rate; default raw_wave.
-            text, text_embeds: the condition, where there is no audio_conditioner.
+            raw_wave_for_codec: the same wave at the codec's rate; default raw_wave.
+            text, text_embeds: the condition, without an audio_conditioner.
             coarse_token_ids: ``(B, steps, quantizers)``, in place of a wave.
-            return_loss: the mean cross entropy, in place of the logits.
-            input_sample_hz: rate of raw_wave, which is then resampled for everyone.
+            return_loss: return the mean cross entropy in place of the logits.
+            input_sample_hz: rate of raw_wave, to resample it for tokenizer, codec and conditioner.
 
         Returns:
             A scalar, or semantic and coarse logits.
@@ -222,29 +210,22 @@ class CoarseTransformerWrapper(Wrapper):
         seen = (semantic != self.pad_id) & (semantic != self.semantic_eos_id)
         semantic = semantic.masked_fill(~seen, 0)
         mask = F.pad(seen, (1, coarse.shape[1] + 1), value=True)
-        if self.mask_prob > 0 and self.training:
-            mask = mask & forgetful_mask(
-                (mask.shape[0], mask.shape[1]), self.mask_prob, mask.device
-            )
+        forgetful = self._forgetful_mask(*mask.shape)
+        mask = mask if forgetful is None else mask & forgetful
         semantic_logits, coarse_logits = self.transformer(
             semantic_token_ids=semantic, coarse_token_ids=coarse, self_attn_mask=mask, text=text,
             text_embeds=text_embeds, **kwargs,
         )  # fmt: skip
         if not return_loss:
             return semantic_logits, coarse_logits
-        coarse_loss = F.cross_entropy(
-            coarse_logits.transpose(1, 2), coarse_labels, ignore_index=self.pad_id
-        )
-        # audiolm-pytorch counts tokens with repeats left out, and time steps without.
+        # Upstream counts tokens with unique_consecutive, and time steps without.
         coarse_count: Any = coarse_labels.numel()
         semantic_count: Any = (semantic_labels != self.pad_id).sum()
         if not self.unique_consecutive:
             coarse_count = coarse_logits.shape[1]
             semantic_count = 0 if semantic_logits is None else semantic_logits.shape[1]
-        losses = [(coarse_loss, coarse_count, 1.0)]
-        if self.semantic_cross_entropy_loss_weight > 0 and semantic_logits is not None:
-            semantic_loss = F.cross_entropy(
-                semantic_logits.transpose(1, 2), semantic_labels, ignore_index=self.pad_id
-            )
-            losses.append((semantic_loss, semantic_count, self.semantic_cross_entropy_loss_weight))
-        return weighted(losses)
+        weight = self.semantic_cross_entropy_loss_weight
+        return self._loss(
+            (coarse_logits, coarse_labels, coarse_count, 1.0),
+            (semantic_logits, semantic_labels, semantic_count, weight),
+        )

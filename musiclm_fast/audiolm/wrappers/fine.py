@@ -11,26 +11,24 @@ from torch.nn import functional as F
 from musiclm_fast._checks import describe, fail
 from musiclm_fast._wording import plural
 from musiclm_fast.audiolm.fine import FineTransformer
-from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
-from musiclm_fast.audiolm.sampling import Sampling, forgetful_mask
-from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base import Wrapper, inference, weighted
-from musiclm_fast.audiolm.wrappers.codec_ids import check_codebook, decode_rows, prime_ids
+from musiclm_fast.audiolm.generation import Prompt, generate_tokens
+from musiclm_fast.audiolm.sampling import Sampling
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, inference
+from musiclm_fast.audiolm.wrappers.decoding import decode_rows
 
 
 class FineTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`FineTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`FineTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
-        codec: codec of the acoustic tokens; needed to read waves and to make them.
+        codec: codec of the acoustic tokens; needed to read and decode waves.
         audio_conditioner: embeds the clips.
         coarse_cross_entropy_loss_weight: weight of the coarse tokens in the loss.
-        pad_id: of ids.
+        pad_id: id of padding.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
-    namespace = "fine"
     transformer: FineTransformer
 
     def __init__(
@@ -44,7 +42,7 @@ class FineTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, None, codec, audio_conditioner, pad_id, mask_prob)
-        check_codebook(codec, transformer)
+        check_codebook(codec, transformer, "codebook_size")
         groups = getattr(codec, "rq_groups", 1)
         self.num_fine_quantizers = transformer.num_fine_quantizers * groups
         self.num_coarse_quantizers = transformer.num_coarse_quantizers * groups
@@ -75,27 +73,29 @@ class FineTransformerWrapper(Wrapper):
         progress: bool = True,
         as_upstream: bool = False,
     ) -> Any:
-        """Draw fine tokens for given coarse ones.
+        """Generate fine tokens for coarse ones.
 
         Args:
             coarse_token_ids: ``(B, steps, quantizers)`` or interleaved, -1 is padding.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the codec's.
             prime_fine_token_ids: ``(B, n)`` tokens in place of prime_wave.
             text, text_embeds: the condition.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
             reconstruct_wave: return waves of coarse and fine tokens.
-            use_kv_cache: ignored: the cache changes no result.
-            mask_out_generated_fine_tokens: -1 where all coarse tokens of a time step are padding.
+            use_kv_cache: ignored; the cache does not change the result.
+            mask_out_generated_fine_tokens: set -1 where all coarse tokens of a time step are
+                padding.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
-            as_upstream: never draw the last code but for the first quantizer of each later time
-                step (audiolm-pytorch takes it for an end token), and draw tokens for padding.
+            progress: show a progress bar.
+            as_upstream: do as upstream: generate tokens for padding too, and allow the last code,
+                which upstream mistakes for an end token, only for the first quantizer of a time
+                step after the first.
 
         Returns:
-            ``(B, steps, quantizers)``, -1 for padding; with reconstruct_wave ``(B, samples)``, or
-            a list of one wave per row (None for an empty one) where their lengths differ.
+            ``(B, steps, quantizers)``, -1 for padding. With reconstruct_wave ``(B, samples)``, or
+            if lengths differ a list of one wave per row, None for an empty row.
         """
         sampling = Sampling(temperature, filter_thres, cond_scale)
         coarse = coarse_token_ids.to(self.device).flatten(1)
@@ -106,11 +106,11 @@ class FineTransformerWrapper(Wrapper):
                 describe(coarse_token_ids),
                 f"a multiple of {plural(self.num_coarse_quantizers, 'token')} per row, above 0",
             )
-        prime = prime_ids(
-            self, prime_wave, prime_wave_input_sample_hz, prime_fine_token_ids, batch,
+        prime = self._acoustic_prime(
+            prime_wave, prime_wave_input_sample_hz, prime_fine_token_ids, batch,
             slice(self.num_coarse_quantizers, None), "prime_fine_token_ids",
         )  # fmt: skip
-        context, context_mask, halves = self._prompt_condition(
+        condition = self._prompt_condition(
             batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
         )
         stage = self.transformer
@@ -123,19 +123,13 @@ class FineTransformerWrapper(Wrapper):
         tokens = torch.cat((coarse_tokens, stage.embed_fine(prime)), dim=1)
         mask = None
         if not bool(seen.all()):
-            mask = twice(F.pad(seen, (1, 1 + first), value=True), halves)
-        quantizers, weights = stage.num_fine_quantizers, stage.fine_logit_weights
+            mask = F.pad(seen, (1, 1 + first), value=True)
         grouped = coarse.unflatten(1, (-1, self.num_coarse_quantizers))
         padding = (grouped == self.pad_id).all(dim=-1)  # (B, time steps)
         row_steps = None
         if not as_upstream and bool(padding.any()):
             used = (~padding).long() * torch.arange(1, time_steps + 1, device=coarse.device)
             row_steps = (used.amax(dim=1) - primed).clamp_min(0) * self.num_fine_quantizers
-
-        def embed(drawn: Tensor, step: int) -> Tensor:
-            quantizer = (first + step) % quantizers
-            embedded: Tensor = stage.fine_embedding(drawn + quantizer * stage.codebook_size)
-            return embedded + stage.fine_quantize_embedding.weight[quantizer]
 
         def banned(step: int) -> int | None:
             index = first + step
@@ -145,17 +139,14 @@ class FineTransformerWrapper(Wrapper):
         written = generate_tokens(
             stage,
             Prompt(
-                twice(tokens, halves), mask, context, context_mask, halves,
-                stage.positions(length, first + steps, context),
+                tokens, mask, *condition, index=first,
+                positions=stage.positions(length, first + steps, condition[0]),
             ),
             steps,
             sampling=sampling,
-            logits=lambda hidden, step: F.linear(hidden, weights[(first + step) % quantizers]),
-            embed=embed,
             banned=banned,
             row_steps=row_steps,
-            generator=make_generator(seed, coarse.device),
-            description="generating fine",
+            seed=seed,
             progress=progress,
         )  # fmt: skip
         written = F.pad(written, (0, steps - written.shape[1]), value=self.pad_id)
@@ -186,8 +177,8 @@ class FineTransformerWrapper(Wrapper):
             raw_wave: ``(B, samples)``; or
             token_ids: ``(B, steps, quantizers)``; or
             coarse_token_ids, fine_token_ids: the same in two parts.
-            text, text_embeds: the condition, where there is no audio_conditioner.
-            return_loss: the mean cross entropy, in place of the logits.
+            text, text_embeds: the condition, without an audio_conditioner.
+            return_loss: return the mean cross entropy in place of the logits.
             input_sample_hz: rate of raw_wave; None is the codec's.
 
         Returns:
@@ -212,25 +203,15 @@ class FineTransformerWrapper(Wrapper):
         coarse_labels, fine_labels = coarse, fine
         if return_loss:
             fine = fine[:, :-1]
-        mask = None
-        if self.mask_prob > 0 and self.training:
-            shape = (coarse.shape[0], coarse.shape[1] + fine.shape[1] + 2)
-            mask = forgetful_mask(shape, self.mask_prob, coarse.device)
+        mask = self._forgetful_mask(coarse.shape[0], coarse.shape[1] + fine.shape[1] + 2)
         coarse_logits, fine_logits = self.transformer(
             coarse_token_ids=coarse, fine_token_ids=fine, self_attn_mask=mask, text=text,
             text_embeds=text_embeds, **kwargs,
         )  # fmt: skip
         if not return_loss:
             return coarse_logits, fine_logits
-        fine_loss = F.cross_entropy(
-            fine_logits.transpose(1, 2), fine_labels, ignore_index=self.pad_id
+        weight = self.coarse_cross_entropy_loss_weight
+        return self._loss(
+            (fine_logits, fine_labels, fine_labels.shape[1], 1.0),
+            (coarse_logits, coarse_labels, coarse_labels.shape[1], weight),
         )
-        losses: list[tuple[Tensor, Any, float]] = [(fine_loss, fine_logits.shape[1], 1.0)]
-        if self.coarse_cross_entropy_loss_weight > 0 and coarse_logits is not None:
-            coarse_loss = F.cross_entropy(
-                coarse_logits.transpose(1, 2), coarse_labels, ignore_index=self.pad_id
-            )
-            losses.append(
-                (coarse_loss, coarse_logits.shape[1], self.coarse_cross_entropy_loss_weight)
-            )
-        return weighted(losses)

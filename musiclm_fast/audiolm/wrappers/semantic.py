@@ -10,33 +10,30 @@ from torch.nn import functional as F
 
 from musiclm_fast._checks import check_positive_int, fail
 from musiclm_fast._wording import plural
-from musiclm_fast.audiolm.generation import Prompt, generate_tokens, make_generator
+from musiclm_fast.audiolm.generation import Prompt, generate_tokens
 from musiclm_fast.audiolm.sampling import (
     Sampling,
     align_right,
     append_id,
-    forgetful_mask,
     unique_consecutive,
 )
 from musiclm_fast.audiolm.semantic import SemanticTransformer
-from musiclm_fast.audiolm.stage import twice
-from musiclm_fast.audiolm.wrappers.base import Wrapper, inference
+from musiclm_fast.audiolm.wrappers.base import Wrapper, check_codebook, inference
 
 
 class SemanticTransformerWrapper(Wrapper):
-    """Trains and samples a :class:`SemanticTransformer`; arguments of audiolm-pytorch.
+    """Trains and samples a :class:`SemanticTransformer`, with upstream's arguments.
 
     Args:
         transformer: the stage.
         wav2vec: semantic tokenizer; needed to read waves.
         audio_conditioner: embeds the clips, see
             :class:`musiclm_fast.models.quantizer.MuLaNEmbedQuantizer`.
-        pad_id: of ids.
-        unique_consecutive: leave out repeats of the token before.
+        pad_id: id of padding.
+        unique_consecutive: remove consecutive repeats.
         mask_prob: share of keys hidden in training (forgetful causal mask).
     """
 
-    namespace = "semantic"
     transformer: SemanticTransformer
 
     def __init__(
@@ -50,7 +47,7 @@ class SemanticTransformerWrapper(Wrapper):
         mask_prob: float = 0.15,
     ) -> None:
         super().__init__(transformer, wav2vec, None, audio_conditioner, pad_id, mask_prob)
-        check_semantic_sizes(wav2vec, transformer)
+        check_codebook(wav2vec, transformer, "num_semantic_tokens")
         self.unique_consecutive = unique_consecutive
         self.eos_id = transformer.eos_id
 
@@ -73,22 +70,22 @@ class SemanticTransformerWrapper(Wrapper):
         seed: int | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Draw semantic tokens.
+        """Generate semantic tokens.
 
         Args:
-            max_length: tokens at most, the prime's included.
+            max_length: maximum number of tokens, the prompt's included.
             text: texts, one per row or one for all.
             text_embeds: ``(B or 1, c, cond_dim)``, the condition.
-            prime_wave: ``(B, samples)``, what the tokens go on from.
+            prime_wave: ``(B, samples)``, the audio prompt to continue.
             prime_wave_input_sample_hz: rate of prime_wave; None is the tokenizer's.
-            prime_ids: ``(B, n)`` tokens in place of prime_wave; -1 is padding at the end.
-            batch_size: rows, where nothing is primed.
+            prime_ids: ``(B, n)`` tokens in place of prime_wave, with -1 as padding at the end.
+            batch_size: number of rows without a prompt.
             cond_scale, filter_thres, temperature: see
                 :class:`musiclm_fast.audiolm.sampling.Sampling`.
-            use_kv_cache, include_eos_in_output: ignored: the cache changes no result, and
-                audiolm-pytorch ignores the latter.
+            use_kv_cache, include_eos_in_output: ignored; the cache does not change the result,
+                and upstream ignores the latter.
             seed: of the noise; None draws from the default generator.
-            progress: show a bar.
+            progress: show a progress bar.
 
         Returns:
             ``(B, n)`` tokens, -1 from the end token on.
@@ -96,25 +93,22 @@ class SemanticTransformerWrapper(Wrapper):
         check_positive_int("max_length", max_length)
         check_positive_int("batch_size", batch_size)
         sampling = Sampling(temperature, filter_thres, cond_scale)
-        if prime_wave is not None and prime_ids is not None:
-            fail("prime_ids", "given", "None beside prime_wave")
-        if prime_wave is not None:
-            ids = self._semantic_ids(prime_wave.to(self.device), prime_wave_input_sample_hz)
-        elif prime_ids is not None:
-            ids = prime_ids.to(self.device)
-        else:
+        ids = self._prime_ids(
+            self._semantic_ids, prime_wave, prime_wave_input_sample_hz, prime_ids, "prime_ids"
+        )
+        if ids is None:
             ids = torch.empty(batch_size, 0, dtype=torch.long, device=self.device)
         if self.unique_consecutive and ids.shape[1]:
             ids = unique_consecutive(ids, self.pad_id)
         batch, primed = ids.shape
         if primed >= max_length:
             fail("max_length", max_length, f"more than the prime's {plural(primed, 'token')}")
-        context, context_mask, halves = self._prompt_condition(
+        condition = self._prompt_condition(
             batch, text, text_embeds, prime_wave, prime_wave_input_sample_hz, cond_scale
         )
         stage = self.transformer
         moved, lengths = align_right(ids, self.pad_id)
-        # Positions are relative, so a shorter row's prime may as well stand at the right.
+        # Positions are relative, so a shorter prompt can be aligned to the right.
         seen = torch.arange(1 + primed, device=ids.device) >= primed - lengths[:, None]
         tokens = stage.embed(F.pad(moved, (1, 0)))
         at_start = torch.arange(1 + primed, device=ids.device) == primed - lengths[:, None]
@@ -124,16 +118,13 @@ class SemanticTransformerWrapper(Wrapper):
         written = generate_tokens(
             stage,
             Prompt(
-                twice(tokens, halves), twice(seen, halves) if ragged else None, context,
-                context_mask, halves, stage.positions(primed + steps, context),
+                tokens, seen if ragged else None, *condition,
+                positions=stage.positions(primed + steps, condition[0]),
             ),
             steps,
             sampling=sampling,
-            logits=lambda hidden, step: stage.to_logits(hidden),
-            embed=lambda drawn, step: stage.semantic_embedding(drawn),
             end_id=self.eos_id,
-            generator=make_generator(seed, ids.device),
-            description="generating semantic",
+            seed=seed,
             progress=progress,
         )  # fmt: skip
         written = written.masked_fill(written == self.eos_id, -1)
@@ -161,8 +152,8 @@ class SemanticTransformerWrapper(Wrapper):
         Args:
             semantic_token_ids: ``(B, n)``, -1 is padding.
             raw_wave: ``(B, samples)``, in place of the ids.
-            text, text_embeds: the condition, where there is no audio_conditioner.
-            return_loss: the mean cross entropy, in place of the logits.
+            text, text_embeds: the condition, without an audio_conditioner.
+            return_loss: return the mean cross entropy in place of the logits.
             input_sample_hz: rate of raw_wave; None is the tokenizer's.
 
         Returns:
@@ -181,23 +172,8 @@ class SemanticTransformerWrapper(Wrapper):
         if self.unique_consecutive:
             ids = unique_consecutive(ids, self.pad_id)
         labels, ids = ids, ids[:, :-1] if return_loss else ids
-        mask = None
-        if self.mask_prob > 0 and self.training:
-            mask = forgetful_mask((ids.shape[0], ids.shape[1]), self.mask_prob, ids.device)
         logits = self.transformer(
-            ids=ids, text=text, text_embeds=text_embeds, self_attn_mask=mask, **kwargs
-        )
-        if not return_loss:
-            return logits
-        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id)
-
-
-def check_semantic_sizes(wav2vec: Any, transformer: Any) -> None:
-    """Refuse a tokenizer with another number of clusters than the stage knows."""
-    size = getattr(wav2vec, "codebook_size", None)
-    if size is not None and size != transformer.num_semantic_tokens:
-        fail(
-            "transformer",
-            f"num_semantic_tokens={transformer.num_semantic_tokens}",
-            f"the semantic tokenizer's codebook_size {size}",
-        )
+            ids=ids, text=text, text_embeds=text_embeds,
+            self_attn_mask=self._forgetful_mask(*ids.shape), **kwargs,
+        )  # fmt: skip
+        return self._cross_entropy(logits, labels) if return_loss else logits

@@ -39,18 +39,14 @@ def run(forward_op: Any, arguments: dict[str, Any]) -> Tensor:
     return out
 
 
-def _empty_output(q: Tensor) -> Tensor:
-    batch, heads, queries, head_dim = q.shape
-    return q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+def empty_heads(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape ``(B, H, N, D)``, stored as ``(B, N, H, D)``."""
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _like_heads(x: Tensor) -> Tensor:
-    batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(
@@ -63,7 +59,7 @@ def _fake_backward(
         q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (bias_table, q_scale, k_scale)
     ]
-    return (_like_heads(q), _like_heads(k), _like_heads(v), *small)
+    return (empty_heads(q), empty_heads(k), empty_heads(v), *small)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,24 +8,18 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.attention import _autograd
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _MAX_SIZE = 2**30  # positions and table entries are 32-bit inside
-
-
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, and why not."""
-    return _extension.load(), _extension.why_missing()
 
 
 def supports(q: Tensor, k: Tensor, bias_table: Tensor | None, **_: Any) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if q.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not {q.device.type}"
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return False, f"it takes float32 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    if torch._C._are_functorch_transforms_active():
-        return False, "torch.func transforms need the torch backend"
+    ok, reason = _compiled.supports(q, "cpu", _DTYPES)
+    if not ok:
+        return False, reason
     if q.shape[-1] == 0:
         return False, "the head dimension is 0"
     sizes = (q.shape[2], k.shape[2], 0 if bias_table is None else bias_table.shape[1])

@@ -16,8 +16,9 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Dispatcher, torch_backend
 from musiclm_fast._wording import plural
+from musiclm_fast.ops import _compiled, _triton_target
 from musiclm_fast.ops.attention import _cpp, _triton
 from musiclm_fast.ops.attention.reference import attention_reference
 
@@ -49,8 +50,8 @@ def attention(
                         + bias_table[h, R + clamp(q_codes[i] - k_codes[j], -R, R)]
         out = dropout(softmax_j(s over the visible keys)) @ v
 
-    A query that sees no key gives zeros, and zero gradients. No backend but ``"torch"`` holds a
-    tensor of M x N.
+    A query that sees no key gives zeros and zero gradients. Only ``"torch"`` holds a tensor of
+    M x N.
 
     Args:
         q: ``(B, H, M, D)`` float32, float64, bfloat16 or float16; any strides.
@@ -190,8 +191,8 @@ def _check(
 dispatcher = Dispatcher(
     "attention",
     [
-        _triton.BACKEND,
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("torch", lambda **_: (True, ""), attention_reference),
+        _triton_target.triton_backend(_triton.supports, _triton.run, _triton.self_check),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        torch_backend(attention_reference),
     ],
 )

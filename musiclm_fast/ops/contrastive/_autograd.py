@@ -1,4 +1,4 @@
-"""Fake implementations and autograd of the contrastive kernels, and the losses made from them.
+"""Fake implementations and autograd of the contrastive kernels, and the losses built from them.
 
 A backend is three ``torch.library`` ops, defined by the ``block_`` functions of reference.py. The
 C++ library defines ``contrastive_logsumexp``, ``contrastive_logsumexp_backward`` and
@@ -6,8 +6,8 @@ C++ library defines ``contrastive_logsumexp``, ``contrastive_logsumexp_backward`
 the suffix ``_triton`` in Python. :func:`register` gives either set its fakes and its gradients.
 
 Statistics leave the positives out. The softmax loss of a row is then
-``ln(e^lse + e^s_ii) - s_ii = softplus(lse - s_ii)``: it and its gradient keep their digits however
-well the positive wins, where ``lse_with_positive - s_ii`` would cancel.
+``ln(e^lse + e^s_ii) - s_ii = softplus(lse - s_ii)``. It and its gradient keep their precision even
+where the positive dominates and ``lse_with_positive - s_ii`` would cancel.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def loss(
 ) -> Tensor:
     """The loss of a square batch on one device; arguments as in ``contrastive_loss``, L first."""
     batch = audio.shape[1]
+    temperature = temperature.float()
+    bias = None if bias is None else bias.float()
     if kind == "sigmoid":
         needed = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (audio, text, temperature, bias)
@@ -142,7 +144,7 @@ def _sigmoid_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]
     if grad is None:
         return (None,) * 6
     if not ctx.has_gradients:
-        raise RuntimeError("contrastive_sigmoid: called with gradients=False, so it has none")
+        raise RuntimeError("contrastive_sigmoid: it was called with gradients=False")
     d_audio, d_text, d_temperature, d_bias = ctx.saved_tensors
     results = (
         (d_audio * grad).to(ctx.dtypes[0]),

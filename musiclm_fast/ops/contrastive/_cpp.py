@@ -8,31 +8,20 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.contrastive import _autograd
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, or why not."""
-    return _extension.load(), _extension.why_missing()
+def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
+    """Whether the kernels take this call, from device and dtype alone, and why not."""
+    return _compiled.supports(audio, "cpu", _DTYPES)
 
 
-def supports(*, audio: Tensor, text: Tensor, **_: Any) -> tuple[bool, str]:
-    """CPU tensors of any dtype but float64."""
-    if audio.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not on {audio.device.type}"
-    if audio.dtype not in _DTYPES:
-        return False, f"it takes float32, bfloat16 and float16, not {audio.dtype}"
-    return True, ""
-
-
-def run(
-    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
     """The loss by the kernels."""
-    bias = None if bias is None else bias.float()
-    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+    return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 
 
 def prepare(latents: Tensor) -> Tensor:

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musiclm_fast._oracle import first_difference, gradients, to_float64
+from musiclm_fast._self_check import in_default_modes
 from musiclm_fast.ops import _triton_target
 from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.contrastive import _autograd
+from musiclm_fast.ops.contrastive._parity import contrastive_inputs, contrastive_rounding
+from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
 
 MAX_DEPTH = 256
 # Programs that a launch should have: two for each of an H100's multiprocessors.
@@ -23,7 +27,7 @@ PROGRAMS = 264
 PARTIAL_BYTES = 32 << 20
 # Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
 BOUNDED = 40.0
-# Of products of float32 latents. The backward makes the forward's similarities anew, in tiles of
+# Of products of float32 latents. The backward recomputes the forward's similarities in tiles of
 # other shapes and with the sides swapped, and takes e^(s - lse): they must be the same bits. Full
 # float32 products commute and add in order of k; so do 16-bit ones. "tf32x3" would add its two
 # small terms, high x low and low x high, in the other order when the sides are swapped.
@@ -75,7 +79,7 @@ _TABLES = {  # 16-bit and float32
 
 
 def configs(target: str, block_d: int, dtype: torch.dtype) -> tuple[Config, Config, Config]:
-    """Tiles of the three kernels: a choice by table, nothing is measured at run time."""
+    """The tiles of the three kernels that the table gives."""
     table = _TABLES[_triton_target.family(target)][dtype == torch.float32]
     return next(chosen for limit, chosen in table.items() if block_d <= limit)
 
@@ -237,18 +241,12 @@ def _largest_norm(latents: Tensor) -> Tensor:
 
 def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
     """Whether the kernels take this call, from device, dtype and width alone."""
-    reason = _triton_target.refusal(audio)
-    if not reason and not 0 < audio.shape[-1] <= MAX_DEPTH:
-        reason = f"latents of width {audio.shape[-1]}, not 1 to {MAX_DEPTH}"
-    return not reason, reason
+    return _triton_target.supports(audio, MAX_DEPTH)
 
 
-def run(
-    *, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
     """The loss by the kernels."""
-    bias = None if bias is None else bias.float()
-    return _autograd.loss(kernels, prepare(audio), prepare(text), temperature.float(), bias, kind)
+    return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 
 
 def prepare(latents: Tensor) -> Tensor:
@@ -256,60 +254,38 @@ def prepare(latents: Tensor) -> Tensor:
     return latents if latents.stride(-1) == 1 else latents.contiguous()
 
 
+@in_default_modes
 def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare each loss and all gradients with the float64 definition on small calls.
+    """Compare each loss and all gradients with the float64 reference on small calls.
 
     Returns:
         None, or what went wrong first.
     """
-    from musiclm_fast import testing
-    from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
-
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        for kind, factor in (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0)):
-            inputs = testing.contrastive_inputs(
-                300, 128, 2, temperature=factor, dtype=dtype, device=device
-            )
-            results = []
-            for function, given in (
-                (run, inputs),
-                (contrastive_loss_reference, inputs),
-                (contrastive_loss_reference, testing.to_float64(inputs)),
-            ):
-                loss = function(**given, kind=kind)
-                grads = testing.gradients(loss, given, torch.ones((), device=device))
-                if kind != "sigmoid":
-                    del grads["bias"]  # zero in exact arithmetic, and here
-                results.append({"loss": loss, **grads})
-            rounding = testing.contrastive_rounding(inputs, kind)
-            for name in results[0]:
-                try:
-                    testing.assert_close_to_oracle(
-                        f"{name} ({kind}, {dtype})", *(r[name] for r in results),
-                        dtype=dtype, rounding=rounding[name],
-                    )  # fmt: skip
-                except AssertionError as error:
-                    return str(error)
+    for kind, factor in (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0)):
+        inputs = contrastive_inputs(300, 128, 2, temperature=factor, dtype=dtype, device=device)
+        results = []
+        for function, given in (
+            (run, inputs),
+            (contrastive_loss_reference, inputs),
+            (contrastive_loss_reference, to_float64(inputs)),
+        ):
+            loss = function(**given, kind=kind)
+            grads = gradients(loss, given, torch.ones((), device=device))
+            if kind != "sigmoid":
+                del grads["bias"]  # zero in exact arithmetic, and here
+            results.append({"loss": loss, **grads})
+        rounding = contrastive_rounding(inputs, kind)
+        problem = first_difference(f"{kind}, {dtype}", results, dtype=dtype, rounding=rounding)
+        if problem is not None:
+            return problem
     return None
 
 
-_library = torch.library.Library("musiclm_fast", "FRAGMENT")
-for _name, _schema, _function in (
-    ("contrastive_logsumexp_triton", _autograd.LOGSUMEXP_SCHEMA, logsumexp),
-    (
-        "contrastive_logsumexp_backward_triton",
-        _autograd.LOGSUMEXP_BACKWARD_SCHEMA,
-        logsumexp_backward,
-    ),
-    ("contrastive_sigmoid_triton", _autograd.SIGMOID_SCHEMA, sigmoid),
-):
-    _library.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CUDA", "CPU") if _triton_target.INTERPRET else ("CUDA",):
-        _library.impl(_name, _function, _key)
+_triton_target.define("contrastive_logsumexp_triton", _autograd.LOGSUMEXP_SCHEMA, logsumexp)
+_triton_target.define(
+    "contrastive_logsumexp_backward_triton", _autograd.LOGSUMEXP_BACKWARD_SCHEMA, logsumexp_backward
+)
+_triton_target.define("contrastive_sigmoid_triton", _autograd.SIGMOID_SCHEMA, sigmoid)
 kernels = _autograd.register(
     "musiclm_fast::contrastive_logsumexp_triton",
     "musiclm_fast::contrastive_logsumexp_backward_triton",

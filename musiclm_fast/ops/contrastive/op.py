@@ -14,9 +14,9 @@ from musiclm_fast._checks import (
     check_shape,
     fail,
 )
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Dispatcher, torch_backend
 from musiclm_fast._wording import plural
-from musiclm_fast.ops import _triton_target
+from musiclm_fast.ops import _compiled, _triton_target
 from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
 from musiclm_fast.ops.contrastive.reference import (
@@ -47,9 +47,9 @@ def contrastive_loss(
         decoupled  the same with j = i left out of both sums
         sigmoid    -sum_l sum_ij ln sigmoid(y_ij s_ij) / B,  y_ij = 1 if i = j else -1
 
-    Latents and temperatures of any size are safe: sums of exponentials are shifted where a bound on
-    the similarities does not make that needless, and nothing is clamped. No backend but
-    ``"torch"`` holds B x B numbers. For a batch spread over ranks see
+    Latents and temperatures of any size are safe: sums of exponentials are shifted unless a bound
+    on the similarities makes that unnecessary, and nothing is clamped. Only ``"torch"`` holds B x B
+    numbers. For a batch spread over ranks see
     :func:`musiclm_fast.ops.distributed_contrastive_loss`.
 
     Args:
@@ -145,7 +145,7 @@ def check_finite(
 
 
 def block_kernels(backend: str) -> Kernels:
-    """A backend's kernels for rectangular blocks, from which the distributed losses are made."""
+    """A backend's kernels for rectangular blocks; the distributed losses are built from them."""
     if backend == "cpp":
         return _cpp.kernels
     if backend == "triton":
@@ -162,15 +162,8 @@ def prepare(backend: str, latents: Tensor) -> Tensor:
 dispatcher = Dispatcher(
     "contrastive",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend(
-            "triton",
-            _triton.supports,
-            _triton.run,
-            _triton_target.available,
-            _triton.self_check,
-            _triton_target.dtypes,
-        ),
-        Backend("torch", lambda **_: (True, ""), contrastive_loss_reference),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        _triton_target.triton_backend(_triton.supports, _triton.run, _triton.self_check),
+        torch_backend(contrastive_loss_reference),
     ],
 )

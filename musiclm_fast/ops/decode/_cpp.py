@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.decode.weights import (
     AttentionWeights,
     DecodeWeights,
@@ -16,22 +17,12 @@ from musiclm_fast.ops.decode.weights import (
 )
 
 
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, and why not."""
-    return _extension.load(), _extension.why_missing()
-
-
 def supports(x: Tensor, weights: DecodeWeights, **_: Any) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if x.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not {x.device.type}"
-    if x.dtype != torch.float32:
-        return False, f"it takes float32, not {str(x.dtype).removeprefix('torch.')}"
-    if torch.is_grad_enabled() and (x.requires_grad or weights.gamma.requires_grad):
+    ok, reason = _compiled.supports(x, "cpu", (torch.float32,))
+    if ok and torch.is_grad_enabled() and (x.requires_grad or weights.gamma.requires_grad):
         return False, "it has no gradient"
-    if torch._C._are_functorch_transforms_active():
-        return False, "torch.func transforms need the torch backend"
-    return True, ""
+    return ok, reason
 
 
 def run(x: Tensor, weights: DecodeWeights, keys_values: Tensor, length: int, **call: Any) -> Tensor:

@@ -13,7 +13,8 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Dispatcher, torch_backend
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.decode import _cpp
 from musiclm_fast.ops.decode.reference import decode_reference
 from musiclm_fast.ops.decode.weights import DecodeWeights
@@ -47,12 +48,12 @@ def decode(
     With one stream and no mix a branch's output is added to the stream. Queries see the normed
     input; similarities are scaled by ``dim_head ** -0.5`` and have the bias that
     :func:`musiclm_fast.ops.attention` reads from a table by codes. A row that sees no key gets
-    zeros from that attention. The first call of ``weights`` may pack them (C++: one copy, read
-    front to back by every call); a row's result does not depend on the other rows there.
+    zeros from that attention. In C++ the first call with ``weights`` packs them into one copy, and
+    a row's result does not depend on the other rows.
 
     Args:
         x: ``(B, dim)`` floating, the token's embedding.
-        weights: of all layers; they must not change from the first call on.
+        weights: of all layers; they must not change after the first call.
         keys_values: ``(depth, 2, B, capacity, dim_head)`` contiguous, x's dtype: keys and values of
             ``length`` earlier tokens. This token's are written at ``length``.
         length: tokens held, less than capacity.
@@ -66,7 +67,7 @@ def decode(
         backend: ``"cpp"`` or ``"torch"``; None takes the first that supports the call.
 
     Returns:
-        ``(B, dim)``. It has no gradient on ``"cpp"``, which is passed over where one is wanted.
+        ``(B, dim)``. ``"cpp"`` has no gradient and refuses a call that needs one.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
@@ -144,7 +145,7 @@ def _check(
 dispatcher = Dispatcher(
     "decode",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("torch", lambda **_: (True, ""), decode_reference),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        torch_backend(decode_reference),
     ],
 )

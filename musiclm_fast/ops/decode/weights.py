@@ -31,7 +31,7 @@ class AttentionWeights:
         gamma, beta: ``(dim,)``, the queries' norm.
         to_q: ``(H * dim_head, dim)``.
         to_out: ``(dim, H * dim_head)``.
-        to_kv: ``(2 * dim_head, dim)``; None for cross attention, whose keys are made already.
+        to_kv: ``(2 * dim_head, dim)``; None for cross attention, whose keys are given.
         context_gamma, context_beta: ``(dim,)``, the norm before ``to_kv``, or None.
         null_kv: ``(2, nulls, dim_head)``, keys and values that stand in front, or None.
     """
@@ -67,7 +67,7 @@ class FeedForwardWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer; its mixes are None where there is one plain stream, its cross attention may be."""
+    """One layer. Mixes are None for one plain stream; cross attention is optional."""
 
     own_mix: MixWeights | None
     own: AttentionWeights
@@ -82,7 +82,7 @@ class DecodeWeights:
     """All layers and the last norm. The tensors must not change once they have been used.
 
     Args:
-        layers: alike in all sizes and in what they have.
+        layers: all with the same sizes and the same optional parts.
         gamma, beta: ``(dim,)``, the last norm.
         heads: H.
         streams: s.
@@ -95,7 +95,7 @@ class DecodeWeights:
     heads: int
     streams: int
     value_residual: bool
-    # What a backend makes of the tensors, by its name; made once.
+    # Each backend's packed copy of the tensors, by its name.
     packed: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

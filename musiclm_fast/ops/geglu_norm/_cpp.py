@@ -8,26 +8,14 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
-
-
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, and why not."""
-    return _extension.load(), _extension.why_missing()
+from musiclm_fast.ops import _compiled
 
 
 def supports(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if x.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not {x.device.type}"
-    for name, tensor in (("x", x), ("gamma", gamma), ("beta", beta)):
-        if tensor.dtype != torch.float32:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return False, f"it takes float32, and {name} is {dtype}"
     if gamma.shape[0] == 0:
         return False, "there is no hidden unit"
-    if torch._C._are_functorch_transforms_active():
-        return False, "torch.func transforms need the torch backend"
-    return True, ""
+    return _compiled.supports(x, "cpu", (torch.float32,), gamma=gamma, beta=beta)
 
 
 def run(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -49,20 +37,5 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    op = torch.ops.musiclm_fast.geglu_norm_backward
-    found = op(grad.contiguous(), *ctx.saved_tensors)
-    return tuple(g if needed else None
-                 for g, needed in zip(found, ctx.needs_input_grad, strict=True))  # fmt: skip
-
-
 if _extension.load():
-    torch.library.register_fake("musiclm_fast::geglu_norm_forward")(_fake_forward)
-    torch.library.register_fake("musiclm_fast::geglu_norm_backward")(_fake_backward)
-    torch.library.register_autograd(
-        "musiclm_fast::geglu_norm_forward", _backward, setup_context=_setup_context
-    )
+    _compiled.register("geglu_norm", _fake_forward, _fake_backward, results=1)

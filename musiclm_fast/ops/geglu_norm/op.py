@@ -12,24 +12,25 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Dispatcher, torch_backend
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.geglu_norm import _cpp
 from musiclm_fast.ops.geglu_norm.reference import geglu_norm_reference
 
 
 def geglu_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, backend: str | None = None) -> Tensor:
-    """A GEGLU with exact gelu, and layer norm of what it gives.
+    """A GEGLU with exact gelu, followed by a layer norm.
 
     ::
 
         values, gates = halves of x, the first h of each
         out           = layer_norm(values * gelu(gates)) * gamma + beta,   then zeros up to p
 
-    The padding from h to p is for the matrix products on either side: widths such as 1365 leave
-    their quick paths. Only x is kept for the gradient.
+    The padding from h to p serves the matrix products on either side, which are slow for widths
+    such as 1365. Only x is kept for the gradient.
 
     Args:
-        x: ``(..., 2p)`` floating, p at least h; what lies beyond h in each half is not used.
+        x: ``(..., 2p)`` floating, p at least h; entries beyond h in each half are ignored.
         gamma: ``(h,)``.
         beta: ``(h,)``.
         backend: ``"cpp"`` or ``"torch"``; None takes the first that supports the call.
@@ -57,7 +58,7 @@ def geglu_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, backend: str | None = 
 dispatcher = Dispatcher(
     "geglu_norm",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("torch", lambda **_: (True, ""), geglu_norm_reference),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        torch_backend(geglu_norm_reference),
     ],
 )

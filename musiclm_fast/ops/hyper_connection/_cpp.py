@@ -8,24 +8,12 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 
 
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, and why not."""
-    return _extension.load(), _extension.why_missing()
-
-
-def supports(streams: Tensor, **others: Any) -> tuple[bool, str]:
+def supports(streams: Tensor, **others: Tensor | None) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if streams.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not {streams.device.type}"
-    for name, x in (("streams", streams), *others.items()):
-        if isinstance(x, Tensor) and x.dtype != torch.float32:
-            dtype = str(x.dtype).removeprefix("torch.")
-            return False, f"it takes float32, and {name} is {dtype}"
-    if torch._C._are_functorch_transforms_active():
-        return False, "torch.func transforms need the torch backend"
-    return True, ""
+    return _compiled.supports(streams, "cpu", (torch.float32,), **others)
 
 
 def run(
@@ -71,22 +59,5 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[3:])
-    ctx.set_materialize_grads(True)
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.musiclm_fast.hyper_connection_backward(
-        *(grad.contiguous() for grad in grads[:3]), *ctx.saved_tensors
-    )
-    return tuple(g if needed else None
-                 for g, needed in zip(found, ctx.needs_input_grad, strict=True))  # fmt: skip
-
-
 if _extension.load():
-    torch.library.register_fake("musiclm_fast::hyper_connection_forward")(_fake_forward)
-    torch.library.register_fake("musiclm_fast::hyper_connection_backward")(_fake_backward)
-    torch.library.register_autograd(
-        "musiclm_fast::hyper_connection_forward", _backward, setup_context=_setup_context
-    )
+    _compiled.register("hyper_connection", _fake_forward, _fake_backward, results=3)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from musiclm_fast._checks import check_floating, check_same_device, check_shape, describe, fail
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Dispatcher, torch_backend
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.hyper_connection import _cpp
 from musiclm_fast.ops.hyper_connection.reference import hyper_connection_reference
 
@@ -30,12 +31,12 @@ def hyper_connection(
         mixed[u] = sum_t w[t, 1 + u] x[t]
         beta'[u] = w[u, s + 1]
 
-    The next branch sees ``input``; its output, ``mixed`` and ``beta'`` are the next call's. Adding
-    and mixing in one pass, the streams are read and written once.
+    The next branch takes ``input``; the next call takes its output, ``mixed`` and ``beta'``. Adding
+    and mixing take one pass: the streams are read and written once.
 
     Args:
         streams: ``(..., s, dim)`` floating.
-        beta: ``(..., s)``, or None where there is no branch before.
+        beta: ``(..., s)``, or None if no branch comes before.
         branch: ``(..., dim)``, or None.
         weights: ``(dim, s + 2)``.
         scales: ``(s + 2,)``.
@@ -79,7 +80,7 @@ def hyper_connection(
 dispatcher = Dispatcher(
     "hyper_connection",
     [
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("torch", lambda **_: (True, ""), hyper_connection_reference),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        torch_backend(hyper_connection_reference),
     ],
 )

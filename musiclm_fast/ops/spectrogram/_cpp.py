@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.spectrogram import _autograd
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FOLDED_TAPS, MAX_FOLDED_FFT = 63, 1 << 13  # of csrc/spectrogram/spectrogram.h
 MAX_RADIX, MAX_FFT = 31, 1 << 20
-
-
-def available() -> tuple[bool, str]:
-    """Whether the compiled library is loaded, and why not."""
-    return _extension.load(), _extension.why_missing()
 
 
 def largest_prime_factor(n: int) -> int:
@@ -30,11 +27,9 @@ def largest_prime_factor(n: int) -> int:
 
 
 def can_compute(
-    wav: Tensor, n_fft: int, window: Tensor, power: float, mel: Tensor | None, **_: Any
+    n_fft: int, window: Tensor, power: float, mel: Tensor | None, **_: Any
 ) -> tuple[bool, str]:
-    """Whether the compiled kernels can take these arguments on any device, and why not."""
-    if wav.dtype == torch.float64:
-        return False, "it computes in float32, not float64"
+    """Whether the kernels, on any device, can take these arguments, and why not."""
     if power not in (1.0, 2.0):
         return False, f"it raises magnitudes to power 1 or 2, not {power}"
     if window.requires_grad or (mel is not None and mel.requires_grad):
@@ -48,9 +43,8 @@ def can_compute(
 
 def supports(wav: Tensor, **arguments: Any) -> tuple[bool, str]:
     """Whether the kernel can take these arguments, and why not."""
-    if wav.device.type != "cpu":
-        return False, f"it runs on CPU tensors, not {wav.device.type}"
-    return can_compute(wav, **arguments)
+    ok, reason = _compiled.supports(wav, "cpu", DTYPES)
+    return can_compute(**arguments) if ok else (False, reason)
 
 
 run = _autograd.run

@@ -19,8 +19,9 @@ from musiclm_fast._checks import (
     describe,
     fail,
 )
-from musiclm_fast._dispatch import Backend, Dispatcher
+from musiclm_fast._dispatch import Backend, Dispatcher, torch_backend
 from musiclm_fast._wording import plural
+from musiclm_fast.ops import _compiled
 from musiclm_fast.ops.spectrogram import _cpp, _cuda
 from musiclm_fast.ops.spectrogram._autograd import PAD_MODES
 from musiclm_fast.ops.spectrogram.reference import num_frames, spectrogram_reference
@@ -208,7 +209,7 @@ dispatcher = Dispatcher(
             _cuda.self_check,
             _cuda.check_dtypes,
         ),
-        Backend("cpp", _cpp.supports, _cpp.run, _cpp.available),
-        Backend("torch", lambda **_: (True, ""), spectrogram_reference),
+        _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        torch_backend(spectrogram_reference),
     ],
 )
