@@ -234,7 +234,7 @@ def test_a_name_that_is_no_text(music, model, capsys):
         (["search", "{empty}", "x"], "without sound files, expected files of aif"),
         (["search", "{broken}", "x"], "expected a sound file that can be read"),
         (["search", "{music}", "x", "--window", "-1"], "window_seconds: got -1"),
-        (["search", "{music}", "x", "--model", "{music}/a.wav"], "is damaged or no checkpoint"),
+        (["search", "{music}", "x", "--model", "{music}/a.wav"], "is damaged or not a checkpoint"),
         (["embed", "{music}", "-o", "x.csv"], "expected a name in .npz or .safetensors"),
         (["embed", "{music}", "-o", "{music}/no/x.npz"], "output: no folder"),
         (["eval", "{music}"], "expected a manifest in it"),

@@ -79,7 +79,7 @@ class Bomb:
 def test_nothing_is_executed(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write({"model": Bomb()}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         load_mulan(tmp_path / "model.pt")
     assert not (tmp_path / "exploded").exists()
 
