@@ -268,7 +268,7 @@ def test_corrupt_merges_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "clip_merges.txt").write_text("header\na b\n")
     monkeypatch.setattr(module.importlib.resources, "files", lambda _: tmp_path)
-    with pytest.raises(ValueError, match=r"clip_merges\.txt: got 1 merges, expected 48,894"):
+    with pytest.raises(ValueError, match=r"clip_merges\.txt: got 1 merge, expected 48,894"):
         module._tables.__wrapped__()
 
 

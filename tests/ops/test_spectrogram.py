@@ -345,7 +345,7 @@ TORCHAUDIO_SIZES = {
 }
 
 
-@pytest.mark.reference
+@pytest.mark.upstream
 @BACKENDS
 @pytest.mark.parametrize("sizes", TORCHAUDIO_SIZES.values(), ids=TORCHAUDIO_SIZES)
 def test_torchaudio_spectrogram_and_masks(
@@ -356,7 +356,7 @@ def test_torchaudio_spectrogram_and_masks(
         check_torchaudio(torchaudio, backend, wav, power, center, **sizes)
 
 
-@pytest.mark.reference
+@pytest.mark.upstream
 @BACKENDS
 @pytest.mark.parametrize("name", ["reference 24 of 128", "mulan 400 of 512", "2048"])
 def test_torchaudio_clips_from_shorter_than_a_window(
@@ -369,7 +369,7 @@ def test_torchaudio_clips_from_shorter_than_a_window(
         check_torchaudio(torchaudio, backend, noise(2, samples), 2.0, True, **sizes)
 
 
-@pytest.mark.reference
+@pytest.mark.upstream
 @needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference 24 of 128", "mulan 400 of 512", "2048"])
@@ -377,7 +377,7 @@ def test_torchaudio_a_minute(torchaudio: Any, name: str) -> None:
     check_torchaudio(torchaudio, "cpp", noise(1, 60 * 16_000), 2.0, True, **SIZES[name])
 
 
-@pytest.mark.reference
+@pytest.mark.upstream
 @BACKENDS
 @pytest.mark.parametrize("rate", [0.8, 1.25])
 def test_torchaudio_time_stretch(torchaudio: Any, backend: str, rate: float) -> None:
@@ -395,7 +395,7 @@ def test_torchaudio_time_stretch(torchaudio: Any, backend: str, rate: float) -> 
     assert (ours[..., frames:] == 0).all()  # we keep the number of frames
 
 
-@pytest.mark.reference
+@pytest.mark.upstream
 @pytest.mark.parametrize(("n_fft", "bands"), [(512, 64), (512, 128), (400, 20), (75, 5)])
 def test_torchaudio_mel_filters(torchaudio: Any, n_fft: int, bands: int) -> None:
     theirs = torchaudio.functional.melscale_fbanks(
@@ -576,7 +576,7 @@ def test_extra_memory_is_a_tenth_of_the_output(name: str) -> None:
 
 
 @needs_library
-@pytest.mark.reference
+@pytest.mark.upstream
 def test_gpu_benchmark_runs(torchaudio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_spectrogram_gpu as bench
     from benchmarks.harness import Settings
