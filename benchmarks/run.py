@@ -278,7 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", metavar="REV", help="compare with this commit")
     parser.add_argument("--rounds", type=int, default=3, help="of --base (default 3)")
     parser.add_argument("--resume", action="store_true", help="skip files that this commit has")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results (default: benchmarks/results; none is "
+        "kept with --tiny)",
+    )  # fmt: skip
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
@@ -298,7 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = args.names or default_names(args.mode)
     if args.base:
         return compare_with(args.base, wanted, settings, args.rounds)
-    return run_all(wanted, settings, args.output, args.resume)
+    if args.tiny and args.output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_all(wanted, settings, Path(folder), args.resume)
+    return run_all(wanted, settings, args.output or RESULTS, args.resume)
 
 
 if __name__ == "__main__":

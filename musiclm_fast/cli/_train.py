@@ -55,11 +55,17 @@ def values(args: argparse.Namespace) -> dict[str, Any]:
     return read_values(args.config, [*given, *args.set])
 
 
-def run(train: Callable[[], Any]) -> int:
-    """Train. Ctrl-C is not an error: the run is saved."""
+def run(train: Callable[[], Any], saved: Callable[[], bool]) -> int:
+    """Train. Ctrl-C is not an error: the run is saved.
+
+    Args:
+        train: the work.
+        saved: whether a run can be resumed.
+    """
     try:
         train()
     except KeyboardInterrupt:
-        print("\nstopped and saved; the same command resumes the run", file=sys.stderr)
+        done = "stopped and saved; the same command resumes the run" if saved() else "stopped"
+        print(f"\n{done}", file=sys.stderr)
         return INTERRUPTED
     return 0

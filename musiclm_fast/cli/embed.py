@@ -83,8 +83,10 @@ def _plain_folder(args: argparse.Namespace) -> bool:
     # A folder of sound files without captions.
     if args.captions is not None or args.kind != "auto" or not os.path.isdir(args.source):
         return False
-    suffixes = {Path(name).suffix.lower() for name in os.listdir(args.source)}
-    return not suffixes & {".csv", ".tsv", ".jsonl", ".tar"}
+    from musiclm_fast.datasets.tables import is_table
+
+    names = os.listdir(args.source)
+    return not any(is_table(name) or name.lower().endswith(".tar") for name in names)
 
 
 def _captioned(

@@ -28,8 +28,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     from musiclm_fast.training.configured_run import check_same_run
+    from musiclm_fast.training.run_folder import RunFolder
     from musiclm_fast.training.train_mulan import train_mulan
 
     if args.resume and not check_same_run(config, config.training.output):
         raise FileNotFoundError(f"resume: no run in {config.training.output!r}")
-    return _train.run(lambda: train_mulan(config, restart=args.restart))
+    return _train.run(
+        lambda: train_mulan(config, restart=args.restart),
+        lambda: RunFolder(config.training.output).latest() is not None,
+    )

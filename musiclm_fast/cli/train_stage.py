@@ -32,11 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
     The first stage that is trained in an output folder also fits the semantic tokenizer, the
     codec and the quantizer of MuLaN's embeddings; the other stages use these. The same
-    command resumes a run that was stopped or killed.
+    command resumes a run that was stopped or killed; more steps are another run, unless
+    schedule.name is constant.
     """
     values = _train.values(args)
 
+    from pathlib import Path
+
     from musiclm_fast.musiclm.train_stage import check_same_run, stage_config, train_stage
+    from musiclm_fast.training.run_folder import RunFolder, stage_form
 
     config = stage_config(values)
     if args.print_config:
@@ -45,4 +49,8 @@ def run(args: argparse.Namespace) -> int:
     stage = args.command.split()[-1]
     if args.resume and not check_same_run(stage, config):
         raise FileNotFoundError(f"resume: no run of {stage} in {config.training.output!r}")
-    return _train.run(lambda: train_stage(stage, config, restart=args.restart))
+    folder = Path(config.training.output) / stage
+    return _train.run(
+        lambda: train_stage(stage, config, restart=args.restart),
+        lambda: RunFolder(folder, stage_form(stage)).latest() is not None,
+    )

@@ -7,17 +7,16 @@ reason. Nothing is decoded here.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from musiclm_fast._checks import check_choice, fail
 from musiclm_fast._wording import plural
 from musiclm_fast.datasets.listing import Listing, sound_files
 from musiclm_fast.datasets.tables import (
-    _TABLES,
-    _columns,
-    _list_manifest,
-    _list_musiccaps,
-    _manifest_in,
+    columns_of,
+    find_manifest,
+    is_table,
+    list_manifest,
+    list_musiccaps,
 )
 from musiclm_fast.datasets.titles import CAPTIONS, list_folder
 
@@ -60,27 +59,27 @@ def list_source(
         return list_folder(text, captions or "names")
     table = text
     if os.path.isdir(text):
-        found = _manifest_in(text)
+        found = find_manifest(text)
         if found is None:
             fail("source", f"{text!r}, which holds no manifest", f"a file for kind={kind!r}")
         table = found
-    return _list_musiccaps(table, audio) if kind == "musiccaps" else _list_manifest(table, audio)
+    return list_musiccaps(table, audio) if kind == "musiccaps" else list_manifest(table, audio)
 
 
 def _guess_kind(text: str, captions: str | None) -> str:
     if text.endswith(".tar") or (not os.path.exists(text) and set(text) & set("*?[{")):
         return "webdataset"
     if os.path.isfile(text):
-        if Path(text).suffix.lower() not in _TABLES:
+        if not is_table(text):
             fail("source", repr(text), "a folder, or a file .csv, .tsv, .jsonl or .tar")
-        return "musiccaps" if "ytid" in _columns(text) else "manifest"
+        return "musiccaps" if "ytid" in columns_of(text) else "manifest"
     if not os.path.isdir(text):
         raise FileNotFoundError(f"source: nothing at {text!r}")
     if captions is not None:
         return "folder"
-    table = _manifest_in(text)
+    table = find_manifest(text)
     if table is not None:
-        return "musiccaps" if "ytid" in _columns(table) else "manifest"
+        return "musiccaps" if "ytid" in columns_of(table) else "manifest"
     if any(name.endswith(".tar") for name in os.listdir(text)):
         return "webdataset"
     found = plural(len(sound_files(text)), "sound file")

@@ -17,20 +17,27 @@ from musiclm_fast._checks import fail
 from musiclm_fast._wording import plural
 from musiclm_fast.datasets.listing import Entry, Listing, Skipped, captions_of, sound_files
 
-_TABLES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
-def _manifest_in(folder: str) -> str | None:
-    # The one table of a folder that has a manifest's columns; manifest.* has priority. A single
-    # table without them counts too, so that the error names its columns.
+def is_table(path: str) -> bool:
+    """Whether a file's name is a table's."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def find_manifest(folder: str) -> str | None:
+    """The one table of a folder that has a manifest's columns; ``manifest.*`` has priority.
+
+    A single table without them counts too, so that the error names its columns.
+    """
     inside = sorted(os.listdir(folder))
-    names = [name for name in inside if Path(name).suffix.lower() in _TABLES]
+    names = [name for name in inside if is_table(name)]
     only = len(names) == 1 and not any(name.endswith(".tar") for name in inside)
     named = [n for n in names if Path(n).stem == "manifest"]
     fitting = []
     for name in named or names:
         path = os.path.join(folder, name)
-        columns = _columns(path)
+        columns = columns_of(path)
         if only or "ytid" in columns or {"path", "caption"} <= set(columns):
             fitting.append(path)
     if len(fitting) > 1:
@@ -39,8 +46,8 @@ def _manifest_in(folder: str) -> str | None:
     return fitting[0] if fitting else None
 
 
-def _columns(path: str) -> list[str]:
-    # The names of a table's columns: its header, or the keys of the first object.
+def columns_of(path: str) -> list[str]:
+    """The names of a table's columns: its header, or the keys of the first object."""
     if Path(path).suffix.lower() != ".jsonl":
         with _opened(path) as file:
             return _header(csv.reader(file, delimiter=_delimiter(path)))
@@ -92,7 +99,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _need_columns(path: str, needed: Sequence[str]) -> None:
-    have = [name for name in _columns(path) if name]
+    have = [name for name in columns_of(path) if name]
     lacking = [name for name in needed if name not in have]
     if lacking:
         fail(
@@ -128,7 +135,8 @@ class _Exists:
         return name in self.folders[parent] or os.path.exists(path)
 
 
-def _list_manifest(table: str, audio: str | os.PathLike[str] | None) -> Listing:
+def list_manifest(table: str, audio: str | os.PathLike[str] | None) -> Listing:
+    """The sounds of a table with columns path and caption."""
     _need_columns(table, ("path", "caption"))
     root = os.fspath(audio) if audio is not None else os.path.dirname(table)
     exists = _Exists()
@@ -180,7 +188,8 @@ def _read_table(
 _YTID_FILE = re.compile(r"\[?([\w-]{11})\]?([-_]\[?\d+(?:\.\d+)?(?:[-_]\d+(?:\.\d+)?)?\]?)?")
 
 
-def _list_musiccaps(table: str, audio: str | os.PathLike[str] | None) -> Listing:
+def list_musiccaps(table: str, audio: str | os.PathLike[str] | None) -> Listing:
+    """The sounds of MusicCaps' table that are in a folder."""
     _need_columns(table, ("ytid", "start_s", "end_s", "caption"))
     root = os.fspath(audio) if audio is not None else os.path.dirname(table) or "."
     files: dict[str, tuple[str, bool]] = {}

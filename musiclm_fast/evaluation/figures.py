@@ -114,7 +114,7 @@ def project(vectors: Tensor, method: str = "auto") -> tuple[np.ndarray, str]:
 
     Args:
         vectors: at least two.
-        method: ``"pca"``, ``"tsne"`` or ``"auto"``, see :meth:`Report.write`.
+        method: ``"pca"``, ``"tsne"`` or ``"auto"``, see :meth:`evaluate.write_report`.
 
     Raises:
         ImportError: scikit-learn is not installed and ``"tsne"`` was asked for.

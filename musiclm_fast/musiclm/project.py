@@ -34,6 +34,7 @@ from musiclm_fast.models.quantizer import MuLaNEmbedQuantizer
 from musiclm_fast.musiclm.config import MusicConfig, TrainStageConfig
 from musiclm_fast.musiclm.musiclm import MusicLM
 from musiclm_fast.training.options import RunOptions
+from musiclm_fast.training.run_folder import RunFolder, stage_form
 
 if TYPE_CHECKING:
     from musiclm_fast.training.stages import StageTrainer
@@ -151,6 +152,7 @@ class MusicProject:
         dataset: Dataset[Any] | Sequence[Tensor],
         sample_hz: int,
         options: RunOptions,
+        restart: bool = False,
         **kwargs: Any,
     ) -> StageTrainer:
         """The trainer of a stage, which goes on where an earlier run of it stopped.
@@ -162,9 +164,13 @@ class MusicProject:
             dataset: clips ``(samples,)``, or tuples that start with one.
             sample_hz: their rate.
             options: of the run; ``training.output`` is the project's folder, whatever it says.
+            restart: delete an earlier run of the stage.
             **kwargs: passed on to the stage's trainer.
         """
-        from musiclm_fast.training.stages import TRAINERS  # accelerate is needed for training only
+        # accelerate is needed for training only
+        from musiclm_fast.training.accelerated import PartialState
+        from musiclm_fast.training.preparation import processes_on_cpu
+        from musiclm_fast.training.stages import TRAINERS
 
         seed = options.training.seed
         drawn = random.getstate()  # which stream a hyper-connection starts on
@@ -172,6 +178,8 @@ class MusicProject:
         stage = self.stage(name)
         random.setstate(drawn)
         training = replace(options.training, output=str(self.folder / name))
+        if restart and PartialState(cpu=processes_on_cpu()).is_main_process:
+            RunFolder(training.output, stage_form(name)).clear()
         parts: dict[str, tuple[Any, ...]] = {
             "semantic": (self.tokenizer, stage),
             "coarse": (stage, self.codec, self.tokenizer),
@@ -182,8 +190,10 @@ class MusicProject:
             data_sample_hz=sample_hz, options=replace(options, training=training), resume=True,
             **kwargs,
         )  # fmt: skip
-        if trainer.step == 0 and self.stage_file(name).is_file():
-            trainer.load(self.stage_file(name))  # a project of an earlier version
+        path = self.stage_file(name)
+        fresh = trainer.step == 0 and path.is_file() and not restart
+        if fresh and "training" not in read_checkpoint(path):  # a project of an earlier version
+            trainer.load(path)
         return trainer
 
     def train(
@@ -195,6 +205,7 @@ class MusicProject:
         batch_size: int | None = None,
         *,
         options: RunOptions | None = None,
+        restart: bool = False,
         accelerate_kwargs: dict[str, Any] | None = None,
         num_workers: int = 0,
         **arguments: Any,
@@ -211,6 +222,7 @@ class MusicProject:
             steps: optimizer steps in all; default those of the options.
             batch_size: clips per step; default that of the options.
             options: of the run; default those of ``musiclm-fast train``.
+            restart: delete an earlier run of the stage.
             accelerate_kwargs, num_workers: see the stage's trainer.
             **arguments: fields of the options, such as ``lr``, ``warmup_steps`` or
                 ``random_split_seed``.
@@ -234,11 +246,15 @@ class MusicProject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.training.seed)
             trainer = self.trainer(
-                name, dataset, sample_hz, options, accelerate_kwargs=accelerate_kwargs,
+                name, dataset, sample_hz, options, restart, accelerate_kwargs=accelerate_kwargs,
                 num_workers=num_workers,
             )  # fmt: skip
             began = time.monotonic()
-            trainer.train(lambda log: losses.append(log["loss"]))
+            try:
+                trainer.train(lambda log: losses.append(log["loss"]))
+            except KeyboardInterrupt:  # what is learned so far can be heard
+                trainer.save(self.stage_file(name))
+                raise
             seconds = time.monotonic() - began
             trainer.save(self.stage_file(name))
             found = trainer.last_validation or trainer.measure()
@@ -261,8 +277,10 @@ class MusicProject:
         for name in STAGES:
             stage = self.stage(name)
             path = self.stage_file(name)
+            if not path.is_file():  # killed in its first run
+                path = self.folder / name / stage_form(name).latest
             if not path.is_file():
-                raise FileNotFoundError(f"no {path}: train the {name} stage first")
+                raise FileNotFoundError(f"no {self.stage_file(name)}: train the {name} stage first")
             stage.load(path, audio_conditioner=self.quantizer)
             stages[f"{name}_transformer"] = stage
         audio_lm = AudioLM(wav2vec=self.tokenizer, codec=self.codec, **stages)

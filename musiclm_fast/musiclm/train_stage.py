@@ -20,8 +20,8 @@ from musiclm_fast.musiclm.project import PARTS, MusicProject, saved_sizes
 from musiclm_fast.training import configured_run
 from musiclm_fast.training.accelerated import PartialState
 from musiclm_fast.training.options import RunOptions
-from musiclm_fast.training.preparation import processes_on_cpu
-from musiclm_fast.training.run_folder import stage_form
+from musiclm_fast.training.preparation import check_trackers, processes_on_cpu
+from musiclm_fast.training.run_folder import RunFolder, stage_form
 
 SAMPLE_HZ = 16_000  # of the clips: what tokenizer and codec hear
 
@@ -54,6 +54,8 @@ def check_same_run(stage: str, config: TrainStageConfig) -> bool:
         CheckpointError: it holds one of another configuration; the message names the fields.
     """
     folder = Path(config.training.output) / stage
+    if not (folder / configured_run.CONFIG_FILE).is_file():  # MusicProject.train's: see its options
+        return RunFolder(folder, stage_form(stage)).latest() is not None
     return configured_run.check_same_run(config, folder, stage_form(stage))
 
 
@@ -81,9 +83,9 @@ def train_stage(stage: str, config: TrainStageConfig, *, restart: bool = False) 
     length = round(data.clip_seconds * SAMPLE_HZ)
     clips = SoundFolder(data.source, SAMPLE_HZ, max_length=length)
     state = PartialState(cpu=processes_on_cpu())
+    _check_data(config, len(clips), state.num_processes)
     if restart and state.is_main_process:
         configured_run.delete_run(output / stage, stage_form(stage))
-        (output / f"{stage}.pt").unlink(missing_ok=True)
     state.wait_for_everyone()
     check_same_run(stage, config)
     with state.main_process_first():
@@ -91,14 +93,27 @@ def train_stage(stage: str, config: TrainStageConfig, *, restart: bool = False) 
     if state.is_main_process:
         configured_run.write_config(config, output / stage)
     log = project.train(
-        stage, clips, SAMPLE_HZ, options=RunOptions.of(config), num_workers=data.num_workers
-    )
+        stage, clips, SAMPLE_HZ, options=RunOptions.of(config), num_workers=data.num_workers,
+        restart=restart,
+    )  # fmt: skip
     if state.is_main_process:
         print(
             f"{stage}: loss {log['loss']:.3f}, in validation {log['valid_loss']:.3f}, "
             f"after {plural(int(log['steps']), 'step')}, in {output}"
         )
     return log
+
+
+def _check_data(config: TrainStageConfig, clips: int, processes: int) -> None:
+    # What would fail after minutes of fitting fails before.
+    check_trackers(config.training.log_with)
+    rows = int((1 - config.validation.share) * clips)
+    needed = config.training.batch_size * processes
+    if rows < needed:
+        raise ConfigError(
+            f"training.batch_size: got {config.training.batch_size}, {needed} clips a step, "
+            f"expected at most the {rows} sounds to train on ({clips} in all)"
+        )
 
 
 def _open(config: TrainStageConfig, clips: SoundFolder) -> MusicProject:

@@ -61,8 +61,9 @@ def register(
     torch.library.register_fake(backward)(fake_backward)
     backward_op = getattr(torch.ops.musiclm_fast, f"{op}_backward")
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output[results:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*inputs, *outputs[results:])
 
     def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = backward_op(*(g.contiguous() for g in grads[:results]), *ctx.saved_tensors)

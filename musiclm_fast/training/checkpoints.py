@@ -14,7 +14,6 @@ from musiclm_fast._config import plain_differences
 from musiclm_fast._wording import plural
 from musiclm_fast.training.accelerated import Accelerator, gather_object
 from musiclm_fast.training.monitor import SkippedSteps
-from musiclm_fast.training.optimizer import make_schedule
 from musiclm_fast.training.options import RunOptions
 from musiclm_fast.training.random_state import random_state, set_random_state
 from musiclm_fast.training.run_folder import RunFolder
@@ -170,7 +169,6 @@ class Checkpoints(nn.Module):
     def at_step(self, step: int) -> None:
         """Say how many steps are done: the data and the schedule go on from there."""
         self.steps.fill_(step)
-        self._schedule = make_schedule(self.optim.optimizer, self.options, step)
         self._batches = None
 
     def loaded(self, path: Path) -> None:

@@ -25,7 +25,7 @@ from musiclm_fast.datasets.sampling import training_loader
 from musiclm_fast.training.accelerated import Accelerator
 from musiclm_fast.training.checkpoints import Checkpoints
 from musiclm_fast.training.monitor import Readings, SkippedSteps, Speed
-from musiclm_fast.training.optimizer import make_optimizer, make_schedule, schedule_factor
+from musiclm_fast.training.optimizer import make_optimizer, schedule_factor
 from musiclm_fast.training.options import RunOptions
 from musiclm_fast.training.preparation import accelerator_arguments, check_trackers
 from musiclm_fast.training.run_folder import Form, RunFolder
@@ -92,13 +92,13 @@ class Engine(Checkpoints):
         )  # fmt: skip
         self.results_folder = self.run.folder
         log_with = list(training.log_with) or None
+        check_trackers(training.log_with)
         self.accelerator = Accelerator(
             **accelerator_arguments(
                 training.precision, log_with, self.run.folder, accelerate_kwargs or {},
                 uses_all_parameters,
             )
         )  # fmt: skip
-        check_trackers(self.accelerator, log_with)
         self.log = RunLog(self.run, self.accelerator, self.task, self.shown)
         self.register_buffer("steps", torch.zeros(1))
         self.num_train_steps = training.steps
@@ -119,7 +119,6 @@ class Engine(Checkpoints):
         )  # fmt: skip
         self._fused = bool(optimizer.defaults.get("fused"))
         self.module, self.optim = self.accelerator.prepare(module, optimizer)
-        self._schedule = make_schedule(optimizer, options, 0)
         self.prepared()
         processes = self.accelerator.num_processes
         if processes > 1:
@@ -280,6 +279,9 @@ class Engine(Checkpoints):
         if self._batches is None:
             self._batches = self._loader()
         self.module.train()
+        rate = self.lr * schedule_factor(self.step, self.options)
+        for group in self.optim.param_groups:
+            group["lr"] = rate
         total = torch.zeros((), device=self.device)
         finite = True
         for part in range(self.grad_accum_every):
@@ -304,7 +306,6 @@ class Engine(Checkpoints):
         self.optim.zero_grad()
         self.after_step()
         self.steps += 1
-        self._schedule.step()
         self._speed.step()
         return torch.stack([total.float(), norm.float(), skipped.float()])
 
@@ -391,7 +392,7 @@ class Engine(Checkpoints):
             OSError: a checkpoint could not be written; earlier ones are as they were.
         """
         bar = self.log.bar(self.num_train_steps, self.step)
-        stop = False
+        began, stop = self.step, False
         with bar, stop_requests() as stopped:
             while self.step < self.num_train_steps and not stop:
                 logs = self._advance(wait=self.step + 1 >= self.num_train_steps)
@@ -400,9 +401,11 @@ class Engine(Checkpoints):
             if stop:
                 rest = [self._note(*numbers) for numbers in self._readings.take(True)]
                 self.log.show(bar, rest, self._speed.rates(), log_fn, 0)
-            if self._saved_step != self.step:
-                if not stop and self._score[0] != self.step:
-                    self._validated()
+            scored = self._score[0] == self.step
+            if not (stop or scored or self.step == began):
+                self._validated()
+                self._checkpoint()  # again, with its score, if it is there already
+            elif self._saved_step != self.step:
                 self._checkpoint()
         self.log.report(self.step, self.skipped_steps.total)
         if stop:

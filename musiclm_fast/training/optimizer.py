@@ -84,17 +84,6 @@ def weight_groups(
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, options: RunOptions, step: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate's schedule after ``step`` steps; see :func:`schedule_factor`."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = options.optimizer.learning_rate
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor(step, options), last_epoch=step - 1
-    )
-
-
 def schedule_factor(step: int, options: RunOptions) -> float:
     """What the learning rate is multiplied with at a step, counted from 0.
 

@@ -174,24 +174,32 @@ class RunOptions:
         """The four sections of a larger configuration."""
         return cls(config.optimizer, config.schedule, config.training, config.validation)
 
-    def with_arguments(self, arguments: dict[str, Any]) -> RunOptions:
+    def with_arguments(
+        self, arguments: dict[str, Any], names: dict[str, str] | None = None
+    ) -> RunOptions:
         """These options with some given as a trainer's keyword arguments.
 
+        Args:
+            arguments: by name.
+            names: argument: another name for it, which may be given in its place.
+
         Raises:
-            TypeError: an argument is unknown.
-            ValueError: one is of a wrong type or out of range; the message names it.
+            TypeError: an argument is unknown, or given twice.
+            ValueError: one is of a wrong type or out of range; the message names it as given.
         """
         known = {argument: (section, each) for section, each, argument in self._fields()}
+        known |= {own: known[argument] for argument, own in (names or {}).items()}
+        given: dict[tuple[str, str], str] = {}
         changes: dict[str, dict[str, Any]] = {}
         for name, value in arguments.items():
             if name not in known:
                 raise TypeError(f"unexpected argument {name!r}")
             section, each = known[name]
+            if (other := given.setdefault((section, each.name), name)) != name:
+                raise TypeError(f"got both {other!r} and {name!r}, which are the same argument")
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            if (
-                each.name == "log_with"
-            ):  # one or several, and accelerate takes trackers of one's own
+            if each.name == "log_with":  # one or several; accelerate also takes tracker objects
                 several = value if isinstance(value, (list, tuple)) else [value]
                 value = tuple(each for each in several if each is not None)
             else:
@@ -202,7 +210,8 @@ class RunOptions:
             try:
                 sections[section] = dataclasses.replace(getattr(self, section), **values)
             except ConfigError as error:
-                raise ConfigError(self._renamed(section, str(error))) from None
+                field, colon, rest = str(error).partition(":")
+                raise ConfigError(f"{given.get((section, field), field)}{colon}{rest}") from None
         return dataclasses.replace(self, **sections)
 
     def arguments(self, may_change: bool = True) -> dict[str, Any]:
@@ -252,11 +261,3 @@ class RunOptions:
         for section in dataclasses.fields(self):
             for each in dataclasses.fields(getattr(self, section.name)):
                 yield section.name, each, each.metadata.get("argument") or each.name
-
-    def _renamed(self, section: str, message: str) -> str:
-        # A message that names a field, with the argument in its place.
-        name, colon, rest = message.partition(":")
-        for own, each, argument in self._fields():
-            if own == section and each.name == name:
-                return f"{argument}{colon}{rest}"
-        return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from musiclm_fast.models.audio_tower import AudioSpectrogramTransformer
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.text_tower import TextTransformer
 from musiclm_fast.nn.transformer import Transformer
-from musiclm_fast.training.accelerated import Accelerator, DistributedDataParallelKwargs
+from musiclm_fast.training.accelerated import DistributedDataParallelKwargs, get_available_trackers
 
 
 def processes_on_cpu() -> bool:
@@ -45,7 +46,7 @@ def accelerator_arguments(
     """
     arguments = dict(own)
     for name, value in (("mixed_precision", mixed_precision), ("log_with", log_with)):
-        if value is not None and own.get(name, value) != value:
+        if value is not None and _listed(own.get(name, value)) != _listed(value):
             fail(name, f"{value!r} beside {own[name]!r} in accelerate_kwargs", "one of them")
         if value is not None:
             arguments[name] = value
@@ -67,15 +68,18 @@ def uses_all_parameters(mulan: MuLaN) -> bool:
     return isinstance(mulan.audio, towers) and isinstance(mulan.text, towers)
 
 
-def check_trackers(accelerator: Accelerator, log_with: Any) -> None:
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_trackers(log_with: Sequence[Any]) -> None:
     """All trackers that were asked for are there: accelerate leaves out what is not installed.
 
     Raises:
         ValueError: one is not.
     """
-    asked = [] if log_with is None else log_with if isinstance(log_with, list) else [log_with]
-    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    for tracker in asked:
+    there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for tracker in log_with:
         if isinstance(tracker, str) and tracker not in {*there, "all"}:
             fail("log_with", repr(tracker), "a tracker of accelerate that is installed")
 

@@ -159,9 +159,12 @@ class RunFolder:
             left = "there is no earlier one" if before is None else f"{before} is as it was"
             raise OSError(f"checkpoint of step {step}: {error}; {left}") from error
         point_link(self.folder / self.form.latest, path.name)
-        if best := self.ranked():
-            point_link(self.folder / self.form.best, self.form.name(best[0]))
         self._prune(step)
+        best = self.folder / self.form.best
+        if ranked := self.ranked():
+            point_link(best, self.form.name(ranked[0]))
+        elif best.is_symlink() and not best.exists():
+            best.unlink()  # what it pointed at was deleted
         return path
 
     def _prune(self, newest: int) -> None:

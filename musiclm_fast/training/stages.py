@@ -332,16 +332,15 @@ def _from_arguments(arguments: dict[str, Any]) -> RunOptions:
     for name in _IGNORED:
         if arguments.pop(name, None) and name == "use_wandb_tracking":
             fail(name, True, "log_with='wandb'")
-    for argument, name in _NAMES.items():
-        if name in arguments:
-            arguments[argument] = arguments.pop(name)
     for name in ("num_train_steps", "batch_size"):
         if name not in arguments:
             raise TypeError(f"missing argument {name!r}")
-    if arguments.get("weight_decay") and "optimizer" not in arguments:
+    if (arguments.get("wd") or arguments.get("weight_decay")) and "optimizer" not in arguments:
         arguments["optimizer"] = "adamw"
-    arguments.setdefault("valid_rows", _VALID_BATCHES * arguments["batch_size"])
-    return UPSTREAM.with_arguments(arguments)
+    options = UPSTREAM.with_arguments(arguments, _NAMES)
+    if "valid_rows" in arguments:
+        return options
+    return options.with_arguments({"valid_rows": _VALID_BATCHES * options.training.batch_size})
 
 
 class SemanticTransformerTrainer(StageTrainer):

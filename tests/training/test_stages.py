@@ -150,9 +150,37 @@ def test_only_the_newest_and_the_best_stay(parts: Any, clips: Any, tmp_path: Pat
         keep_best=1, num_train_steps=5,
     )  # fmt: skip
     trainer.train()
+    assert (tmp_path / "semantic.best").exists()
     best = min(trainer.run.scores, key=lambda step: trainer.run.scores[step])
     kept = {int(path.name.split(".")[2]) for path in tmp_path.glob("semantic.transformer.*.pt")}
     assert kept == {5, best}
+    none = make(
+        "semantic", parts, clips, tmp_path / "none", save_model_every=2, save_results_every=2,
+        keep_last=1, keep_best=0, num_train_steps=5,
+    )  # fmt: skip
+    none.train()
+    links = [path for path in (tmp_path / "none").iterdir() if path.is_symlink()]
+    assert all(link.exists() for link in links)
+    assert [path.name for path in (tmp_path / "none").glob("semantic.transformer.*")] == [
+        "semantic.transformer.5.pt"
+    ]
+
+
+def test_the_last_step_is_validated(parts: Any, clips: Any, tmp_path: Path) -> None:
+    trainer = make(
+        "semantic", parts, clips, tmp_path, save_model_every=2, save_results_every=3,
+        num_train_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert set(trainer.run.scores) == {4}
+    trainer.train()  # nothing is left to do
+    saved = (tmp_path / "semantic.transformer.4.pt").stat().st_mtime_ns
+    again = make(
+        "semantic", parts, clips, tmp_path, save_model_every=2, save_results_every=3,
+        num_train_steps=4, resume=True,
+    )  # fmt: skip
+    again.train()
+    assert (tmp_path / "semantic.transformer.4.pt").stat().st_mtime_ns == saved
 
 
 def test_bf16(parts: Any, clips: Any, tmp_path: Path) -> None:
@@ -178,7 +206,10 @@ def test_arguments(parts: Any, clips: Any, tmp_path: Path) -> None:
     for options, error, message in (
         (dict(bathc_size=3), TypeError, "bathc_size"),
         (dict(lr=0.0), ValueError, r"^lr: got 0\.0, expected above 0"),
-        (dict(wd=-1.0), ValueError, r"^weight_decay: got -1\.0"),
+        (dict(wd=-1.0), ValueError, r"^wd: got -1\.0"),
+        (dict(wd=0.1, weight_decay=0.2), TypeError, "wd.*weight_decay"),
+        (dict(save_results_every=0), ValueError, r"^save_results_every: got 0"),
+        (dict(batch_size=None), ValueError, r"^batch_size: got None"),
         (dict(num_train_steps="9"), ValueError, r"^num_train_steps: got '9' \(str\)"),
         (dict(schedule="step"), ValueError, "^schedule: got 'step', expected one of"),
         (dict(use_wandb_tracking=True), ValueError, "use_wandb_tracking"),

@@ -198,8 +198,8 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, lr=1.0, num_train_steps=4, final_lr=0.5)
     seen = []
     for _ in range(4):
-        seen.append(trainer.optim.param_groups[0]["lr"])
         trainer.train_step()
+        seen.append(trainer.optim.param_groups[0]["lr"])
     assert seen == pytest.approx([0.5, 1.0, 1.0, 0.75])
 
 
