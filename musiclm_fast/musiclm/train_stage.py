@@ -111,8 +111,8 @@ def _check_data(config: TrainStageConfig, clips: int, processes: int) -> None:
     needed = config.training.batch_size * processes
     if rows < needed:
         raise ConfigError(
-            f"training.batch_size: got {config.training.batch_size}, {needed} clips a step, "
-            f"expected at most the {rows} sounds to train on ({clips} in all)"
+            f"training.batch_size: got {config.training.batch_size}, {plural(needed, 'clip')} a "
+            f"step, expected at most the {plural(rows, 'sound')} to train on ({clips} in all)"
         )
 
 
