@@ -332,7 +332,7 @@ def test_ranks_that_disagree_say_so(results: list[dict[Any, Any]]) -> None:
         )
         assert result["kind differs"].startswith("ValueError") and "kind" in result["kind differs"]
         assert "batch_sizes" in result["wrong sizes"]
-        assert "pairs on all ranks" in result["decoupled alone"]
+        assert "1 pair on all ranks" in result["decoupled alone"]
 
 
 def test_a_dead_rank_ends_the_others(folder: Path, results: list[dict[Any, Any]]) -> None:
