@@ -36,8 +36,11 @@ def step_seconds(data: Notes, folder: Path, rounds: int = 8) -> dict[str, float]
     """Median time of a training step with each front end, interleaved."""
     file = folder / "step_seconds.json"
     if not file.exists():
-        runs = {name: DemoRun(replace(RECIPE, front_end=name), data, folder) for name in FRONT_ENDS}
-        steps = {name: run.train_step for name, run in runs.items()}
+        runs = {
+            name: DemoRun(replace(RECIPE, front_end=name), data, folder / "timing" / name)
+            for name in FRONT_ENDS
+        }
+        steps = {name: run.trainer.train_step for name, run in runs.items()}
         times = harness.interleave(steps, rounds=rounds, warmup=2)
         found = {name: timing.median for name, timing in times.items()}
         file.write_text(json.dumps({**found, **harness.environment()}))
@@ -57,13 +60,12 @@ def train(config: DemoConfig, data: Notes, folder: Path) -> dict[str, Any]:
     if file.exists():
         return json.loads(file.read_text())
     run = DemoRun(config, data, folder)
-    run.resume()
-    run.train(check_every=max(1, config.steps // 15))
+    run.train()
     results = {
         "accuracy": run.evaluate(),
         "one unseen sentence": by_sentence(run),
-        "checks": run.checks,
-        "loss": float(np.mean(run.losses[-50:])),
+        "checks": run.log("held-out pitches"),
+        "loss": float(np.mean([loss for _, loss in run.log("train_loss")[-50:]])),
         "steps": config.steps,
     }
     file.write_text(json.dumps(results))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,3 +175,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(notes, tmp_pat
 def test_configuration_is_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DemoConfig(**wrong)
+
+
+def test_the_learning_benchmark_trains_and_times(notes, tmp_path, monkeypatch):
+    from benchmarks import bench_learning
+
+    monkeypatch.setattr(bench_learning, "RECIPE", replace(SMALL, steps=4))
+    seconds = bench_learning.step_seconds(notes, tmp_path, rounds=1)
+    assert min(seconds[name] for name in bench_learning.FRONT_ENDS) > 0
+    config = replace(SMALL, steps=3)
+    found = bench_learning.train(config, notes, tmp_path / "run")
+    assert found["checks"][-1][0] == 3 and np.isfinite(found["loss"])
+    assert bench_learning.train(config, notes, tmp_path / "run") == found
