@@ -127,7 +127,7 @@ def test_hooks_are_those_of_make_lint() -> None:
     if shutil.which("make") is None:
         pytest.skip("needs make")
     done = subprocess.run(
-        ["make", "--dry-run", "--always-make", "lint"],
+        ["make", "--no-print-directory", "--dry-run", "--always-make", "lint"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     commands = done.stdout.splitlines()
