@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _SUFFIX = ".tmp"
 
@@ -40,6 +41,12 @@ def atomic_file(path: str | os.PathLike[str], durable: bool = True) -> Iterator[
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write indented JSON by :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager

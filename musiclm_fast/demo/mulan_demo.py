@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from musiclm_fast._files import atomic_file
+from musiclm_fast._files import write_json
 from musiclm_fast._optional import require
 from musiclm_fast._tables import aligned
 from musiclm_fast._wording import plural
@@ -116,8 +115,7 @@ def run_demo(
         "device": str(run.device),
         "torch": torch.__version__,
     }
-    with atomic_file(folder / RESULTS_FILE) as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
+    write_json(folder / RESULTS_FILE, results)
 
     from musiclm_fast.demo import mulan_figures
 

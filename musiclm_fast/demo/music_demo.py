@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_fast._files import atomic_file
+from musiclm_fast._files import write_json
 from musiclm_fast._optional import require
 from musiclm_fast._progress import progress_bar
 from musiclm_fast._signals import stop_requests
+from musiclm_fast._tables import aligned
 from musiclm_fast._wording import plural
 from musiclm_fast.audio.writing import write_wave
 from musiclm_fast.audiolm.audio_lm import STAGES
@@ -47,22 +48,14 @@ def _scores(ranks: Tensor, distances: Tensor) -> dict[str, float]:
 
 def classifier_table(rows: Sequence[Mapping[str, Any]], instruments: int) -> str:
     """The classifier's results as text, with chance."""
-    lines = [
-        f"{'classified among ' + plural(instruments, 'instrument'):<42}{'clips':>6}{'top-1':>8}"
-        f"{'top-5':>8}{'nearest training clip':>24}"
-    ]
+    title = f"classified among {plural(instruments, 'instrument')}"
+    lines: list[tuple[str, ...]] = [(title, "clips", "top-1", "top-5", "nearest training clip")]
     for row in rows:
-        lines.append(
-            f"{row['clips']:<42}{row['count']:>6}{row['top-1']:>8.1%}{row['top-5']:>8.1%}"
-            f"{row['nearest training clip, dB']:>21.1f} dB"
-        )
-    lines.append(f"{'chance':<42}{'':>6}{1 / instruments:>8.1%}{5 / instruments:>8.1%}")
-    return "\n".join(lines)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        shares = (f"{row[k]:.1%}" for k in ("top-1", "top-5"))
+        distance = f"{row['nearest training clip, dB']:.1f} dB"
+        lines.append((row["clips"], str(row["count"]), *shares, distance))
+    chance = (f"{k / instruments:.1%}" for k in (1, 5))
+    return aligned([*lines, ("chance", "", *chance, "")])
 
 
 def run_music_demo(
@@ -114,7 +107,7 @@ def run_music_demo(
             lr=config.learning_rate, random_split_seed=config.seed, accelerate_kwargs={"cpu": True},
         )  # fmt: skip
         results["stages"][name] = log
-        _write_json(folder / RESULTS_FILE, results)
+        write_json(folder / RESULTS_FILE, results)
         say(
             f"{name} stage: loss {log['loss']:.3f}, on held-out melodies {log['valid_loss']:.3f} "
             f"({log['seconds']:.0f} s in this session)"
@@ -153,7 +146,7 @@ def run_music_demo(
         for text, rank, item in zip(demo.prompts(), ranks, demo.instruments, strict=True)
     }
     results.update(threads=torch.get_num_threads(), torch=torch.__version__)
-    _write_json(folder / RESULTS_FILE, results)
+    write_json(folder / RESULTS_FILE, results)
 
     from musiclm_fast.demo import music_figures
 
@@ -203,7 +196,7 @@ def _open_results(folder: Path, config: MusicDemoConfig, restart: bool) -> dict[
         )
     results = {"config": recipe, "stages": {}}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, results)
+    write_json(path, results)
     return results
 
 

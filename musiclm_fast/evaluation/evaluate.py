@@ -6,7 +6,6 @@ The report is a deterministic function of model and files.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_fast._checks import check_choice, fail
-from musiclm_fast._files import atomic_file
+from musiclm_fast._files import write_json
 from musiclm_fast.datasets.captioned_sounds import CaptionedSounds
 from musiclm_fast.evaluation.labels import Labels
 from musiclm_fast.evaluation.metrics import Spread, retrieval, roc_auc, spread
@@ -162,8 +161,7 @@ def write_report(
     """
     check_choice("method", method, ("auto", "pca", "tsne"))
     folder = Path(folder)
-    with atomic_file(folder / "report.json") as file:
-        file.write((json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    write_json(folder / "report.json", report.to_dict())
     written = [folder / "report.json"]
     if importlib.util.find_spec("matplotlib") is None:
         return written

@@ -173,7 +173,6 @@ class Checkpoints(nn.Module):
 
     def loaded(self, path: Path) -> None:
         """Note that ``path`` was loaded: a checkpoint of this folder is this run's."""
-        self._batches = None
         if path.resolve().parent == self.run.folder.resolve():
             self._may_begin = True
 

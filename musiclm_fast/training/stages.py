@@ -273,8 +273,7 @@ class StageTrainer(Engine):
 
     def state_of(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint's file."""
-        package = read_checkpoint(path)
-        return {**package.get("training", {}), "optimizer": package.get("optim")}
+        return _state_in(read_checkpoint(path))
 
     def load_task_state(self, path: Path, state: dict[str, Any]) -> None:
         """Put the stage's weights and its conditioning back."""
@@ -302,7 +301,7 @@ class StageTrainer(Engine):
             raise FileNotFoundError(f"path: no checkpoint at {path}")
         package = read_checkpoint(path)
         if "training" in package:
-            self.restore(path, self.state_of(path))
+            self.restore(path, _state_in(package))
         else:
             self._load_other(path, package)
         self.loaded(path)
@@ -320,6 +319,11 @@ class StageTrainer(Engine):
         self.at_step(int(numbers[-1]) + 1 if numbers else 0)
         if _with_embeddings(self.audio_conditioner) is None:
             self.load_optimizer(package["optim"])
+
+
+def _state_in(package: dict[str, Any]) -> dict[str, Any]:
+    # The engine's state in a checkpoint's content.
+    return {**package.get("training", {}), "optimizer": package.get("optim")}
 
 
 def _with_embeddings(conditioner: Any) -> Any:
