@@ -119,6 +119,20 @@ bench: $(READY)  ## CPU benchmarks against upstream, about eight minutes on two 
 bench-full: $(READY)  ## every peer and mode: compiled, bf16; no time limit
 	$(PY) -m benchmarks.run --mode full $(BENCH)
 
+# By the oldest Triton that is supported and by the environment's own.
+OLD_TRITON := .venvs/triton-3.6.0
+
+$(OLD_TRITON)/.complete: | $(STAMPS)/venv
+	$(PIP) install --quiet --no-deps --target $(@D) triton==3.6.0
+	touch $@
+
+.PHONY: kernels
+kernels: $(READY) $(OLD_TRITON)/.complete  ## after a GPU kernel changes: its counts, tables and predictions; no GPU
+	$(PY) -m benchmarks.sass --markdown $(OLD_TRITON)
+	$(PY) -m tests.ops.triton_resources --markdown $(OLD_TRITON)
+	PYTHONPATH=$(OLD_TRITON) $(PY) -m benchmarks.predict
+	$(PY) -m benchmarks.predict --other
+
 .PHONY: bench-gpu
 bench-gpu:  ## GPU benchmarks, with the environment's own torch, offline
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -7,6 +7,7 @@ Triton, pytest and numpy alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from musiclm_fast import _tables
 
@@ -22,3 +23,26 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned left, see :func:`musiclm_fast._tables.aligned`."""
     return _tables.aligned(rows, left=max(map(len, rows)))
+
+
+END = "<!-- end -->\n"
+
+
+def replace(page: Path, marker: str, text: str) -> None:
+    """Put a text between a page's line ``marker`` and the next ``END``."""
+    whole = page.read_text()
+    old = between(whole, marker, page)
+    page.write_text(whole.replace(f"{marker}{old}{END}", f"{marker}{text}\n{END}"))
+
+
+def between(whole: str, marker: str, page: Path) -> str:
+    """What is between a line ``marker`` and the next ``END``.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    _, found, rest = whole.partition(marker)
+    old, ended, _ = rest.partition(END)
+    if not found or not ended:
+        raise ValueError(f"{page}: expected the lines {marker.strip()} and {END.strip()}")
+    return old

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.predict.launches import TARGET, Launch, compile_launch, cuda_usage, cuobjdump
@@ -42,17 +42,36 @@ class Instruction:
     address: int
     opcode: str  # with its suffixes
     operands: str
+    guard: str = ""  # ``@!P1``: its predicate; it takes its slot whether it holds or not
+
+    @property
+    def stem(self) -> str:
+        """The opcode without suffixes."""
+        return self.opcode.split(".")[0]
 
     @property
     def kind(self) -> str:
         """A key of ``KINDS``."""
-        return _kind(self.opcode.split(".")[0])
+        return _kind(self.stem)
 
     @property
     def target(self) -> int | None:
         """Target address of a branch."""
         found = re.search(r"\b0x([0-9a-f]+)", self.operands)
-        return int(found[1], 16) if found and self.opcode.split(".")[0] == "BRA" else None
+        return int(found[1], 16) if found and self.stem == "BRA" else None
+
+    @property
+    def access(self) -> str:
+        """``LDG.128``: an access to memory with the bits that a thread moves; empty for others."""
+        suffixes = self.opcode.split(".")[1:]
+        if re.match(r"UTMA|UBLKCP", self.stem):
+            return "TMA"
+        if self.stem in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits: 32 bits a thread each
+            return f"{self.stem}.{32 * next((int(s) for s in suffixes if s in '24'), 1)}"
+        if re.fullmatch(r"(LD|ST)[GSL]?|LDGSTS|RED|ATOM[GS]?", self.stem):
+            widths = (re.fullmatch(r"[US]?(8|16|32|64|128)", s) for s in suffixes)
+            return f"{self.stem}.{next((w[1] for w in widths if w), '32')}"
+        return ""
 
 
 @functools.cache
@@ -62,23 +81,21 @@ def _kind(stem: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """Instructions ``[begin, end]`` that a backward branch encloses.
+    """A natural loop: the blocks from which a branch leads back to one that precedes them always.
 
     Args:
         begin, end: addresses of its first and last instruction.
         depth: loops around it.
         own: its instructions without those of loops inside it.
+        turn: those of the shortest path through it that passes the loops inside it. What a branch
+            leads to in few turns, as the diagonal's tiles, counts in ``own`` alone.
     """
 
     begin: int
     end: int
     depth: int
     own: tuple[Instruction, ...]
-
-    @property
-    def products(self) -> bool:
-        """Whether it uses the tensor cores."""
-        return any(i.kind == "tensor" for i in self.own)
+    turn: tuple[Instruction, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,44 +127,179 @@ class Code:
         return min(by_registers, by_shared, WARPS // self.warps, BLOCKS)
 
 
-LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
+LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*([^;]*);", re.M)
 
 
 def instructions(text: str) -> list[Instruction]:
     """The instructions in the disassembly of one function."""
-    return [Instruction(int(at, 16), op, rest.strip()) for at, op, rest in LINE.findall(text)]
+    return [
+        Instruction(int(at, 16), op, rest.strip(), guard)
+        for at, guard, op, rest in LINE.findall(text)
+    ]
 
 
 def loops(found: Sequence[Instruction]) -> tuple[tuple[Loop, ...], tuple[Instruction, ...]]:
-    """The loops, and the instructions in none.
+    """The loops by address, and the instructions in none.
 
-    Branches back to the same address form one loop. The branch to itself at the end of a kernel and
-    the padding after it belong to neither.
+    What no path from the first instruction reaches is left out: the padding at the end, the
+    subroutines behind a CALL (divisions of denormal numbers) and the blocks behind a BRA.DIV, for a
+    warp that has diverged. A wait for a barrier that spins is no loop.
     """
-    ends: dict[int, int] = {}
-    last = None
+    blocks = _blocks(found)
+    after = {begin: _successors(block, blocks) for begin, block in blocks.items()}
+    order, dominator = _dominators(found[0].address, after)
+    members: dict[int, set[int]] = {}  # of a loop, by its header
+    before: dict[int, list[int]] = {begin: [] for begin in order}
+    for begin in order:
+        for target in after[begin]:
+            before[target].append(begin)
+    for latch in order:
+        for header in after[latch]:
+            if not _dominates(header, latch, dominator):
+                continue
+            body, waiting = {header}, [latch]
+            while waiting:
+                block = waiting.pop()
+                if block not in body:
+                    body.add(block)
+                    waiting += before[block]
+            if not _spins(i for block in body for i in blocks[block]):
+                members.setdefault(header, set()).update(body)
+    inner = {  # the smallest loop around a block
+        block: min((h for h in members if block in members[h]), key=lambda h: len(members[h]))
+        for block in set().union(*members.values())
+    }
+    made = []
+    for header, body in members.items():
+        own = {block: blocks[block] if inner[block] == header else [] for block in body}
+        path = _shortest(header, own, {h for h in members if h in body - {header}}, after, order)
+        addresses = [i.address for block in body for i in blocks[block]]
+        depth = sum(header in other for other in members.values()) - 1
+        made.append(Loop(
+            min(addresses), max(addresses), depth,
+            tuple(i for block in sorted(body) for i in own[block]),
+            tuple(i for block in sorted(path) for i in own[block]),
+        ))  # fmt: skip
+    outside = (i for block in sorted(order) if block not in inner for i in blocks[block])
+    return tuple(sorted(made, key=lambda loop: (loop.begin, loop.depth))), tuple(outside)
+
+
+def _shortest(
+    header: int,
+    own: dict[int, list[Instruction]],
+    within: set[int],
+    after: dict[int, list[int]],
+    order: Sequence[int],
+) -> set[int]:
+    # Blocks of the shortest path from the header back to it, through the headers inside where one
+    # leads to the next. In reverse postorder every block follows those that lead to it.
+    body = [block for block in order if block in own]
+
+    def paths(start: int) -> dict[int, tuple[int, int | None]]:
+        found: dict[int, tuple[int, int | None]] = {start: (len(own[start]), None)}
+        for block in body[body.index(start) :]:
+            for target in after[block] if block in found else ():
+                if target in own and target != header:
+                    length = found[block][0] + len(own[target])
+                    if length < found.get(target, (length + 1,))[0]:
+                        found[target] = (length, block)
+        return found
+
+    def walk(found: dict[int, tuple[int, int | None]], end: int) -> set[int]:
+        kept: set[int] = set()
+        block: int | None = end
+        while block is not None:
+            kept.add(block)
+            block = found[block][1]
+        return kept
+
+    path, start = set(), header
+    for stop in (block for block in body if block in within):
+        found = paths(start)
+        if stop in found:
+            path |= walk(found, stop)
+            start = stop
+    found = paths(start)
+    latches = [block for block in found if header in after[block]]
+    return path | walk(found, min(latches, key=lambda block: found[block][0]))
+
+
+def _blocks(found: Sequence[Instruction]) -> dict[int, list[Instruction]]:
+    # straight-line code by the address of its first instruction
+    targets = {i.target for i in found}
+    blocks: dict[int, list[Instruction]] = {}
+    ended = True
     for i in found:
-        if i.target == i.address:
-            last = i.address
-            break
-        if i.target is not None and i.target < i.address:
-            ends[i.target] = max(ends.get(i.target, 0), i.address)
-    kept = [i for i in found if last is None or i.address < last]
-    spans = sorted(ends.items())
+        if ended or i.address in targets:
+            blocks[i.address] = current = []
+        current.append(i)
+        ended = i.stem in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    return blocks
 
-    def around(begin: int, end: int) -> list[tuple[int, int]]:
-        return [s for s in spans if s[0] <= begin and end <= s[1]]
 
-    own: dict[tuple[int, int], list[Instruction]] = {span: [] for span in spans}
-    outside = []
-    for i in kept:
-        holders = around(i.address, i.address)
-        if holders:
-            own[min(holders, key=lambda s: s[1] - s[0])].append(i)
+def _successors(block: Sequence[Instruction], blocks: dict[int, list[Instruction]]) -> list[int]:
+    last = block[-1]
+    following = last.address + 16
+    found = []
+    if last.stem == "BRA" and last.target in blocks and not last.opcode.startswith("BRA.DIV"):
+        found.append(last.target)
+    # BRA.U UP0, 0x70 and BRA.DIV UR4, 0x70 hold their condition among the operands
+    goes_on = last.guard or (last.stem == "BRA" and "," in last.operands)
+    ends = last.stem in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    if (goes_on or not ends) and following in blocks:
+        found.append(following)
+    return found
+
+
+def _dominators(
+    first: int, after: dict[int, list[int]]
+) -> tuple[list[int], dict[int, int]]:  # fmt: skip
+    # Cooper, Harvey, Kennedy, "A Simple, Fast Dominance Algorithm": blocks that are reached in
+    # reverse postorder, and the immediate dominator of each.
+    order: list[int] = []
+    seen, stack = {first}, [(first, iter(after[first]))]
+    while stack:
+        block, rest = stack[-1]
+        target = next((t for t in rest if t not in seen), None)
+        if target is None:
+            order.append(block)
+            stack.pop()
         else:
-            outside.append(i)
-    made = tuple(Loop(*span, len(around(*span)) - 1, tuple(own[span])) for span in spans)
-    return made, tuple(outside)
+            seen.add(target)
+            stack.append((target, iter(after[target])))
+    order.reverse()
+    place = {block: n for n, block in enumerate(order)}
+    before: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for target in after[block]:
+            before[target].append(block)
+    dominator = {first: first}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            known = [b for b in before[block] if b in dominator]
+            new = known[0]
+            for other in known[1:]:
+                while new != other:
+                    if place[new] > place[other]:
+                        new = dominator[new]
+                    else:
+                        other = dominator[other]
+            changed |= dominator.get(block) != new
+            dominator[block] = new
+    return order, dominator
+
+
+def _dominates(a: int, b: int, dominator: dict[int, int]) -> bool:
+    while b != a and dominator[b] != b:
+        b = dominator[b]
+    return a == b
+
+
+def _spins(body: Iterable[Instruction]) -> bool:
+    found = list(body)
+    return len(found) < 16 and any(i.opcode.startswith("SYNCS.PHASECHK") for i in found)
 
 
 def counts(found: Sequence[Instruction]) -> Counter[str]:
@@ -159,9 +311,14 @@ def code(launch: Launch) -> Code:
     """A launch's kernel, compiled for ``TARGET`` and disassembled."""
     compiled = compile_launch(launch, TARGET)
     cubin = compiled.asm["cubin"]
-    usage = next(iter(cuda_usage(cubin).values()))
-    found, outside = loops(instructions(cuobjdump(cubin, "--dump-sass")))
-    return Code(
-        launch.name, found, outside, usage["REG"], usage["STACK"] + usage["LOCAL"],
-        compiled.metadata.shared, launch.options["num_warps"],
-    )  # fmt: skip
+    (usage,) = cuda_usage(cubin).values()
+    text = cuobjdump(cubin, "--dump-sass")
+    warps = launch.options["num_warps"]
+    return read(launch.name, text, usage, compiled.metadata.shared, warps)
+
+
+def read(name: str, text: str, usage: dict[str, int], shared: int, warps: int) -> Code:
+    """A kernel from its disassembly and what :func:`launches.cuda_usage` says of it."""
+    found, outside = loops(instructions(text))
+    spilled = usage["STACK"] + usage["LOCAL"]
+    return Code(name, found, outside, usage["REG"], spilled, shared, warps)

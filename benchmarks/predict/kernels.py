@@ -9,16 +9,15 @@ from collections.abc import Iterable, Sequence
 from benchmarks.predict import disassembly, launches
 from benchmarks.predict.disassembly import Code, Instruction, Loop
 from benchmarks.predict.launches import Launch
-from benchmarks.predict.model import MODEL, PIPES, SKIPPED, TENSOR_CYCLE, Card
+from benchmarks.predict.model import MODEL, PIPES, TENSOR_CYCLE, Card
 from benchmarks.predict.stored import Cost
 from benchmarks.predict.trace import Kernel
 
 
 @functools.cache
-def loop_cycles(name: str, loop: Loop) -> tuple[int, dict[str, float]]:
-    """Instructions of a turn of a kernel's loop, and :func:`cycles` of them."""
-    own = worked(name, loop)
-    return len(own), cycles(own)
+def turn_cycles(loop: Loop) -> dict[str, float]:
+    """:func:`cycles` of a turn of a loop."""
+    return cycles(loop.turn)
 
 
 @functools.cache
@@ -90,57 +89,55 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
     if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):
         # gradient_kernel's first loop is for bounded similarities, as in the harvest
         return [(outer[0], math.ceil(math.ceil(a["columns"] / a["BLOCK_N"]) / a["SPLITS"]))]
-    raise ValueError(f"no rule for the loops of {name}")
+    raise ValueError(f"no rule for {name}'s loops in benchmarks/predict/kernels.py, turns()")
 
 
-def worked(name: str, loop: Loop) -> list[Instruction]:
-    """Instructions of a turn: in ``SKIPPED`` kernels, without those that the longest jump skips."""
-    if name not in SKIPPED:
-        return list(loop.own)
-    jumps = [
-        (i.address, i.target) for i in loop.own
-        if i.target is not None and i.address < i.target <= loop.end
-    ]  # fmt: skip
-    begin, end = max(jumps, key=lambda jump: jump[1] - jump[0])
-    return [i for i in loop.own if not begin < i.address < end]
+def limits(
+    code: Code, programs: int, counted: Iterable[tuple[Loop, float]], traffic: float, card: Card
+) -> dict[str, float]:
+    """The seconds that one launch takes by each limit alone: of its busiest SM, or of its bytes.
 
-
-def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
-    """Time of one launch: of its busiest SM, or of its bytes."""
+    Args:
+        code: of the kernel; programs: of the launch.
+        counted: the loops and their turns, see :func:`turns`.
+        traffic: bytes.
+    """
     total = dict(outside_cycles(code))
-    steps = []
-    for loop, count in turns(launch, code):
-        instructions, held = loop_cycles(launch.name, loop)
-        for pipe, number in held.items():
+    for loop, count in counted:
+        for pipe, number in turn_cycles(loop).items():
             total[pipe] = total.get(pipe, 0.0) + count * number
-        if count:
-            each = (
-                32 * code.warps * instructions / launches.tile(launch)
-                if launches.tile(launch)
-                else 0
-            )
-            steps.append(
-                f"{count:,.4g} x {instructions}" + (f" ({each:.1f} an element)" if each else "")
-            )
-    programs = math.ceil(launch.programs / card.sms)  # of the busiest SM
+    busiest = math.ceil(programs / card.sms)
     warps = code.warps / MODEL.schedulers
-    resident = warps * min(code.blocks, programs)
+    resident = warps * min(code.blocks, busiest)
     seconds = {}
     for pipe, number in total.items():
         share = MODEL.pipe
         if pipe == "issue":
             share = min(MODEL.issue, MODEL.warp_issue * resident)
-        seconds[pipe] = programs * warps * number / card.clock / share
-    if min(code.blocks, programs) == 1:  # no other program overlaps its products
+        seconds[pipe] = busiest * warps * number / card.clock / share
+    if min(code.blocks, busiest) == 1:  # no other program overlaps its products
         seconds["issue"] += seconds.get("tensor", 0.0)
     seconds["bandwidth"] = traffic / card.bandwidth
     seconds["launch"] = MODEL.kernel_us / 1e6
+    return seconds
+
+
+def kernel_cost(launch: Launch, code: Code, traffic: float, card: Card) -> Cost:
+    """Time of one launch."""
+    counted = turns(launch, code)
+    seconds = limits(code, launch.programs, counted, traffic, card)
     bound = max(seconds, key=lambda pipe: seconds[pipe])
+    steps = []
+    for loop, count in counted:
+        step = f" + {count:,.4g} x {len(loop.turn)}"
+        if elements := launches.tile(launch):
+            step += f" ({32 * code.warps * len(loop.turn) / elements:.1f} an element)"
+        steps.append(step if count else "")
+    busiest = math.ceil(launch.programs / card.sms)
     how = (
-        f"{launch.programs:,} programs of {code.warps} warps, {programs} on the busiest SM, "
-        f"{code.blocks} at a time; a warp: {len(code.outside)}"
-        + "".join(f" + {step}" for step in steps)
-        + f" instructions; {traffic / 1e6:,.3g} MB; us: "
+        f"{launch.programs:,} programs of {code.warps} warps, {busiest} on the "
+        f"busiest SM, {code.blocks} at a time; a warp: {len(code.outside)}{''.join(steps)}"
+        f" instructions; {traffic / 1e6:,.3g} MB; us: "
         + ", ".join(f"{pipe} {1e6 * s:.3g}" for pipe, s in seconds.items() if pipe != "launch")
     )
     return Cost(launch.name, 1, 1e3 * seconds[bound], bound, how)

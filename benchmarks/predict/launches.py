@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -90,7 +91,7 @@ def _type_name(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def cuobjdump(binary: bytes, option: str) -> str:
+def cuobjdump(binary: bytes, *options: str) -> str:
     """What Triton's cuobjdump says about a cubin or an object file."""
     from triton.backends.nvidia import compiler as nvidia
 
@@ -99,7 +100,7 @@ def cuobjdump(binary: bytes, option: str) -> str:
         file.write(binary)
         file.flush()
         return subprocess.run(
-            [tool, option, file.name], capture_output=True, text=True, check=True
+            [tool, *options, file.name], capture_output=True, text=True, check=True
         ).stdout
 
 
@@ -114,7 +115,13 @@ def cuda_usage(binary: bytes) -> dict[str, dict[str, int]]:
 
 
 def tile(launch: Launch) -> int:
-    """Elements that one turn of a launch's innermost loop works on: the product of its two block
-    sizes; 0 for kernels without them."""
-    sizes = [launch.arguments.get(name, 0) for name in ("BLOCK_M", "BLOCK_N")]
-    return sizes[0] * sizes[1]
+    """Elements that one turn of a launch's innermost loop works on: BLOCK_M x BLOCK_N, or the
+    product of the block sizes of a kernel without these; 0 for one with less than two."""
+    sizes = {
+        name: value
+        for name, value in launch.arguments.items()
+        if name.startswith("BLOCK") and isinstance(value, int)
+    }
+    if {"BLOCK_M", "BLOCK_N"} <= set(sizes):
+        return sizes["BLOCK_M"] * sizes["BLOCK_N"]
+    return math.prod(sizes.values()) if len(sizes) > 1 else 0

@@ -155,10 +155,8 @@ class _Counter(TorchDispatchMode):
 
     def _record(self, *recorded: Any) -> None:
         launch = Launch(*recorded)
-        tensors = [v for v in launch.arguments.values() if isinstance(v, Tensor)]
-        moved = float(sum(_bytes(t) for t in tensors))
         if launch.programs:
-            self.found.append(Kernel(launch.name, 1, moved, launch=launch))
+            self.found.append(of_launch(launch))
 
     def _add(self, func: Any, given: Any, out: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
@@ -199,6 +197,12 @@ def _inside(func: Any) -> Callable[..., Any] | None:
         "musiclm_fast::contrastive_logsumexp_backward_triton": contrastive.logsumexp_backward,
         "musiclm_fast::contrastive_sigmoid_triton": contrastive.sigmoid,
     }.get(func._schema.name)
+
+
+def of_launch(launch: Launch) -> Kernel:
+    """A Triton kernel's launch with the bytes of its tensors."""
+    tensors = [v for v in launch.arguments.values() if isinstance(v, Tensor)]
+    return Kernel(launch.name, 1, float(sum(_bytes(t) for t in tensors)), launch=launch)
 
 
 def _bytes(t: Tensor) -> int:

@@ -24,7 +24,7 @@ for version in $(printf '%s\n' 3.6.0 3.8.0 "$newest" | sort -uV | grep -vxF "$ow
 import triton
 assert triton.__version__ == '$version', triton.__version__
 print('Triton', triton.__version__)"
-    "$PYTHON" -m pytest -n auto --dist worksteal tests/ops -m "aot and not gpu" \
+    "$PYTHON" -m pytest -n auto --dist worksteal tests/ops tests/test_sass.py -m "aot and not gpu" \
       -k "not every_variant or sm_90"
   )
 done

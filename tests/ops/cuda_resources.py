@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,49 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a benchmark's call.
+
+    Args:
+        n_fft: of the call; warps: of a block; frames: that a block makes, or whose gradient it
+            takes.
+        turns: of each loop in a block, in the loops' order; empty if nobody has counted them.
+    """
+
+    n_fft: int
+    warps: int
+    frames: int
+    turns: tuple[float, ...] = ()
+
+
+# Those of 24 of 128 and 400 of 512 samples; a backward's block makes 4,096 or 2,560 samples.
+USUAL = {
+    "forward_folded_kernel<14, 1>": Kernel(128, 4, 128),
+    "backward_folded_kernel<14, 1>": Kernel(128, 4, 128),
+    "forward_fixed_kernel<256, 1>": Kernel(512, 8, 32),
+    "backward_fft_kernel<1>": Kernel(512, 8, 16),
+}
+
+
+def version() -> str:
+    """``13.0``, of nvcc."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
 def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
-    """By kernel, ``forward_fixed_kernel<512, 2>``: registers and bytes of stack, ``STACK``.
+    """By kernel, ``forward_fixed_kernel<512, 2>``: registers and bytes of stack, ``STACK``."""
+    usage = cuda_usage(compile_spectrogram(target, folder))
+    return {readable(name): values for name, values in usage.items()}
+
+
+def compile_spectrogram(target: str, folder: Path) -> bytes:
+    """The object file.
 
     Args:
         target: ``sm_90``.
-        folder: for the object file.
+        folder: for the file.
     """
     include = Path(torch.__file__).parent / "include"
     arch = target.removeprefix("sm_")
@@ -37,11 +75,11 @@ def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    usage = cuda_usage(found.read_bytes())
-    return {_readable(name): values for name, values in usage.items()}
+    return found.read_bytes()
 
 
-def _readable(symbol: str) -> str:
+def readable(symbol: str) -> str:
+    """A kernel's name with its template's numbers."""
     match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:Li\d+E)+)E)?", symbol)
     assert match is not None, symbol
     numbers = re.findall(r"Li(\d+)E", match[2] or "")

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import tables
 from benchmarks.predict.launches import Launch, compile_launch, cuda_usage
 from musiclm_fast.ops import _triton_target
 
@@ -56,6 +57,7 @@ class Attention:
 
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
+    batch: int = 32
     queries: int = 1024
     kv_heads: int = 8
     bias: bool = True
@@ -71,13 +73,14 @@ class Attention:
         on += ["dropout"] if self.dropout_p else []
         on += [f"kv_heads={self.kv_heads}"] if self.kv_heads != 8 else []
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"attention D={self.head_dim} {dtype} M={self.queries} {'+'.join(on) or 'plain'}"
+        sizes = f"B={self.batch} H=8 M={self.queries} N=1,024 D={self.head_dim}"
+        return f"attention {sizes} {dtype} {'+'.join(on) or 'plain'}"
 
     def call(self) -> None:
         """A forward and a backward on meta tensors."""
         from musiclm_fast.ops.attention import _triton
 
-        batch, heads, keys, radius = 4, 8, 1024, 2000
+        batch, heads, keys, radius = self.batch, 8, 1024, 2000
 
         def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -108,7 +111,7 @@ class Contrastive:
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        return f"contrastive d={self.depth} {str(self.dtype).removeprefix('torch.')}"
+        return f"contrastive B=65,536 d={self.depth} {str(self.dtype).removeprefix('torch.')}"
 
     def call(self) -> None:
         """Forward and backward of every loss on meta tensors."""
@@ -149,16 +152,21 @@ def every_variant(op: str) -> list[Variant]:
     ]
 
 
-def launches(variant: Variant, target: str) -> list[Launch]:
-    """The distinct kernel launches of a call."""
-    found: dict[str, Launch] = {}
-
-    def record(*recorded: Any) -> None:
-        launch = Launch(*recorded)
-        found.setdefault(launch.name, launch)
-
-    with _triton_target.recorded_launches(record, target):
+def every_launch(variant: Variant, target: str) -> list[Launch]:
+    """The kernel launches of a call, in order."""
+    found: list[Launch] = []
+    with _triton_target.recorded_launches(
+        lambda *recorded: found.append(Launch(*recorded)), target
+    ):
         variant.call()
+    return found
+
+
+def launches(variant: Variant, target: str) -> list[Launch]:
+    """The first launch of each kernel of a call."""
+    found: dict[str, Launch] = {}
+    for launch in every_launch(variant, target):
+        found.setdefault(launch.name, launch)
     return list(found.values())
 
 
@@ -217,7 +225,7 @@ def line(r: Resources) -> str:
 
 
 MARKDOWN_TARGETS = ("sm_90", "gfx942")
-MARKERS = ("<!-- python -m tests.ops.triton_resources --markdown -->\n", "<!-- end -->\n")
+MARKER = "<!-- python -m tests.ops.triton_resources --markdown -->\n"
 ROOT = Path(__file__).parents[2]
 
 
@@ -254,10 +262,7 @@ def write_markdown(folders: list[str]) -> None:
             f"| {kernel} | {' | '.join(values[c] for c in columns)} |"
             for kernel, values in cells.items()
         ]
-        readme = ROOT / "musiclm_fast" / "ops" / op / "README.md"
-        before, rest = readme.read_text().split(MARKERS[0])
-        after = rest.split(MARKERS[1])[1]
-        readme.write_text(MARKERS[0].join([before, "\n".join(lines) + "\n" + MARKERS[1] + after]))
+        tables.replace(ROOT / "musiclm_fast" / "ops" / op / "README.md", MARKER, "\n".join(lines))
 
 
 def main() -> None:
