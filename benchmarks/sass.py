@@ -5,7 +5,7 @@
     python -m benchmarks.sass --json                the same, for programs
     python -m benchmarks.sass --markdown .venvs/triton-3.6.0
         writes the tables in the ops' READMEs and the figures that a test holds the kernels to
-        (benchmarks/results/sass.json), by this environment's Triton and by those in the folders
+        (benchmarks/sass.json), by this environment's Triton and by those in the folders
 
 The launches of a usual call (tests/ops/triton_resources.py, ``USUAL``) are recorded on meta
 tensors, compiled for sm_90 with the assembler that Triton ships, and disassembled. nvcc compiles
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
-from benchmarks.predict import CARDS, RESULTS, Card
+from benchmarks.predict import CARDS, Card
 from benchmarks.predict.disassembly import Code, Instruction, counts
 from musiclm_fast._wording import plural
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from benchmarks.predict.launches import Launch
 
 ROOT = Path(__file__).parents[1]
-STORED = RESULTS / "sass.json"
+STORED = Path(__file__).with_suffix(".json")
 MARKER = "<!-- python -m benchmarks.sass --markdown -->\n"
 CUDA_OP = "spectrogram"  # the op whose kernels are in CUDA C++
 

@@ -322,6 +322,22 @@ for name in run.names():
 """
 
 
+@pytest.mark.aot
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for real")
+def test_launches_and_their_cpu_time() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import bench_launch
+
+    found = bench_launch.results(Settings(tiny=True))
+    cases = {r.case for r in found}
+    assert len(found) == 2 * len(cases)
+    assert {r.contender for r in found} == {"package", "package and Triton"}
+    (forward,) = (c for c in cases if c.startswith("attention") and ": forward, " in c)
+    assert not forward.endswith(" 0 launches")
+    assert all(len(r.seconds) == 2 and min(r.seconds) > 0 for r in found)
+    assert all(r.note.startswith("launches: ") for r in found)
+
+
 @pytest.mark.slow
 @pytest.mark.upstream
 @pytest.mark.parametrize("mode", ["quick", "gpu"])

@@ -59,6 +59,7 @@ class Attention:
     dtype: torch.dtype = torch.bfloat16
     batch: int = 32
     queries: int = 1024
+    keys: int = 1024
     kv_heads: int = 8
     bias: bool = True
     per_sample: bool = True
@@ -73,14 +74,14 @@ class Attention:
         on += ["dropout"] if self.dropout_p else []
         on += [f"kv_heads={self.kv_heads}"] if self.kv_heads != 8 else []
         dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"B={self.batch} H=8 M={self.queries} N=1,024 D={self.head_dim}"
+        sizes = f"B={self.batch} H=8 M={self.queries:,} N={self.keys:,} D={self.head_dim}"
         return f"attention {sizes} {dtype} {'+'.join(on) or 'plain'}"
 
     def call(self) -> None:
         """A forward and a backward on meta tensors."""
         from musiclm_fast.ops.attention import _triton
 
-        batch, heads, keys, radius = self.batch, 8, 1024, 2000
+        batch, heads, keys, radius = self.batch, 8, self.keys, 2000
 
         def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -105,19 +106,21 @@ class Attention:
 
 @dataclass(frozen=True)
 class Contrastive:
-    """The latents of a call: B = 65,536 pairs."""
+    """The latents of a call."""
 
     depth: int = 128
     dtype: torch.dtype = torch.bfloat16
+    batch: int = 65536
 
     def __str__(self) -> str:
-        return f"contrastive B=65,536 d={self.depth} {str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"contrastive B={self.batch:,} d={self.depth} {dtype}"
 
     def call(self) -> None:
         """Forward and backward of every loss on meta tensors."""
         from musiclm_fast.ops.contrastive import _triton
 
-        latents = torch.empty((1, 65536, self.depth), dtype=self.dtype, device="meta")
+        latents = torch.empty((1, self.batch, self.depth), dtype=self.dtype, device="meta")
         factor = torch.empty(1, device="meta")
         stats = _triton.logsumexp(latents, latents, factor, 0)
         _triton.logsumexp_backward(*stats, latents, latents, factor, *stats[:2], 0)
