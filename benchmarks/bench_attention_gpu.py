@@ -1,16 +1,18 @@
-"""Attention with a learned offset table on a GPU, against flash attention without any bias.
+"""Attention with a learned offset table on a GPU, against other attention with and without a bias.
 
 For each length, forward and backward of
 
 ours, shared       one set of codes for the batch; the backward includes the table's gradient
 ours, per sample   one set of codes per sample, as with patch dropout
 ours, QK norm      the same with the l2-norm of queries and keys and its learned scales
-flash              torch's flash attention without a bias: the upper limit
-SDPA + bias        torch's attention with the bias gathered into an (H, N, N) tensor
-FlexAttention      compiled, with the table read by its score function
+ceilings           attention without a bias: torch's flash attention, cuDNN, FlashAttention-2, -3
+                   and -4
+peers              attention with the bias and its gradient: torch's backends, cuDNN, xformers,
+                   cuEquivariance; FlexAttention, compiled, reads the table by its score function
 
-Output and gradients are compared with the float64 reference first. No row is reported unless they
-agree. Operations are the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
+benchmarks/attention_peers.py has all but ours. What cannot run is listed with the reason. Output
+and gradients are compared with the float64 reference first. No row is reported unless they agree.
+Operations are the matrix products of plain attention, 4 B H N^2 D forward and 10 B H N^2 D
 backward, for every contender. Runs without a network.
 """
 
@@ -21,18 +23,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from benchmarks import harness
+from benchmarks.attention_peers import PEERS, Inputs, Peer
 from benchmarks.harness import Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import attention, grid_codes
-from musiclm_fast.ops.attention.reference import attention_reference, offset_bias
+from musiclm_fast.ops.attention.reference import attention_reference
 
 HEADS, HEAD_DIM, HEIGHT = 8, 64, 16
 TOKENS = 32_768  # samples times length
 LENGTHS = (512, 1024, 2048)
-Inputs = dict[str, Any]
 
 
 def make_inputs(
@@ -60,40 +61,6 @@ def ours(inputs: Inputs) -> torch.Tensor:
     return attention(**inputs, backend="triton")
 
 
-def flash(inputs: Inputs) -> torch.Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    qkv = (inputs[name] for name in "qkv")
-    if inputs["q"].device.type == "cpu":
-        return F.scaled_dot_product_attention(*qkv)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(*qkv)
-
-
-def sdpa_with_bias(inputs: Inputs) -> torch.Tensor:
-    bias = offset_bias(inputs["bias_table"], inputs["q_codes"], inputs["k_codes"])
-    bias = bias.to(inputs["q"].dtype)
-    return F.scaled_dot_product_attention(*(inputs[name] for name in "qkv"), attn_mask=bias)
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)  # one compilation per length
-
-
-def flex(inputs: Inputs) -> torch.Tensor:
-    table, q_codes, k_codes = (inputs[name] for name in ("bias_table", "q_codes", "k_codes"))
-    radius = table.shape[1] // 2
-
-    def score(s: torch.Tensor, b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-        offset = (q_codes[i] - k_codes[j]).clamp(-radius, radius)
-        return s + table[h, offset + radius]
-
-    return _compiled_flex()(*(inputs[name] for name in "qkv"), score_mod=score)
-
-
 def check_parity(length: int, device: str, dtype: torch.dtype) -> None:
     """Raise AssertionError if ours is less accurate than the same-dtype torch path."""
     for per_sample in (False, True):
@@ -114,23 +81,17 @@ def check_parity(length: int, device: str, dtype: torch.dtype) -> None:
 
 
 def contenders(batch: int, length: int, heads: int, device: str, dtype: torch.dtype) -> Mapping[
-    str, tuple[Callable[[Inputs], torch.Tensor], Inputs]
+    str, tuple[Peer | None, Inputs]
 ]:  # fmt: skip
-    """Name -> function and its inputs; without those that the device cannot run."""
+    """Name -> peer, None for ours, and its inputs."""
     shared, own, norm = (
         make_inputs(batch, length, heads, device, dtype, *options)
         for options in ((False, False), (True, False), (True, True))
     )
-    found = {
-        "ours, shared": (ours, shared),
-        "ours, per sample": (ours, own),
-        "ours, QK norm": (ours, norm),
-        "flash": (flash, shared),
-        "SDPA + bias": (sdpa_with_bias, shared),
+    mine = {"ours, shared": shared, "ours, per sample": own, "ours, QK norm": norm}
+    return {name: (None, inputs) for name, inputs in mine.items()} | {
+        name: (peer, shared) for name, peer in PEERS.items()
     }
-    if device != "cpu":
-        found["FlexAttention"] = (flex, shared)
-    return found
 
 
 def measure(
@@ -148,15 +109,22 @@ def measure(
     backward: dict[str, Callable[[], Any]] = {}
     memory: dict[str, int | None] = {}
     absent: dict[str, str] = {}
-    for name, (function, inputs) in contenders(batch, length, heads, device, dtype).items():
+    small = make_inputs(2, length, 2, device, dtype, False, False)
+    for name, (peer, inputs) in contenders(batch, length, heads, device, dtype).items():
+        function = ours if peer is None else peer.run
         grad = torch.randn_like(inputs["q"])
         names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
-        leaves = [inputs[n] for n in names if function is not flash or n in "qkv"]
+        plain = peer is not None and not peer.biased
+        leaves = [inputs[n] for n in names if not plain or n in "qkv"]
         try:
+            if peer is not None:
+                peer.check(small)
             memory[name] = _peak(functools.partial(_both, function, inputs, leaves, grad), device)
             out = function(inputs)
-        except RuntimeError as error:  # out of memory, or a peer that refuses the shape
-            absent[name] = str(error).splitlines()[0][:200]
+        except Exception as error:  # a peer that is not installed or refuses; out of memory
+            if peer is None and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         forward[name] = functools.partial(
             _repeat, repeats, functools.partial(_quiet, function, inputs)
@@ -172,7 +140,7 @@ def measure(
     found = []
     for direction, runs, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
         for name, timing in harness.interleave(runs, rounds=rounds, warmup=2).items():
-            role = "bound" if name == "flash" else "ours" if name.startswith("ours") else "peer"
+            role = role_of(name)
             found.append(Result(
                 f"attention, {direction}", f"B = {batch}, N = {length:,}", name, role,
                 [seconds / repeats for seconds in timing.seconds],
@@ -182,8 +150,13 @@ def measure(
             ))  # fmt: skip
     for name, reason in absent.items():
         case = f"B = {batch}, N = {length:,}"
-        found.append(Result("attention, forward", case, name, reason=reason))
+        found.append(Result("attention, forward", case, name, role_of(name), reason=reason))
     return found
+
+
+def role_of(name: str) -> str:
+    """A contender's role; a ceiling is a bound."""
+    return "ours" if name not in PEERS else "peer" if PEERS[name].biased else "bound"
 
 
 def _repeat(times: int, run: Callable[[], Any]) -> None:

@@ -1,18 +1,21 @@
-"""The spectrogram op on a GPU against a copy and torchaudio's chain, 64 clips of 10 s at 16 kHz.
+"""The spectrogram op on a GPU against a copy and other packages, 64 clips of 10 s at 16 kHz.
 
 ``python -m benchmarks.run --mode gpu spectrogram_gpu`` (part of ``make bench-gpu``) measures
-values, values and gradient, and log-mel, for 24 of 128 and 400 of 512 samples, with a fifth of both
-axes masked:
+values, values and gradient, and log-mel, for 24 of 128 and 400 of 512 samples, and log-mel for 400
+of 400, at which flashmel's authors quote theirs. A fifth of both axes is masked:
 
 ours              the CUDA kernels
 copy              a copy of as many bytes as must be moved (waveform read, spectrogram written)
-torchaudio        its Spectrogram, mel filters, logarithm and masks, if it can be imported
+torchaudio        its spectrogram, mel filters, logarithm and masks, if it can be imported
+nnAudio           the same by its convolution
+flashmel          its kernel up to the mel filters, without a gradient
 torch             the op's reference
 torch (compiled)  the reference under torch.compile
 
-Values and gradient are compared with the float64 reference first. Masks, window and filters are on
-the device beforehand, for every contender. Goals: 70% of the copy's bandwidth at 24 of 128, 50% at
-400 of 512, and a fifth of torchaudio's time. Runs without a network.
+Values and gradient are compared with the float64 reference first, a peer's values too. Masks,
+window and filters are on the device beforehand, for every contender. What cannot run is listed with
+the reason. Goals: 70% of the copy's bandwidth at 24 of 128, 50% at 400 of 512, and a fifth of
+torchaudio's time. Runs without a network.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_spectrogram as common
-from benchmarks import harness
+from benchmarks import harness, spectrogram_peers
 from benchmarks.harness import Contender, Result, Settings
 from musiclm_fast import testing
 from musiclm_fast.ops import mel_filters, spectrogram
 
+FRONT_ENDS = {**common.FRONT_ENDS, 400: dict(n_fft=400, win_length=400, hop_length=160)}
 VARIANTS = ("values", "values and gradient", "log-mel")
 REPEATS = 10  # runs timed together: one is shorter than the timer's overhead
 Run = Callable[[], Any]
@@ -38,7 +42,7 @@ Run = Callable[[], Any]
 
 def options(n_fft: int, samples: int, device: str, log_mel: bool) -> dict[str, Any]:
     """Keyword arguments of the op, on the device."""
-    sizes = common.FRONT_ENDS[n_fft]
+    sizes = FRONT_ENDS[n_fft]
     bands, frames = n_fft // 2 + 1, samples // sizes["hop_length"] + 1
     found = dict(sizes, window=torch.hann_window(sizes["win_length"], device=device))
     if log_mel:
@@ -54,7 +58,7 @@ def traffic(clips: int, samples: int, n_fft: int, variant: str) -> float:
     """Bytes that must be moved: waveform read, spectrogram written; for the gradient, both read and
     the waveform's written."""
     bands = 64 if variant == "log-mel" else n_fft // 2 + 1
-    frames = samples // common.FRONT_ENDS[n_fft]["hop_length"] + 1
+    frames = samples // FRONT_ENDS[n_fft]["hop_length"] + 1
     values = clips * (samples + bands * frames)
     if "gradient" in variant:
         values += clips * (2 * samples + bands * frames)
@@ -86,33 +90,10 @@ def check_parity(n_fft: int, samples: int, device: str, backend: str, log_mel: b
         testing.assert_close_to_oracle("gradient", *(f[1] for f in found))
 
 
-def torchaudio_chain(wav: Tensor, given: dict[str, Any]) -> Tensor:
-    """torchaudio's steps with the same window and masks."""
-    import torchaudio
-
-    out = torchaudio.functional.spectrogram(
-        wav,
-        0,
-        given["window"],
-        given["n_fft"],
-        given["hop_length"],
-        given["win_length"],
-        2.0,
-        False,
-    )
-    if "mel" in given:
-        out = (out.transpose(1, 2) @ given["mel"]).transpose(1, 2).add(given["log_offset"]).log()
-    for axis, name in ((1, "freq_mask"), (2, "time_mask")):
-        place = torch.arange(out.shape[axis], device=wav.device)
-        inside = (place >= given[name][0, 0, 0]) & (place < given[name][0, 0, 1])
-        out = out.masked_fill(inside[:, None] if axis == 1 else inside, 0.0)
-    return out
-
-
 def contenders(
-    wav: Tensor, n_fft: int, variant: str, backend: str, repeats: int
+    wav: Tensor, n_fft: int, variant: str, backend: str, repeats: int, checked: bool = False
 ) -> dict[str, Contender]:
-    """Name -> what is timed, ``repeats`` runs at once."""
+    """Name -> what is timed, ``repeats`` runs at once; peers' values checked first if asked for."""
     gpu, gradient = wav.device.type == "cuda", "gradient" in variant
     given = options(n_fft, wav.shape[1], str(wav.device), variant == "log-mel")
     with torch.no_grad():
@@ -136,19 +117,19 @@ def contenders(
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    def torchaudio() -> Run:
-        try:
-            import torchaudio  # noqa: F401
-        except (ImportError, OSError):  # its binary may need another torch
-            common.load_torchaudio()
-        return run(functools.partial(torchaudio_chain, given=given))
+    def peer(name: str) -> Run:
+        if name == "flashmel" and gradient:
+            raise RuntimeError("it has no gradient")
+        if checked:
+            spectrogram_peers.check(name, given, definition)
+        return run(spectrogram_peers.PEERS[name](given))
 
     definition = functools.partial(spectrogram, backend="torch", check_finite=False, **given)
     ours = functools.partial(spectrogram, backend=backend, check_finite=False, **given)
     found = {
         "ours": contender(lambda: run(ours), "ours"),
         "copy": contender(copy, "bound"),
-        "torchaudio": contender(torchaudio),
+        **{name: contender(functools.partial(peer, name)) for name in spectrogram_peers.PEERS},
         "torch": contender(lambda: run(definition)),
     }
     if gpu:
@@ -162,11 +143,11 @@ def measure(n_fft: int, variant: str, settings: Settings, backend: str = "cuda")
     clips, samples = settings.pick((common.CLIPS, common.SAMPLES), tiny=(1, 8000))
     repeats = settings.pick(REPEATS, tiny=1)
     log_mel, gradient = variant == "log-mel", "gradient" in variant
-    window = f"window {common.FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
+    window = f"window {FRONT_ENDS[n_fft]['win_length']} of {n_fft}"
     wav = torch.randn(clips, samples, device=device, requires_grad=gradient)
     found = harness.measure(
         "spectrogram", f"{window}, {variant}, {clips} x {samples / 16_000:g} s",
-        contenders(wav, n_fft, variant, backend, repeats), settings,
+        contenders(wav, n_fft, variant, backend, repeats, checked=True), settings,
         check=lambda: check_parity(n_fft, min(samples, 16_000), device, backend, log_mel),
         rounds=7, warmup=2,
         headline=f"spectrogram with masks, {clips} clips of 10 s, {window}"
@@ -188,8 +169,8 @@ def results(settings: Settings) -> list[Result]:
     backend = "cuda" if settings.device == "cuda" else "cpp"
     return [
         result
-        for n_fft in common.FRONT_ENDS
-        for variant in VARIANTS
-        if n_fft == 512 or variant != "log-mel"  # 64 mel bands of 65 bins say nothing
+        for n_fft in FRONT_ENDS
+        for variant in (VARIANTS if n_fft != 400 else ("log-mel",))
+        if n_fft != 128 or variant != "log-mel"  # 64 mel bands of 65 bins say nothing
         for result in measure(n_fft, variant, settings, backend)
     ]

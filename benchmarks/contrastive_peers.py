@@ -1,6 +1,6 @@
 """The peers' fused contrastive losses behind one interface: loss and gradients of a batch.
 
-They are packages for CUDA GPUs: ``pip install --no-deps -r requirements/peers.txt``. Each
+They are packages for CUDA GPUs (requirements/peers.txt). Each
 differs slightly from ours: siglip-kernel learns ln(temperature); memeff's temperature is
 a constant; inf-cl computes one direction, in float32, so the symmetric loss takes it twice.
 """

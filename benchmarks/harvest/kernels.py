@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_attention_gpu, bench_spectrogram_gpu, contrastive_peers
+from benchmarks import (
+    attention_peers,
+    bench_attention_gpu,
+    bench_spectrogram_gpu,
+    contrastive_peers,
+)
 from benchmarks.harness import ROOT, environment
 from benchmarks.harvest import cases
 from benchmarks.harvest.measuring import (
@@ -54,12 +59,9 @@ def flex(stage: Stage) -> None:
 
 
 def _attention(stage: Stage, name: str) -> None:
-    functions = {
-        cases.FLASH: bench_attention_gpu.flash,
-        cases.CUDNN: _cudnn if stage.gpu else bench_attention_gpu.flash,
-        cases.SDPA_BIAS: bench_attention_gpu.sdpa_with_bias,
-        cases.FLEX: bench_attention_gpu.flex,
-    }
+    functions = {name: peer.run for name, peer in attention_peers.PEERS.items()}
+    if not stage.gpu:
+        functions[cases.CUDNN] = attention_peers.flash
     for case in cases.attention(stage.tiny, name):
         shape = case.shape
         for contender in stage.contenders(case):
@@ -100,13 +102,6 @@ def _backward(out: torch.Tensor, inputs: dict[str, Any], contender: str) -> Run:
         torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True,
         allow_unused=True,
     )  # fmt: skip
-
-
-def _cudnn(inputs: dict[str, Any]) -> torch.Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return torch.nn.functional.scaled_dot_product_attention(*(inputs[n] for n in "qkv"))
 
 
 def note_kernels(stage: Stage, case: str, contender: str, run: Run) -> None:

@@ -36,12 +36,13 @@ class Kernel:
     turns: tuple[float, ...] = ()
 
 
-# Those of 24 of 128 and 400 of 512 samples; a backward's block makes 4,096 or 2,560 samples.
+# Those of 24 of 128 and 400 of 512 samples by the beginnings of their names, without the template's
+# later arguments. A backward's block makes 4,096 or 2,560 samples.
 USUAL = {
-    "forward_folded_kernel<14, 1>": Kernel(128, 4, 128),
-    "backward_folded_kernel<14, 1>": Kernel(128, 4, 128),
-    "forward_fixed_kernel<256, 1>": Kernel(512, 8, 32),
-    "backward_fft_kernel<1>": Kernel(512, 8, 16),
+    "forward_folded_kernel<14, 1": Kernel(128, 4, 128),
+    "backward_folded_kernel<14, 1": Kernel(128, 4, 128),
+    "forward_fixed_kernel<256, 1": Kernel(512, 8, 32),
+    "backward_fft_kernel<1": Kernel(512, 8, 16),
 }
 
 
@@ -80,7 +81,7 @@ def compile_spectrogram(target: str, folder: Path) -> bytes:
 
 def readable(symbol: str) -> str:
     """A kernel's name with its template's numbers."""
-    match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:Li\d+E)+)E)?", symbol)
+    match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:L[ib]\d+E)+)E)?", symbol)
     assert match is not None, symbol
-    numbers = re.findall(r"Li(\d+)E", match[2] or "")
+    numbers = re.findall(r"L[ib](\d+)E", match[2] or "")
     return match[1] + (f"<{', '.join(numbers)}>" if numbers else "")

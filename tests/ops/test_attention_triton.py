@@ -456,10 +456,14 @@ def test_benchmark_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "HEAD_DIM", 16)
     monkeypatch.setattr(bench, "HEIGHT", 4)
     found = bench.measure(24, 24, 1, "cpu", torch.float32, rounds=1, repeats=1)
-    assert [r.contender for r in found] == 2 * [
+    timed = [r for r in found if r.seconds]
+    assert [r.contender for r in timed] == 2 * [
         "ours, shared", "ours, per sample", "ours, QK norm", "flash", "SDPA + bias",
     ]  # fmt: skip
-    assert all(r.seconds and r.operations for r in found)
+    assert all(r.operations for r in timed)
+    absent = {r.contender: r.reason for r in found if not r.seconds}
+    assert set(absent) == set(bench.PEERS) - {r.contender for r in timed}
+    assert all(absent.values())
 
 
 @interpreted
