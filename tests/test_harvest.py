@@ -367,8 +367,11 @@ def test_dry_run(tmp_path: Path) -> None:
     rows = [Row(**row) for stage in saved.values() for row in stage["rows"]]
     timed = {(row.case, row.contender) for row in rows if row.ms}
     wanted = {(c.name, who) for c in cases.all_cases(tiny=True) for who in c.contenders}
+    others = {(c.name, who) for c in cases.peers(True) for who in c.contenders}
     # FlexAttention has no backward on a CPU.
-    assert wanted - timed == {(cases.attention(True, "flex")[1].name, cases.FLEX)}
+    assert wanted - timed - others == {(cases.attention(True, "flex")[1].name, cases.FLEX)}
+    reasons = {(row.case, row.contender): row.note for row in rows if not row.ms}
+    assert all(reasons[who] for who in others - timed)
     assert timed <= wanted
     text = (tmp_path / "summary.txt").read_text()
     assert all(case.name in text for case in cases.all_cases(tiny=True))

@@ -51,6 +51,7 @@ STAGES: dict[str, tuple[Callable[[Stage], None], float]] = {  # name -> function
     "step_captured": (models.step_captured, 60),
     "step_compiled": (models.step_compiled, 120),
     "sanitizer": (checks.sanitizer, 90),
+    "peers": (kernels.peers, 40),
 }
 WORKERS = {"one_launch": kernels.one_launch, "small_calls": checks.small_calls}
 

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks import (
+    attention_peers,
     bench_attention_gpu,
     bench_contrastive,
     bench_spectrogram,
@@ -128,6 +129,22 @@ def spectrogram(tiny: bool) -> list[Case]:
     ]
 
 
+def peers(tiny: bool) -> list[Case]:
+    """Other packages, and torch's rarer backends: attention of one length, log-mel."""
+    compared = (FLASH, CUDNN, SDPA_BIAS, FLEX)  # in stages of their own
+    others = tuple(name for name in attention_peers.PEERS if name not in compared)
+    found = [
+        replace(case, stage="peers", contenders=others)
+        for case in attention(tiny)
+        if case.shape["length"] == (32 if tiny else 1024)
+    ]
+    return found + [
+        replace(case, stage="peers", contenders=("nnAudio", "flashmel"))
+        for case in spectrogram(tiny)
+        if case.shape["variant"] == "log-mel"
+    ]
+
+
 BF16, COMPILED = " (bf16)", " (bf16, torch.compile)"
 STEPS = {  # stage -> contender, and batch, width and mode of each case
     "step": (bench_training_step.OURS, [(64, 512, BF16), (64, 512, ""), (4, 512, BF16),
@@ -179,4 +196,5 @@ def all_cases(tiny: bool = False) -> list[Case]:
         *card(tiny), *attention(tiny), *contrastive(tiny), *spectrogram(tiny),
         *steps(tiny, "step"), *steps(tiny, "step_upstream"), *generation(tiny),
         *attention(tiny, "flex"), *steps(tiny, "step_captured"), *steps(tiny, "step_compiled"),
+        *peers(tiny),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from benchmarks import (
 )
 from benchmarks.harness import ROOT, environment
 from benchmarks.harvest import cases
+from benchmarks.harvest.cases import Case
 from benchmarks.harvest.measuring import (
     Run,
     Stage,
@@ -50,25 +51,36 @@ def card(stage: Stage) -> None:
 
 def attention(stage: Stage) -> None:
     """Attention with a learned bias, forward and backward, against attention without one."""
-    _attention(stage, "attention")
+    _attention(stage, cases.attention(stage.tiny))
 
 
 def flex(stage: Stage) -> None:
     """FlexAttention with the learned table, compiled."""
-    _attention(stage, "flex")
+    _attention(stage, cases.attention(stage.tiny, "flex"))
 
 
-def _attention(stage: Stage, name: str) -> None:
+def peers(stage: Stage) -> None:
+    """Other packages' attention and spectrograms, each compared with the reference first."""
+    own = cases.peers(stage.tiny)
+    _attention(stage, [case for case in own if "direction" in case.shape], checked=True)
+    _spectrogram(stage, [case for case in own if "variant" in case.shape], checked=True)
+
+
+def _attention(stage: Stage, members: Sequence[Case], checked: bool = False) -> None:
     functions = {name: peer.run for name, peer in attention_peers.PEERS.items()}
     if not stage.gpu:
         functions[cases.CUDNN] = attention_peers.flash
-    for case in cases.attention(stage.tiny, name):
+    for case in members:
         shape = case.shape
         for contender in stage.contenders(case):
             ours = contender.startswith("ours")
             function = functions.get(contender, bench_attention_gpu.ours)
             with stage.attempt(case.name, contender, optional=not ours), own_stream(stage.gpu):
                 backward = shape["direction"] == "backward"
+                if checked:
+                    attention_peers.PEERS[contender].check(bench_attention_gpu.make_inputs(
+                        2, shape["length"], 2, stage.device, shape["dtype"], False, False
+                    ))  # fmt: skip
                 inputs = {
                     key: x.detach().requires_grad_(x.requires_grad and backward)
                     if torch.is_tensor(x)
@@ -93,7 +105,8 @@ _inputs = functools.lru_cache(maxsize=3)(bench_attention_gpu.make_inputs)
 
 
 def _backward(out: torch.Tensor, inputs: dict[str, Any], contender: str) -> Run:
-    plain = contender in (cases.FLASH, cases.CUDNN)
+    peer = attention_peers.PEERS.get(contender)
+    plain = peer is not None and not peer.biased
     leaves = [
         value for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.requires_grad and (not plain or name in "qkv")
@@ -141,22 +154,28 @@ def loss(shape: dict[str, Any], device: str, peer: str | None = None) -> Run:
 
 def spectrogram(stage: Stage) -> None:
     """The spectrogram with masks against a copy of as many bytes and torchaudio."""
+    _spectrogram(stage, cases.spectrogram(stage.tiny))
+
+
+def _spectrogram(stage: Stage, members: Sequence[Case], checked: bool = False) -> None:
     backend = "cuda" if stage.gpu else "cpp"
-    for case in cases.spectrogram(stage.tiny):
+    for case in members:
         for contender in stage.contenders(case):
-            peer = contender in ("torchaudio", "torch")
+            peer = contender not in (cases.OURS, "copy")
             with stage.attempt(case.name, contender, optional=peer), own_stream(stage.gpu):
-                run = transform(case.shape, stage.device, backend, contender)
+                run = transform(case.shape, stage.device, backend, contender, checked)
                 stage.time(case, contender, run)
 
 
-def transform(shape: dict[str, Any], device: str, backend: str, contender: str) -> Run:
+def transform(
+    shape: dict[str, Any], device: str, backend: str, contender: str, checked: bool = False
+) -> Run:
     """A case of the spectrogram, with its gradient if the case has one."""
     variant = shape["variant"]
     wav = torch.randn(
         shape["clips"], shape["samples"], device=device, requires_grad="gradient" in variant
     )
-    found = bench_spectrogram_gpu.contenders(wav, shape["n_fft"], variant, backend, 1)
+    found = bench_spectrogram_gpu.contenders(wav, shape["n_fft"], variant, backend, 1, checked)
     run: Run = found[contender].build()
     return run
 

@@ -16,6 +16,8 @@ from musiclm_fast import _extension
 from musiclm_fast.ops import _triton_target
 
 OLDEST_TRITON = (3, 6)
+PEERS = ("flash_attn", "flash_attn_interface", "xformers", "cuequivariance_ops_torch", "cudnn",
+         "nnAudio", "flashmel")  # fmt: skip
 SPACE = 512 << 20  # bytes: traces, profiles, the Triton cache
 TRITON = ("attention", "contrastive", "flex", "step", "step_captured", "step_compiled")
 
@@ -127,6 +129,9 @@ def missing_tools() -> list[str]:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"no {package}: {what} is left out")
+    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    if absent:
+        lines.append(f"stage peers lacks what is not installed: {', '.join(absent)}")
     return lines
 
 

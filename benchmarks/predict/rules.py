@@ -134,6 +134,11 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
     return call(case.name, contender, found, card)
 
 
+def of_peer(case: Case, contender: str, card: Card) -> Prediction:
+    return none(case, contender, "its instructions are not counted and nothing is published for "
+                "this shape")  # fmt: skip
+
+
 @functools.cache
 def _step_kernels(who: str, mode: str, sizes: Any) -> list[Kernel]:
     # Upstream's masks read a truth value that must not hold.
@@ -208,5 +213,5 @@ RULES: dict[str, Callable[[Case, str, Card], Prediction]] = {
     "card": of_card, "attention": of_attention, "flex": of_attention,
     "contrastive": of_contrastive, "spectrogram": of_spectrogram, "step": of_step,
     "step_upstream": of_step, "step_compiled": of_step, "step_captured": of_step,
-    "generation": of_generation,
+    "generation": of_generation, "peers": of_peer,
 }  # fmt: skip
