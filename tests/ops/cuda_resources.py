@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.predict.launches import cuda_usage
+from benchmarks.predict.disassembly import counts, instructions
+from benchmarks.predict.launches import cuda_usage, cuobjdump
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,8 @@ def nvcc() -> str | None:
 
 
 def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
-    """By kernel, ``forward_fixed_kernel<512, 2>``: registers and bytes of stack, ``STACK``.
+    """By kernel, ``forward_fixed_kernel<512, 2>``: registers, bytes of stack (``REG``, ``STACK``)
+    and, as in ``benchmarks.predict.disassembly``, its instructions by kind.
 
     Args:
         target: ``sm_90``.
@@ -37,12 +39,17 @@ def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    usage = cuda_usage(found.read_bytes())
+    binary = found.read_bytes()
+    usage = cuda_usage(binary)
+    # "Function : <name>", then its instructions
+    parts = re.split(r"\s+Function : (\S+)", cuobjdump(binary, "--dump-sass"))[1:]
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        usage[name] |= counts(instructions(text))
     return {_readable(name): values for name, values in usage.items()}
 
 
 def _readable(symbol: str) -> str:
-    match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:Li\d+E)+)E)?", symbol)
+    match = re.search(r"\d+([a-z_]+_kernel)(?:I((?:L[ib]\d+E)+)E)?", symbol)
     assert match is not None, symbol
-    numbers = re.findall(r"Li(\d+)E", match[2] or "")
+    numbers = re.findall(r"L[ib](\d+)E", match[2] or "")
     return match[1] + (f"<{', '.join(numbers)}>" if numbers else "")
