@@ -11,7 +11,7 @@ torch             the op's reference
 torch (compiled)  the reference under torch.compile
 
 Values and gradient are compared with the float64 reference first. Masks, window and filters are on
-the device beforehand, for every contender. Goals: 70% of the copy's bandwidth at 24 of 128, 50% at
+the device beforehand, for every contender. Goals: 70% of the copy's bandwidth at 24 of 128, 60% at
 400 of 512, and a fifth of torchaudio's time. Runs without a network.
 """
 
