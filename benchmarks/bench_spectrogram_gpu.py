@@ -14,7 +14,7 @@ torch (compiled)  the reference under torch.compile
 
 Values and gradient are compared with the float64 reference first, a peer's values too. Masks,
 window and filters are on the device beforehand, for every contender. What cannot run is listed with
-the reason. Goals: 70% of the copy's bandwidth at 24 of 128, 50% at 400 of 512, and a fifth of
+the reason. Goals: 70% of the copy's bandwidth at 24 of 128, 60% at 400 of 512, and a fifth of
 torchaudio's time. Runs without a network.
 """
 

@@ -68,11 +68,11 @@ def _model(stored: dict[str, Any], card: Card) -> list[str]:
         "Least certain: the share of issue slots that is reached (every attention and contrastive "
         "figure depends on it); the CPU time of a launch, which limits the short steps and "
         "generation; the L2 cache, whose hits count as memory traffic; bank conflicts and "
-        "uncoalesced gathers, which are not counted; the spectrogram's kernels, whose times are "
-        "estimates of a code review; peers' rates, read off published curves or assumed "
-        "(`PUBLISHED` in benchmarks/predict/model.py says which); what torch.compile fuses, which "
-        "is assumed. In the steps, ours computes the spectrogram by its definition in torch, in "
-        "some 24 kernels instead of one.",
+        "uncoalesced gathers, which are not counted; the spectrogram's kernels, of whose machine "
+        "code the path of a frame was counted by hand; peers' rates, read off published curves or "
+        "assumed (`PUBLISHED` in benchmarks/predict/model.py says which); what torch.compile "
+        "fuses, which is assumed. In the steps, ours computes the spectrogram by its definition in "
+        "torch, in some 24 kernels instead of one.",
     ]
 
 

@@ -10,14 +10,20 @@ from unittest import mock
 
 import torch
 
-from benchmarks import bench_attention_gpu, bench_generation, bench_training_step, contrastive_peers
+from benchmarks import (
+    bench_attention_gpu,
+    bench_generation,
+    bench_spectrogram,
+    bench_training_step,
+    contrastive_peers,
+)
 from benchmarks.harvest import cases
 from benchmarks.harvest import kernels as harvest_kernels
 from benchmarks.harvest.cases import Case
 from benchmarks.predict import trace
 from benchmarks.predict.calls import call, host_ms, main_bound, none, parts, simple, total
 from benchmarks.predict.kernels import costs
-from benchmarks.predict.model import ATOMICS, MODEL, PUBLISHED, SIGLIP_768_MS, SPECTROGRAM_MS, Card
+from benchmarks.predict.model import ATOMICS, MODEL, PUBLISHED, SIGLIP_768_MS, SPECTROGRAM, Card
 from benchmarks.predict.stored import Prediction
 from benchmarks.predict.trace import Kernel
 from musiclm_fast import cost
@@ -122,13 +128,17 @@ def of_spectrogram(case: Case, contender: str, card: Card) -> Prediction:
         how = f"{case.traffic / 1e6:.0f} MB at {card.bandwidth / 1e12:.3g} TB/s"
         return simple(case, contender, case.traffic / card.bandwidth, 1, "bandwidth", how)
     if contender == "ours":
-        values = SPECTROGRAM_MS[shape["n_fft"]]
-        # The backward transforms the frames again and sums their gradients: twice the forward.
-        ms = values * (3 if gradient else 1)
-        how = f"the review's estimate of the forward, {values:.3g} ms" + (
-            ", and twice that for the backward" if gradient else ""
-        )
-        return simple(case, contender, ms / 1e3, 2 if gradient else 1, "issue", how, 4)
+        counted = SPECTROGRAM[shape["n_fft"]]
+        each = counted["log-mel" if shape["variant"] == "log-mel" else "values"]
+        each += counted["gradient"] if gradient else 0
+        hop = bench_spectrogram.FRONT_ENDS[shape["n_fft"]]["hop_length"]
+        frames = shape["clips"] * (shape["samples"] // hop + 1)
+        issued = MODEL.issue * MODEL.schedulers * card.sms * card.clock * 32
+        limits = {"issue": frames * each / issued, "bandwidth": case.traffic / card.bandwidth}
+        bound = max(limits, key=lambda name: limits[name])
+        times = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in limits.items())
+        how = f"{frames:,} frames of {each:,.0f} instructions a thread: {times}"
+        return simple(case, contender, limits[bound], 3 if gradient else 1, bound, how, 4)
     with trace.gpu():
         found = trace.trace(harvest_kernels.transform(shape, "cpu", "torch", contender))
     return call(case.name, contender, found, card)

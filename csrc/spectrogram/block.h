@@ -31,6 +31,18 @@ MUSICLM_FAST_BLOCK inline bool frequency_masked(const Call& c, int64_t clip, int
   return in_spans(c.freq_spans + clip * c.freq_step, c.freq_count, band);
 }
 
+// The same of 32 bands, a bit each.
+MUSICLM_FAST_BLOCK inline unsigned frequency_masks(const Call& c, int64_t clip, int64_t band) {
+  const int64_t* spans = c.freq_spans + clip * c.freq_step;
+  const auto place = [&](int64_t at) { return at < band ? 0 : at > band + 32 ? 32 : at - band; };
+  uint64_t bits = 0;
+  for (int64_t s = 0; s < c.freq_count; ++s) {
+    const int64_t first = place(spans[2 * s]), last = place(spans[2 * s + 1]);
+    if (first < last) bits |= (uint64_t{1} << last) - (uint64_t{1} << first);
+  }
+  return static_cast<unsigned>(bits);
+}
+
 MUSICLM_FAST_BLOCK inline bool time_masked(const Call& c, int64_t clip, int64_t frame) {
   return in_spans(c.time_spans + clip * c.time_step, c.time_count, frame);
 }
@@ -38,6 +50,16 @@ MUSICLM_FAST_BLOCK inline bool time_masked(const Call& c, int64_t clip, int64_t 
 MUSICLM_FAST_BLOCK inline float finished(const Call& c, float value) {
   if (c.logarithm) value = logf(value + c.log_offset);
   return (value - c.mean) * c.scale;
+}
+
+// A load of what no kernel writes. Of a pointer that a loop moves along nvcc may forget that it is
+// to global memory.
+MUSICLM_FAST_BLOCK inline float global_load(const float* at) {
+#ifdef __CUDACC__
+  return __ldg(at);
+#else
+  return *at;
+#endif
 }
 
 // A clip as one block sees it.
@@ -64,12 +86,22 @@ struct ClipView {
     return at < 0 ? 0.0f : wav[at * c.sample_stride];
   }
 
+  // Whether positions first .. first + count - 1 are neighbouring samples.
+  MUSICLM_FAST_BLOCK bool inside(int64_t first, int count) const {
+    return first >= 0 && first + count <= samples && c.sample_stride == 1;
+  }
+
   // A band's value before the logarithm; power[bin * step].
   MUSICLM_FAST_BLOCK float band_value(int band, const float* power, int step) const {
     if (c.mel == nullptr) return power[band * step];
+    const int first = c.mel_ranges[2 * band], count = c.mel_ranges[2 * band + 1] - first;
+    const float* weight = c.mel + first * c.mel_bin_stride + band * c.mel_band_stride;
     float sum = 0.0f;
-    for (int bin = c.mel_ranges[2 * band]; bin < c.mel_ranges[2 * band + 1]; ++bin) {
-      sum += power[bin * step] * c.mel[bin * c.mel_bin_stride + band * c.mel_band_stride];
+    power += first * step;
+    for (int i = 0; i < count; ++i) {
+      sum += *power * global_load(weight);
+      power += step;
+      weight += c.mel_bin_stride;
     }
     return sum;
   }
@@ -91,23 +123,30 @@ struct ClipView {
   }
 };
 
-// Writes a tile of finished bands from power (bins, tile_frames + 1).
+// Writes a tile of finished bands from power (bins, tile_frames + 1): a warp per band, a lane per
+// frame.
 template <class Team>
 MUSICLM_FAST_BLOCK void write_tile(const ClipView& view, const Team& team, int64_t begin,
                                    int tile_frames, const float* power, float* out) {
   const Call& c = view.c;
-  const int count = static_cast<int>(c.out_bands) * tile_frames;
-  for (int i = team.thread; i < count; i += team.threads) {
-    const int band = i / tile_frames, f = i - band * tile_frames;
+  const int bands = static_cast<int>(c.out_bands);
+  for (int f = team.lane; f < tile_frames; f += Team::lanes) {
     const int64_t frame = begin + f;
     if (frame >= c.out_frames) continue;
-    float value = 0.0f;
-    if (frame < view.frames) {
-      value = frequency_masked(c, view.clip, band) || time_masked(c, view.clip, frame)
-                  ? c.mask_value
-                  : finished(c, view.band_value(band, power + f, tile_frames + 1));
+    const bool live = view.live(frame);
+    const float other = frame < view.frames ? c.mask_value : 0.0f;
+    float* to = out + view.clip * c.out_bands * c.out_frames + frame;
+    for (int word = 0; word < bands; word += 32) {
+      const unsigned masked = frequency_masks(c, view.clip, word);
+      for (int i = team.warp; i < 32 && word + i < bands; i += team.warps) {
+        const int band = word + i;
+        float value = other;
+        if (live && !(masked >> i & 1u)) {
+          value = finished(c, view.band_value(band, power + f, tile_frames + 1));
+        }
+        to[band * c.out_frames] = value;
+      }
     }
-    out[(view.clip * c.out_bands + band) * c.out_frames + frame] = value;
   }
 }
 
@@ -123,56 +162,65 @@ MUSICLM_FAST_BLOCK float power_of(const Call& c, const Complex<float>* x, float 
   }
 }
 
-// Replaces the spectra by their gradients, given the power's.
+// A bin of the frame whose gradient is wanted and, of a stretch, of the frame on the other side.
+struct Bin {
+  Complex<float> own, other;
+};
+
+// Power (or magnitude) of a bin, and its derivative by the own spectrum, over that spectrum.
 template <int kSides>
-MUSICLM_FAST_BLOCK void spectra_gradient(const Call& c, float slope, float fraction,
-                                         Complex<float>* x) {
+MUSICLM_FAST_BLOCK void bin_power(const Call& c, const Bin& bin, bool left, float fraction,
+                                  float& power, float& factor) {
   if constexpr (kSides == 1) {
-    const float factor =
-        c.magnitude ? slope * inverse_or_zero(magnitude(x[0].re, x[0].im)) : 2.0f * slope;
-    x[0] = {x[0].re * factor, x[0].im * factor};
+    power = power_of<1>(c, &bin.own, 0.0f);
+    factor = c.magnitude ? inverse_or_zero(power) : 2.0f;
   } else {
-    const float left = magnitude(x[0].re, x[0].im), right = magnitude(x[1].re, x[1].im);
-    if (!c.magnitude) slope *= 2.0f * (left + (right - left) * fraction);
-    const float to_left = slope * (1.0f - fraction) * inverse_or_zero(left);
-    const float to_right = slope * fraction * inverse_or_zero(right);
-    x[0] = {x[0].re * to_left, x[0].im * to_left};
-    x[1] = {x[1].re * to_right, x[1].im * to_right};
+    const float own = magnitude(bin.own.re, bin.own.im);
+    const float other = magnitude(bin.other.re, bin.other.im);
+    const float from = left ? own : other, to = left ? other : own;
+    const float value = from + (to - from) * fraction;
+    power = c.magnitude ? value : value * value;
+    factor = (left ? 1.0f - fraction : fraction) * inverse_or_zero(own);
+    if (!c.magnitude) factor *= 2.0f * value;
   }
 }
 
-// Gradient of a band before the logarithm.
-MUSICLM_FAST_BLOCK inline float band_gradient(const ClipView& view, int band, int64_t frame,
-                                              const float* grad, const float* power, int step) {
-  const Call& c = view.c;
-  if (band >= c.out_bands || frequency_masked(c, view.clip, band)) return 0.0f;
-  float g = grad[(view.clip * c.out_bands + band) * c.out_frames + frame] * c.scale;
-  if (c.logarithm) g /= view.band_value(band, power, step) + c.log_offset;
-  return g;
+// A distance within a block; one that does not fit is as good as the largest.
+MUSICLM_FAST_BLOCK inline int near(int64_t distance) {
+  constexpr int64_t kFar = 1 << 30;
+  return static_cast<int>(distance < -kFar ? -kFar : distance > kFar ? kFar : distance);
 }
 
-// Adds `count` frames' tap gradients, in their order, to a segment starting at `begin`:
-// rows[w * stride + tap], of the frame that first(w) gives the position of, where live(w).
-template <class Team, class Live, class First>
-MUSICLM_FAST_BLOCK void add_rows(const Team& team, const Call& c, float* segment, int64_t begin,
-                                 int length, int count, const float* rows, int stride, Live live,
-                                 First first) {
-  const int64_t taps = c.framing.taps;
-  for (int i = team.thread; i < length; i += team.threads) {
-    const int64_t position = begin + i;
-    int low = 0, high = count;
-    if (c.rates == nullptr) {  // first(w) = first(0) + w * hop
-      const int64_t back = position - first(0);
-      if (back < 0) continue;
-      const int64_t before = back - taps;
-      low = before < 0 ? 0 : static_cast<int>(before / c.framing.hop + 1);
-      const int64_t last = back / c.framing.hop + 1;
-      high = last < count ? static_cast<int>(last) : count;
-    }
+// Adds `count` frames' tap gradients, in their order, to a segment: rows[w * stride + tap] to
+// position firsts[w] + tap of it. firsts ascend, by the hop if no stretch gives a frame two sides.
+template <int kSides, class Team>
+MUSICLM_FAST_BLOCK void add_rows(const Team& team, const Call& c, float* segment, int length,
+                                 int count, const float* rows, int stride, const int* firsts) {
+  const int taps = c.transform.taps, hop = near(c.framing.hop);
+  const int low = firsts[0] < 0 ? 0 : firsts[0], high = firsts[count - 1] + taps;
+  for (int i = low + team.thread; i < high && i < length; i += team.threads) {
     float sum = segment[i];
-    for (int w = low; w < high; ++w) {
-      const int64_t tap = position - first(w);
-      if (tap >= 0 && tap < taps && live(w)) sum += rows[w * stride + tap];
+    if constexpr (kSides == 1) {
+      const int after = i - taps - firsts[0];  // the last frame that ends before position i
+      int w = after < 0 ? 0 : static_cast<int>(static_cast<unsigned>(after) / hop + 1);
+      int tap = i - firsts[0] - w * hop;
+      const float* at = rows + w * stride + tap;
+      for (; w < count && tap >= 0; ++w) {
+        sum += *at;
+        tap -= hop;
+        at += stride - hop;
+      }
+    } else {
+      int w = 0;  // the first frame that reaches position i
+      for (int bound = count; w < bound;) {
+        const int middle = (w + bound) / 2;
+        if (firsts[middle] + taps > i) {
+          bound = middle;
+        } else {
+          w = middle + 1;
+        }
+      }
+      for (; w < count && firsts[w] <= i; ++w) sum += rows[w * stride + i - firsts[w]];
     }
     segment[i] = sum;
   }

@@ -19,6 +19,9 @@ struct alignas(8) Point {
   float re, im;
 };
 
+// Words of a warp's points: see FixedFft::kWords.
+MUSICLM_FAST_HD constexpr int fixed_words(int length) { return 2 * length + 32; }
+
 MUSICLM_FAST_HD bool has_fixed_fft(const Transform& t) {
   return !t.folded && t.packed && (t.length == 128 || t.length == 256 || t.length == 512);
 }
@@ -33,6 +36,7 @@ struct FixedFft {
   // Two points of gap after every span: all three passes then hit different banks.
   static constexpr int kStride = kSpan + 2;
   static constexpr int kWords = 2 * kFirst * kStride;
+  static_assert(kWords == fixed_words(kLength));
   static_assert(kFirst * kSecond * kThird == kLength && kThird % 2 == 0);
 
   // Second pass: its butterfly `task` has the entries at + k * kThird, and twiddles of column j.
@@ -70,8 +74,11 @@ class LaneTables {
   Point kept_first_[kFirst + 1][Fft::kFirst], kept_second_[kSecond + 1][Fft::kSecond];
   Point kept_split_[kLast + 1][Fft::kThird];
 
-  MUSICLM_FAST_BLOCK Point load_window(int n) const {
-    return {2 * n < taps_ ? window_[2 * n] : 0.0f, 2 * n + 1 < taps_ ? window_[2 * n + 1] : 0.0f};
+  // Half the window's values for entry j + n of the packed frame.
+  MUSICLM_FAST_BLOCK Point load_window(int j, int n) const {
+    const float* at = window_ + 2 * j;
+    const int left = taps_ - 2 * j;
+    return {2 * n < left ? 0.5f * at[2 * n] : 0.0f, 2 * n + 1 < left ? 0.5f * at[2 * n + 1] : 0.0f};
   }
 
  public:
@@ -87,8 +94,8 @@ class LaneTables {
       const int j = (lane + i * kLanes) % Fft::kFirstTasks;
       MUSICLM_FAST_UNROLL
       for (int k = 0; k < Fft::kFirst; ++k) {
-        kept_window_[i][k] = load_window(j + k * Fft::kSpan);
-        if (k > 0) kept_first_[i][k] = first_[(k - 1) * Fft::kSpan + j];
+        kept_window_[i][k] = load_window(j, k * Fft::kSpan);
+        if (k > 0) kept_first_[i][k] = (first_ + j)[(k - 1) * Fft::kSpan];
       }
     }
     MUSICLM_FAST_UNROLL
@@ -96,7 +103,7 @@ class LaneTables {
       const int j = Fft::column((lane + i * kLanes) % Fft::kSecondTasks);
       MUSICLM_FAST_UNROLL
       for (int q = 1; q < Fft::kSecond; ++q) {
-        kept_second_[i][q] = second_[(q - 1) * Fft::kThird + j];
+        kept_second_[i][q] = (second_ + j)[(q - 1) * Fft::kThird];
       }
     }
     MUSICLM_FAST_UNROLL
@@ -114,18 +121,17 @@ class LaneTables {
     const Point w = split_[k <= kLength / 2 ? k : kLength - k];
     return {k <= kLength / 2 ? w.re : -w.re, w.im};
   }
-  // Half the window's values for entry n = j + k * kSpan of the packed frame.
   MUSICLM_FAST_BLOCK Point window(int i, int j, int k) const {
     if constexpr (kKeep) return kept_window_[i][k];
-    return load_window(j + k * Fft::kSpan);
+    return load_window(j, k * Fft::kSpan);
   }
   MUSICLM_FAST_BLOCK Point first(int i, int j, int q) const {
     if constexpr (kKeep) return kept_first_[i][q];
-    return first_[(q - 1) * Fft::kSpan + j];
+    return (first_ + j)[(q - 1) * Fft::kSpan];
   }
   MUSICLM_FAST_BLOCK Point second(int i, int j, int q) const {
     if constexpr (kKeep) return kept_second_[i][q];
-    return second_[(q - 1) * Fft::kThird + j];
+    return (second_ + j)[(q - 1) * Fft::kThird];
   }
   MUSICLM_FAST_BLOCK Point split(int i, int task, int pair) const {
     if constexpr (kKeep) return kept_split_[i][pair];
@@ -133,58 +139,78 @@ class LaneTables {
   }
 };
 
-// First two passes of a warp's transform of one frame, and their exchanges.
-template <int kLength, class Team>
-MUSICLM_FAST_BLOCK void fixed_passes(const ClipView& view, const Team& team,
-                                     const LaneTables<kLength, Team::lanes>& tables, int64_t frame,
-                                     Point* points) {
+// A lane's entries of the first pass.
+template <int kLength, int kLanes>
+struct LanePoints {
   using Fft = FixedFft<kLength>;
-  const int taps = view.c.transform.taps;
-  const int64_t start = view.c.framing.first(frame);
-  const bool silent = frame >= view.frames;  // only a stretch asks for such a frame
-  const bool inside =
-      !silent && start >= 0 && start + taps <= view.samples && view.c.sample_stride == 1;
-  const float* wav = view.wav + start;
-  const bool direct = inside && reinterpret_cast<uintptr_t>(wav) % sizeof(Point) == 0;
-  if (!direct) {  // gather the taps first, in the order of the packed frame
-    float* gathered = reinterpret_cast<float*>(points);
-    for (int n = team.lane; n < taps; n += Team::lanes) {
-      gathered[n] = silent ? 0.0f : inside ? wav[n] : view.sample(start + n);
+  static constexpr int kTasks = per_lane(Fft::kFirstTasks, kLanes);
+  float re[kTasks][Fft::kFirst], im[kTasks][Fft::kFirst];
+
+  // Entry lane + n of the transform is at(n), n known when it is compiled.
+  template <class At>
+  MUSICLM_FAST_BLOCK void load(int lane, At at) {
+    MUSICLM_FAST_UNROLL
+    for (int i = 0; i < kTasks; ++i) {
+      const int j = i * kLanes;
+      const bool mine = Fft::kFirstTasks % kLanes == 0 || lane + j < Fft::kFirstTasks;
+      MUSICLM_FAST_UNROLL
+      for (int k = 0; k < Fft::kFirst; ++k) {
+        const Point x = mine ? at(j + k * Fft::kSpan) : Point{0.0f, 0.0f};
+        re[i][k] = x.re;
+        im[i][k] = x.im;
+      }
     }
-    wav = gathered;
+  }
+
+  // The taps of a frame, before the window. `points` are free before and afterwards.
+  template <class Team>
+  MUSICLM_FAST_BLOCK void load_frame(const ClipView& view, const Team& team, int64_t frame,
+                                     Point* points) {
+    const int taps = view.c.transform.taps;
+    const int64_t start = view.c.framing.first(frame);
+    const bool silent = frame >= view.frames;  // only a stretch asks for such a frame
+    const float* wav = view.wav + start;
+    if (!silent && view.inside(start, taps) && taps % 2 == 0 &&
+        reinterpret_cast<uintptr_t>(wav) % sizeof(Point) == 0) {
+      const Point* pairs = reinterpret_cast<const Point*>(wav) + team.lane;
+      const int count = taps / 2 - team.lane;
+      load(team.lane, [&](int n) { return n < count ? pairs[n] : Point{0.0f, 0.0f}; });
+      return;
+    }
+    float* gathered = reinterpret_cast<float*>(points);
+    for (int n = team.lane; n < 2 * kLength; n += Team::lanes) {
+      gathered[n] = silent || n >= taps ? 0.0f : view.sample(start + n);
+    }
+    team.sync_warp();
+    load(team.lane, [&](int n) { return points[team.lane + n]; });
     team.sync_warp();
   }
-  constexpr int kTasks = per_lane(Fft::kFirstTasks, Team::lanes);
-  float all_re[kTasks][Fft::kFirst], all_im[kTasks][Fft::kFirst];
-  MUSICLM_FAST_UNROLL
-  for (int i = 0; i < kTasks; ++i) {
-    const int j = team.lane + i * Team::lanes;
-    const bool mine = Fft::kFirstTasks % Team::lanes == 0 || j < Fft::kFirstTasks;
+
+  // Times half the window.
+  MUSICLM_FAST_BLOCK void window(int lane, const LaneTables<kLength, kLanes>& tables) {
     MUSICLM_FAST_UNROLL
-    for (int k = 0; k < Fft::kFirst; ++k) {
-      const int n = 2 * (j + k * Fft::kSpan);
-      Point x{0.0f, 0.0f};
-      if (mine && n + 1 < taps) {
-        x = *reinterpret_cast<const Point*>(wav + n);
-      } else if (mine && n < taps) {
-        x.re = wav[n];
+    for (int i = 0; i < kTasks; ++i) {
+      MUSICLM_FAST_UNROLL
+      for (int k = 0; k < Fft::kFirst; ++k) {
+        const Point w = tables.window(i, lane + i * kLanes, k);
+        re[i][k] *= w.re;
+        im[i][k] *= w.im;
       }
-      all_re[i][k] = x.re;
-      all_im[i][k] = x.im;
     }
   }
-  if (!direct) team.sync_warp();
+};
+
+// First two passes of a warp's transform, and their exchanges.
+template <int kLength, class Team>
+MUSICLM_FAST_BLOCK void fixed_passes(const Team& team,
+                                     const LaneTables<kLength, Team::lanes>& tables,
+                                     LanePoints<kLength, Team::lanes>& entries, Point* points) {
+  using Fft = FixedFft<kLength>;
   MUSICLM_FAST_UNROLL
-  for (int i = 0; i < kTasks; ++i) {
+  for (int i = 0; i < per_lane(Fft::kFirstTasks, Team::lanes); ++i) {
     const int j = team.lane + i * Team::lanes;
     if (Fft::kFirstTasks % Team::lanes != 0 && j >= Fft::kFirstTasks) continue;
-    float *re = all_re[i], *im = all_im[i];
-    MUSICLM_FAST_UNROLL
-    for (int k = 0; k < Fft::kFirst; ++k) {
-      const Point w = tables.window(i, j, k);
-      re[k] *= 0.5f * w.re;
-      im[k] *= 0.5f * w.im;
-    }
+    float *re = entries.re[i], *im = entries.im[i];
     small_dft<Fft::kFirst>(re, im);
     points[j] = {re[0], im[0]};
     MUSICLM_FAST_UNROLL
@@ -261,7 +287,10 @@ MUSICLM_FAST_BLOCK void fixed_spectrum(const ClipView& view, const Team& team,
                                        const LaneTables<kLength, Team::lanes>& tables,
                                        int64_t frame, Point* points, Emit emit) {
   using Fft = FixedFft<kLength>;
-  fixed_passes<kLength>(view, team, tables, frame, points);
+  LanePoints<kLength, Team::lanes> entries;
+  entries.load_frame(view, team, frame, points);
+  entries.window(team.lane, tables);
+  fixed_passes<kLength>(team, tables, entries, points);
   MUSICLM_FAST_UNROLL
   for (int i = 0; i < per_lane(Fft::kLastTasks, Team::lanes); ++i) {
     const int task = team.lane + i * Team::lanes;
@@ -283,55 +312,100 @@ MUSICLM_FAST_BLOCK void fixed_spectrum(const ClipView& view, const Team& team,
   team.sync_warp();
 }
 
+// A warp's inverse transform, unscaled, of `points` in their order: emit(n, re, im) once for every
+// n. `points` are free afterwards.
+template <int kLength, class Team, class Emit>
+MUSICLM_FAST_BLOCK void fixed_inverse(const Team& team,
+                                      const LaneTables<kLength, Team::lanes>& tables,
+                                      Point* points, Emit emit) {
+  using Fft = FixedFft<kLength>;
+  LanePoints<kLength, Team::lanes> entries;
+  // real and imaginary parts exchanged, here and below: the inverse
+  const Point* own = points + team.lane;
+  entries.load(team.lane, [&](int n) { return Point{own[n].im, own[n].re}; });
+  team.sync_warp();
+  fixed_passes<kLength>(team, tables, entries, points);
+  MUSICLM_FAST_UNROLL
+  for (int i = 0; i < per_lane(Fft::kLastTasks, Team::lanes); ++i) {
+    const int task = team.lane + i * Team::lanes;
+    if (Fft::kLastTasks % Team::lanes != 0 && task >= Fft::kLastTasks) continue;
+    float low_re[Fft::kThird], low_im[Fft::kThird], high_re[Fft::kThird], high_im[Fft::kThird];
+    fixed_last<kLength>(points, task, low_re, low_im, high_re, high_im);
+    MUSICLM_FAST_UNROLL
+    for (int q = 0; q < Fft::kThird; ++q) {
+      emit(task + q * Fft::kLow, low_im[q], low_re[q]);
+      emit(Fft::mate(task) + q * Fft::kLow, high_im[q], high_re[q]);
+    }
+  }
+  team.sync_warp();
+}
+
 inline constexpr int kFixedFrames = 32;  // a tile's frames make whole cache lines of output
 inline constexpr int kFixedStep = kFixedFrames + 1;
+inline constexpr int kFixedWarps = 4;
 
 // Words of shared memory: each warp's points, the tile's power (bins, kFixedStep), and the masks.
 struct FixedLayout {
-  int warps, points, power, live, masked;
+  int tiles;  // of a block, one after the other: more of them load a lane's tables less often
+  int points, power, live, masked;
   int64_t total;
 
-  static FixedLayout make(const Call& c, int warps) {
-    FixedLayout l{warps, c.transform.length * 2 + 32, 0, 0, 0, 0};  // 2 * kFirst gaps
+  static FixedLayout make(const Call& c, int warps, int tiles) {
+    FixedLayout l{tiles, fixed_words(c.transform.length), 0, 0, 0, 0};
     l.power = warps * l.points;
     l.live = l.power + c.transform.bins * kFixedStep;
     l.masked = l.live + kFixedFrames;
-    l.total = l.masked + c.out_bands;
+    l.total = l.masked + (c.out_bands + 31) / 32;
     return l;
   }
 };
 
-// Writes a tile of finished bands: a warp per band, a lane per frame.
+// Writes a tile of finished bands: a warp per band, a lane per frame. A bit of `masked` is a band.
 template <class Team>
 MUSICLM_FAST_BLOCK void write_fixed_tile(const ClipView& view, const Team& team, int64_t begin,
-                                         const float* power, const float* live,
-                                         const float* masked, float* out) {
+                                         const float* power, const int* live,
+                                         const unsigned* masked, float* out) {
   const Call& c = view.c;
   const int bands = static_cast<int>(c.out_bands);
   for (int f = team.lane; f < kFixedFrames; f += Team::lanes) {
     const int64_t frame = begin + f;
     if (frame >= c.out_frames) continue;
-    const bool computed = live[f] != 0.0f;
+    const unsigned dead = live[f] ? 0u : ~0u;
     const float other = frame < view.frames ? c.mask_value : 0.0f;
     float* to = out + (view.clip * c.out_bands + team.warp) * c.out_frames + frame;
     const int64_t step = team.warps * c.out_frames;
     const float* own = power + f;
-    const auto rows = [&](auto logarithm) {
-      for (int band = team.warp; band < bands; band += team.warps) {
-        float value = other;
-        if (computed && masked[band] == 0.0f) {
-          value = view.band_value(band, own, kFixedStep);
-          if constexpr (logarithm()) value = logf(value + c.log_offset);
-          value = (value - c.mean) * c.scale;
+    const auto rows = [&](auto value) {
+      for (int word = 0; 32 * word < bands; ++word) {
+        const unsigned bits = (masked[word] | dead) >> team.warp;
+        const int first = 32 * word + team.warp;
+        if (32 * word + 32 <= bands) {
+          MUSICLM_FAST_UNROLL
+          for (int j = 0; j < 32; j += team.warps) {
+            const float found = value(first + j);
+            *to = bits >> j & 1u ? other : found;
+            to += step;
+          }
+        } else {
+          MUSICLM_FAST_NO_UNROLL
+          for (int j = 0; first + j < bands; j += team.warps) {
+            *to = bits >> j & 1u ? other : value(first + j);
+            to += step;
+          }
         }
-        *to = value;
-        to += step;
       }
     };
-    if (c.logarithm) {
-      rows(std::true_type{});
+    if (c.mel == nullptr && !c.logarithm && c.mean == 0.0f && c.scale == 1.0f) {
+      rows([&](int band) { return own[band * kFixedStep]; });
+    } else if (c.mel == nullptr && !c.logarithm) {
+      rows([&](int band) { return (own[band * kFixedStep] - c.mean) * c.scale; });
     } else {
-      rows(std::false_type{});
+      for (int band = team.warp; band < bands; band += team.warps) {
+        *to = (masked[band / 32] | dead) >> band % 32 & 1u
+                  ? other
+                  : finished(c, view.band_value(band, own, kFixedStep));
+        to += step;
+      }
     }
   }
 }
@@ -342,40 +416,52 @@ MUSICLM_FAST_BLOCK void forward_fixed(const Call& c, const Team& team, int64_t c
   const ClipView view(c, clip);
   Point* points = reinterpret_cast<Point*>(shared + team.warp * FixedFft<kLength>::kWords);
   float* power = shared + layout.power;
-  float *live = shared + layout.live, *masked = shared + layout.masked;
+  int* live = reinterpret_cast<int*>(shared + layout.live);
+  unsigned* masked = reinterpret_cast<unsigned*>(shared + layout.masked);
   const LaneTables<kLength, Team::lanes> tables(c, team.lane);
-  for (int f = team.thread; f < kFixedFrames; f += team.threads) {
-    live[f] = view.live(begin + f) ? 1.0f : 0.0f;
+  for (int word = team.thread; 32 * word < c.out_bands; word += team.threads) {
+    masked[word] = frequency_masks(c, clip, 32 * word);
   }
-  for (int band = team.thread; band < c.out_bands; band += team.threads) {
-    masked[band] = frequency_masked(c, clip, band) ? 1.0f : 0.0f;
-  }
-  team.sync();
-  for (int f = team.warp; f < kFixedFrames; f += team.warps) {
-    if (live[f] == 0.0f) continue;
-    float* column = power + f;
-    Place place{begin + f, 0.0f};
-    if constexpr (kSides == 2) place = stretched(begin + f, view.rate);
-    for (int side = 0; side < kSides; ++side) {
-      fixed_spectrum<kLength>(
-          view, team, tables, place.left + side, points, [&](int bin, float a, float b) {
-            float& entry = column[bin * kFixedStep];
-            if constexpr (kSides == 1) {
-              entry = c.magnitude ? magnitude(a, b) : a * a + b * b;
-            } else if (side == 0) {
-              entry = magnitude(a, b);
-            } else {
-              const float value = entry + (magnitude(a, b) - entry) * place.fraction;
-              entry = c.magnitude ? value : value * value;
-            }
-          });
+  for (int tile = 0; tile < layout.tiles && begin < c.out_frames; ++tile) {
+    for (int f = team.thread; f < kFixedFrames; f += team.threads) live[f] = view.live(begin + f);
+    team.sync();
+    for (int f = team.warp; f < kFixedFrames; f += team.warps) {
+      if (!live[f]) continue;
+      float* column = power + f;
+      if constexpr (kSides == 1) {
+        fixed_spectrum<kLength>(view, team, tables, begin + f, points,
+                                [&](int bin, float a, float b) {
+                                  column[bin * kFixedStep] = a * a + b * b;
+                                });
+        if (!c.magnitude) continue;
+        for (int bin = team.lane; bin < c.transform.bins; bin += Team::lanes) {
+          column[bin * kFixedStep] = sqrtf(column[bin * kFixedStep]);
+        }
+      } else {
+        const Place place = stretched(begin + f, view.rate);
+        for (int side = 0; side < kSides; ++side) {
+          fixed_spectrum<kLength>(
+              view, team, tables, place.left + side, points, [&](int bin, float a, float b) {
+                float& entry = column[bin * kFixedStep];
+                if (side == 0) {
+                  entry = magnitude(a, b);
+                } else {
+                  const float value = entry + (magnitude(a, b) - entry) * place.fraction;
+                  entry = c.magnitude ? value : value * value;
+                }
+              });
+        }
+      }
     }
+    team.sync();
+    write_fixed_tile(view, team, begin, power, live, masked, out);
+    begin += kFixedFrames;
+    team.sync();
   }
-  team.sync();
-  write_fixed_tile(view, team, begin, power, live, masked, out);
 }
 
-// Calls f with the length of a fixed transform and the number of a place's frames as constants.
+// Calls f with the length of a fixed transform, 0 for others, and the number of a place's frames as
+// constants.
 template <class F>
 void with_fixed_length(const Call& c, const F& f) {
   const auto sides = [&](auto length) {
@@ -388,7 +474,8 @@ void with_fixed_length(const Call& c, const F& f) {
   switch (c.transform.length) {
     case 128: return sides(std::integral_constant<int, 128>{});
     case 256: return sides(std::integral_constant<int, 256>{});
-    default: return sides(std::integral_constant<int, 512>{});
+    case 512: return sides(std::integral_constant<int, 512>{});
+    default: return sides(std::integral_constant<int, 0>{});
   }
 }
 

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -13,74 +14,97 @@ namespace {
 
 using namespace spectrogram;
 
+// kWarps: known when it is compiled, or 0.
+template <int kWarps = 0>
 struct BlockTeam {
-  int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  int lane = thread % 32, warp = thread / 32, warps = threads / 32;
   static constexpr int lanes = 32;
+  int thread = static_cast<int>(threadIdx.x);
+  int warps = kWarps > 0 ? kWarps : static_cast<int>(blockDim.x) / lanes, threads = lanes * warps;
+  int lane = thread % lanes, warp = thread / lanes;
   __device__ void sync() const { __syncthreads(); }
   __device__ void sync_warp() const { __syncwarp(); }
 };
 
 extern __shared__ __align__(16) float shared_memory[];
 
-__global__ void forward_fft_kernel(Call c, int64_t tiles, FftLayout layout, float* out) {
-  const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * layout.tile_frames;
-  forward_fft(c, BlockTeam(), clip, begin, layout, shared_memory, out);
+// What a block works on: a tile of one clip.
+struct Job {
+  int64_t clip, tile;
+  __device__ explicit Job(unsigned tiles) : clip(blockIdx.x / tiles), tile(blockIdx.x % tiles) {}
+};
+
+__global__ void forward_fft_kernel(Call c, unsigned tiles, FftLayout layout, float* out) {
+  const Job job(tiles);
+  forward_fft(c, BlockTeam<>(), job.clip, job.tile * layout.tile_frames, layout, shared_memory,
+              out);
 }
 
-// Two blocks a multiprocessor, where that many registers hold the two spectra of a stretch.
+// Blocks a multiprocessor: with 1,024 points shared memory holds two.
 template <int kLength, int kSides>
-__global__ void __launch_bounds__(256, kLength == 512 && kSides == 2 ? 1 : 2)
-    forward_fixed_kernel(Call c, int64_t tiles, FixedLayout layout, float* out) {
-  const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * kFixedFrames;
-  forward_fixed<kLength, kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, out);
+__global__ void __launch_bounds__(32 * kFixedWarps, kLength == 512 ? 2 : kSides == 2 ? 3 : 4)
+    forward_fixed_kernel(Call c, unsigned tiles, FixedLayout layout, float* out) {
+  const Job job(tiles);
+  const int64_t begin = job.tile * kFixedFrames * layout.tiles;
+  forward_fixed<kLength, kSides>(c, BlockTeam<kFixedWarps>(), job.clip, begin, layout,
+                                 shared_memory, out);
+}
+
+template <int kTerms, int kSides, bool kPlain>
+__global__ void __launch_bounds__(128, 1)
+    forward_folded_kernel(Call c, unsigned tiles, FoldedLayout layout, float* out) {
+  const Job job(tiles);
+  forward_folded<kTerms, kSides, kPlain>(c, BlockTeam<>(), job.clip,
+                                         job.tile * layout.tile_frames, layout, shared_memory,
+                                         out);
+}
+
+template <int kLength, int kSides>
+__global__ void __launch_bounds__(kLength > 0 ? 32 * kFixedWarps : 256,
+                                  kLength == 0 || kLength == 512 ? 2 : 3)
+    backward_fft_kernel(Call c, unsigned segments, FftBackwardLayout layout, const float* grad,
+                        float* grad_wav, float* margins) {
+  const Job job(segments);
+  backward_fft<kLength, kSides>(c, BlockTeam<>(), job.clip,
+                                job.tile * layout.segment - c.framing.margin(), layout,
+                                shared_memory, grad, grad_wav, margins);
 }
 
 template <int kTerms, int kSides>
-__global__ void forward_folded_kernel(Call c, int64_t tiles, FoldedLayout layout, float* out) {
-  const int64_t clip = blockIdx.x / tiles, begin = blockIdx.x % tiles * layout.tile_frames;
-  forward_folded<kTerms, kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, out);
-}
-
-template <int kSides>
-__global__ void backward_fft_kernel(Call c, int64_t segments, FftBackwardLayout layout,
-                                    const float* grad, float* grad_wav, float* margins) {
-  const int64_t clip = blockIdx.x / segments;
-  const int64_t begin = blockIdx.x % segments * layout.segment - c.framing.margin();
-  backward_fft<kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, grad, grad_wav, margins);
-}
-
-template <int kTerms, int kSides>
-__global__ void backward_folded_kernel(Call c, int64_t segments, FoldedBackwardLayout layout,
-                                       const float* grad, float* grad_wav, float* margins) {
-  const int64_t clip = blockIdx.x / segments;
-  const int64_t begin = blockIdx.x % segments * layout.segment - c.framing.margin();
-  backward_folded<kTerms, kSides>(c, BlockTeam(), clip, begin, layout, shared_memory, grad,
-                                  grad_wav, margins);
+__global__ void __launch_bounds__(128, kTerms <= 14 && kSides == 1 ? 4 : 1)
+    backward_folded_kernel(Call c, unsigned segments, FoldedBackwardLayout layout,
+                           const float* grad, float* grad_wav, float* margins) {
+  const Job job(segments);
+  backward_folded<kTerms, kSides>(c, BlockTeam<>(), job.clip,
+                                  job.tile * layout.segment - c.framing.margin(), layout,
+                                  shared_memory, grad, grad_wav, margins);
 }
 
 __global__ void fold_margins_kernel(Call c, const float* margins, float* grad_wav) {
-  fold_margins(c, BlockTeam(), blockIdx.x, margins, grad_wav);
+  fold_margins(c, BlockTeam<>(), blockIdx.x, margins, grad_wav);
 }
 
-// First bin and last + 1 with a weight, for every band: mel filters are mostly zero.
+// First and last + 1 with a weight: of the bins of each band, then of the bands of each bin. Mel
+// filters are mostly zero.
 __global__ void mel_ranges_kernel(Call c, int32_t* ranges) {
-  const int band = static_cast<int>(blockIdx.x);
-  __shared__ int first, last;
-  if (threadIdx.x == 0) {
-    first = c.transform.bins;
-    last = 0;
+  const int block = static_cast<int>(blockIdx.x), bins = c.transform.bins;
+  const bool band = block < c.bands;  // else a bin
+  const int count = band ? bins : c.bands;
+  const float* weights =
+      c.mel + (band ? block * c.mel_band_stride : (block - c.bands) * c.mel_bin_stride);
+  const int64_t step = band ? c.mel_bin_stride : c.mel_band_stride;
+  int first = count, last = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += 32) {
+    if (weights[i * step] == 0.0f) continue;
+    first = min(first, i);
+    last = i + 1;
   }
-  __syncthreads();
-  for (int bin = static_cast<int>(threadIdx.x); bin < c.transform.bins; bin += 32) {
-    if (c.mel[bin * c.mel_bin_stride + band * c.mel_band_stride] == 0.0f) continue;
-    atomicMin(&first, bin);
-    atomicMax(&last, bin + 1);
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    first = min(first, __shfl_xor_sync(~0u, first, lanes));
+    last = max(last, __shfl_xor_sync(~0u, last, lanes));
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
-    ranges[2 * band] = first < last ? first : 0;
-    ranges[2 * band + 1] = last;
+    ranges[2 * block] = first < last ? first : 0;
+    ranges[2 * block + 1] = last;
   }
 }
 
@@ -164,10 +188,12 @@ Call device_call(const Arguments& a, cudaStream_t stream, std::optional<Tensor>&
   Call c = make_call(a);
   c.transform = device_transform(a.n_fft, a.window.size(0), a.wav.get_device_index());
   if (c.mel != nullptr) {
-    ranges = empty_as(a.wav, {c.bands, 2}, ScalarType::Int);
+    const int count = c.bands + c.transform.bins;
+    ranges = empty_as(a.wav, {count, 2}, ScalarType::Int);
     int32_t* to = ranges->mutable_data_ptr<int32_t>();
-    launch("mel_ranges", mel_ranges_kernel, c.bands, 32, 0, stream, c, to);
+    launch("mel_ranges", mel_ranges_kernel, count, 32, 0, stream, c, to);
     c.mel_ranges = to;
+    c.mel_bands = to + 2 * c.bands;
   }
   return c;
 }
@@ -179,40 +205,54 @@ Tensor spectrogram_forward_cuda(MUSICLM_FAST_SPECTROGRAM_PARAMETERS) {
   const int64_t limit = shared_limit(wav.get_device_index());
   Tensor out = empty_as(wav, {c.clips, c.out_bands, c.out_frames});
   float* to = out.mutable_data_ptr<float>();
+  const auto tiles = [&](int frames) {
+    return static_cast<unsigned>((c.out_frames + frames - 1) / frames);
+  };
   if (c.transform.folded) {
-    const FoldedLayout layout = fitting(128, 32, limit, [&](int tile_frames) {
-      return FoldedLayout::make(c, tile_frames);
-    });
-    const int64_t tiles = (c.out_frames + layout.tile_frames - 1) / layout.tile_frames;
+    const FoldedLayout layout =
+        fitting(128, 16, limit, [&](int threads) { return FoldedLayout::make(c, threads); });
+    const unsigned count = tiles(layout.tile_frames);
+    const auto run = [&](auto* kernel) {
+      launch("spectrogram_forward", kernel, c.clips * count, std::max(layout.threads, 32),
+             layout.total, scope.stream, c, count, layout, to);
+    };
     with_terms(c, [&](auto terms, auto sides) {
-      launch("spectrogram_forward", forward_folded_kernel<terms(), sides()>, c.clips * tiles,
-             layout.tile_frames, layout.total, scope.stream, c, tiles, layout, to);
+      if constexpr (sides() == 1) {
+        if (plain(c)) return run(forward_folded_kernel<terms(), 1, true>);
+      }
+      run(forward_folded_kernel<terms(), sides(), false>);
     });
     return out;
   }
-  if (has_fixed_fft(c.transform)) {
-    int warps = 8;
-    while (warps > 1 && FixedLayout::make(c, warps).total * 4 > limit) warps /= 2;
-    const FixedLayout layout = FixedLayout::make(c, warps);
-    if (layout.total * 4 <= limit) {
-      const int64_t tiles = (c.out_frames + kFixedFrames - 1) / kFixedFrames;
-      with_fixed_length(c, [&](auto length, auto sides) {
-        launch("spectrogram_forward", forward_fixed_kernel<length(), sides()>, c.clips * tiles,
-               32 * warps, layout.total, scope.stream, c, tiles, layout, to);
+  with_fixed_length(c, [&](auto length, auto sides) {
+    if constexpr (length() > 0) {
+      const bool many = c.clips * tiles(kFixedFrames) >= 2048;  // enough for every device
+      const FixedLayout layout = FixedLayout::make(c, kFixedWarps, many ? 2 : 1);
+      const unsigned count = tiles(kFixedFrames * layout.tiles);
+      launch("spectrogram_forward", forward_fixed_kernel<length(), sides()>, c.clips * count,
+             32 * kFixedWarps, layout.total, scope.stream, c, count, layout, to);
+    } else {
+      // 32 frames make whole cache lines of output; fewer where a long transform leaves no room
+      int warps = 8;
+      while (warps > 1 && FftLayout::make(c, 4, warps).total * 4 > limit) warps /= 2;
+      const FftLayout layout = fitting(32, 4, limit, [&](int tile_frames) {
+        return FftLayout::make(c, tile_frames, warps);
       });
-      return out;
+      const unsigned count = tiles(layout.tile_frames);
+      launch("spectrogram_forward", forward_fft_kernel, c.clips * count, 32 * warps, layout.total,
+             scope.stream, c, count, layout, to);
     }
-  }
-  // 32 frames make whole cache lines of output; fewer where a long transform leaves no room
-  int warps = 8;
-  while (warps > 1 && FftLayout::make(c, 8, warps).total * 4 > limit) warps /= 2;
-  const FftLayout layout = fitting(32, 8, limit, [&](int tile_frames) {
-    return FftLayout::make(c, tile_frames, warps);
   });
-  const int64_t tiles = (c.out_frames + layout.tile_frames - 1) / layout.tile_frames;
-  launch("spectrogram_forward", forward_fft_kernel, c.clips * tiles, 32 * warps, layout.total,
-         scope.stream, c, tiles, layout, to);
   return out;
+}
+
+// Positions of a block of the gradient: at least `windows` of them long, and so that the frames
+// that touch it are whole rounds of `frames`, if they do not exceed `most`.
+int segment_for(const Call& c, int frames, int windows, int most) {
+  const int64_t taps = c.framing.taps, hop = c.framing.hop, wanted = windows * taps;
+  const int64_t rounds = (wanted + taps + 2 * hop - 1) / (frames * hop) + 1;
+  const int64_t whole = rounds * frames * hop - taps - hop;
+  return static_cast<int>(whole <= most ? whole : std::min<int64_t>(wanted, most));
 }
 
 Tensor spectrogram_backward_cuda(const Tensor& grad, MUSICLM_FAST_SPECTROGRAM_PARAMETERS) {
@@ -226,34 +266,28 @@ Tensor spectrogram_backward_cuda(const Tensor& grad, MUSICLM_FAST_SPECTROGRAM_PA
   const float* from = grad.const_data_ptr<float>();
   float* to = grad_wav.mutable_data_ptr<float>();
   float* edges = margins.mutable_data_ptr<float>();
-  const auto segments = [&](int length) { return (c.samples + 2 * margin + length - 1) / length; };
   // Frames that reach over a segment's end are computed twice: a segment is many windows long.
+  const auto run = [&](auto* kernel, const auto& layout, int threads) {
+    const auto count = static_cast<unsigned>((c.samples + 2 * margin + layout.segment - 1) /
+                                             layout.segment);
+    launch("spectrogram_backward", kernel, c.clips * count, threads, layout.total, scope.stream, c,
+           count, layout, from, to, edges);
+  };
   if (c.transform.folded) {
-    const int64_t wanted = std::max<int64_t>(16 * c.transform.taps, 128 * c.framing.hop);
-    const int segment = static_cast<int>(std::min<int64_t>(wanted, 4096));
-    const FoldedBackwardLayout layout = fitting(128, 32, limit, [&](int tile_frames) {
-      return FoldedBackwardLayout::make(c, tile_frames, segment);
+    const FoldedBackwardLayout layout = fitting(128, 32, limit, [&](int threads) {
+      return FoldedBackwardLayout::make(c, threads, segment_for(c, threads, 16, 4096));
     });
     with_terms(c, [&](auto terms, auto sides) {
-      launch("spectrogram_backward", backward_folded_kernel<terms(), sides()>,
-             c.clips * segments(segment), layout.tile_frames, layout.total, scope.stream, c,
-             segments(segment), layout, from, to, edges);
+      run(backward_folded_kernel<terms(), sides()>, layout, layout.threads);
     });
   } else {
-    const int64_t wanted = std::max<int64_t>(6 * c.transform.taps, 16 * c.framing.hop);
-    const int segment = static_cast<int>(std::min<int64_t>(wanted, 8192));
-    const FftBackwardLayout layout = fitting(8, 1, limit, [&](int warps) {
-      return FftBackwardLayout::make(c, segment, warps);
+    const int most = has_fixed_fft(c.transform) ? kFixedWarps : 8;
+    const FftBackwardLayout layout = fitting(most, 1, limit, [&](int warps) {
+      return FftBackwardLayout::make(c, segment_for(c, warps, 10, 8192), warps);
     });
-    const auto run = [&](auto* kernel) {
-      launch("spectrogram_backward", kernel, c.clips * segments(segment), 32 * layout.warps,
-             layout.total, scope.stream, c, segments(segment), layout, from, to, edges);
-    };
-    if (c.rates == nullptr) {
-      run(backward_fft_kernel<1>);
-    } else {
-      run(backward_fft_kernel<2>);
-    }
+    with_fixed_length(c, [&](auto length, auto sides) {
+      run(backward_fft_kernel<length(), sides()>, layout, 32 * layout.warps);
+    });
   }
   launch("spectrogram_margins", fold_margins_kernel, c.clips, 256, 0, scope.stream, c,
          static_cast<const float*>(edges), to);

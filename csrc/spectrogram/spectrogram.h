@@ -19,9 +19,12 @@
 #define MUSICLM_FAST_HD __host__ __device__ __forceinline__
 // Of loops over arrays that a GPU is to keep in registers.
 #define MUSICLM_FAST_UNROLL _Pragma("unroll")
+// Of loops whose copies would need registers.
+#define MUSICLM_FAST_NO_UNROLL _Pragma("unroll 1")
 #else
 #define MUSICLM_FAST_HD [[gnu::always_inline]] inline
 #define MUSICLM_FAST_UNROLL
+#define MUSICLM_FAST_NO_UNROLL
 #endif
 
 namespace musiclm_fast::spectrogram {
@@ -275,12 +278,11 @@ MUSICLM_FAST_HD void run_stage(Array re, Array im, int length, const Stage& stag
   }
 }
 
-template <class Array>
-MUSICLM_FAST_HD void run_odd_stage(Array re, Array im, int length, const Stage& stage,
-                                   const float* numbers, int first, int step) {
-  using V = std::remove_cvref_t<decltype(re[0])>;
+template <class V>
+MUSICLM_FAST_HD void run_odd_stage(V* re, V* im, int length, const Stage& stage,
+                                   const float* numbers) {
   const int span = stage.span, radix = stage.radix;
-  for (int i = first; i < length / radix; i += step) {
+  for (int i = 0; i < length / radix; ++i) {
     const int block = i / span, j = i - block * span, at = block * span * radix + j;
     V a[kMaxRadix], b[kMaxRadix];
     a[0] = re[at];  // apart: g++ does not know that a radix is not 0, and warns
@@ -301,19 +303,25 @@ MUSICLM_FAST_HD void run_odd_stage(Array re, Array im, int length, const Stage& 
   }
 }
 
-// One thread's share of a stage: butterflies first, first + step, ...
+// One thread's share of a stage, butterflies first, first + step, ...; false for an odd radix above
+// 5, of which it does nothing.
 template <class Array>
-MUSICLM_FAST_HD void fft_stage(Array re, Array im, const Transform& t, int index, int first,
-                               int step) {
-  const Stage& stage = t.stage[index];
+MUSICLM_FAST_HD bool small_stage(Array re, Array im, const Transform& t, const Stage& stage,
+                                 int first, int step) {
   switch (stage.radix) {
-    case 2: return run_stage<2>(re, im, t.length, stage, t.numbers, first, step);
-    case 3: return run_stage<3>(re, im, t.length, stage, t.numbers, first, step);
-    case 4: return run_stage<4>(re, im, t.length, stage, t.numbers, first, step);
-    case 5: return run_stage<5>(re, im, t.length, stage, t.numbers, first, step);
-    case 8: return run_stage<8>(re, im, t.length, stage, t.numbers, first, step);
-    default: return run_odd_stage(re, im, t.length, stage, t.numbers, first, step);
+    case 2: run_stage<2>(re, im, t.length, stage, t.numbers, first, step); return true;
+    case 3: run_stage<3>(re, im, t.length, stage, t.numbers, first, step); return true;
+    case 4: run_stage<4>(re, im, t.length, stage, t.numbers, first, step); return true;
+    case 5: run_stage<5>(re, im, t.length, stage, t.numbers, first, step); return true;
+    case 8: run_stage<8>(re, im, t.length, stage, t.numbers, first, step); return true;
+    default: return false;
   }
+}
+
+template <class V>
+MUSICLM_FAST_HD void fft_stage(V* re, V* im, const Transform& t, int index) {
+  const Stage& stage = t.stage[index];
+  if (!small_stage(re, im, t, stage, 0, 1)) run_odd_stage(re, im, t.length, stage, t.numbers);
 }
 
 // Packed transform: two bins of the real frame from two entries of the half-length one.
@@ -348,8 +356,9 @@ struct FoldedSums {
   V even_re, odd_re, even_im, odd_im;
 };
 
-template <int kRows, int kTerms = 0, class V>
-MUSICLM_FAST_HD void folded_sums(const V* e, const V* o, int terms, const float* table,
+// Terms are anything indexed.
+template <int kRows, int kTerms = 0, class Terms, class V>
+MUSICLM_FAST_HD void folded_sums(const Terms& e, const Terms& o, int terms, const float* table,
                                  FoldedSums<V>* sums) {
   if constexpr (kTerms > 0) terms = kTerms;
   FoldedSums<V> total[kRows];
@@ -416,6 +425,7 @@ struct Call {
   const float* mel;        // (bins, bands)
   int64_t mel_bin_stride, mel_band_stride;
   const int32_t* mel_ranges;  // (bands, 2): first bin and last + 1 with a weight
+  const int32_t* mel_bands;   // (bins, 2): first band and last + 1 with a weight; CUDA only
   int bands;                  // bins without mel
   bool logarithm;
   float log_offset, mean, scale;  // ln(x + log_offset), (x - mean) * scale

@@ -305,7 +305,7 @@ class Kernel {
 
   void fft(vfloat* re, vfloat* im) const {
     for (int stage = 0; stage < t.stages; ++stage) {
-      spectrogram::fft_stage(re, im, t, stage, 0, 1);
+      spectrogram::fft_stage(re, im, t, stage);
     }
   }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.predict.launches import cuda_usage
+from benchmarks.predict.disassembly import counts, instructions
+from benchmarks.predict.launches import cuda_usage, cuobjdump
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,10 +40,10 @@ class Kernel:
 # Those of 24 of 128 and 400 of 512 samples by the beginnings of their names, without the template's
 # later arguments. A backward's block makes 4,096 or 2,560 samples.
 USUAL = {
-    "forward_folded_kernel<14, 1": Kernel(128, 4, 128),
-    "backward_folded_kernel<14, 1": Kernel(128, 4, 128),
-    "forward_fixed_kernel<256, 1": Kernel(512, 8, 32),
-    "backward_fft_kernel<1": Kernel(512, 8, 16),
+    "forward_folded_kernel<14, 1, 1": Kernel(128, 4, 256),
+    "backward_folded_kernel<14, 1": Kernel(128, 4, 125),
+    "forward_fixed_kernel<256, 1": Kernel(512, 4, 64),
+    "backward_fft_kernel<256, 1": Kernel(512, 4, 28),
 }
 
 
@@ -53,8 +54,14 @@ def version() -> str:
 
 
 def spectrogram_usage(target: str, folder: Path) -> dict[str, dict[str, int]]:
-    """By kernel, ``forward_fixed_kernel<512, 2>``: registers and bytes of stack, ``STACK``."""
-    usage = cuda_usage(compile_spectrogram(target, folder))
+    """By kernel, ``forward_fixed_kernel<512, 2>``: registers, bytes of stack (``REG``, ``STACK``)
+    and, as in ``benchmarks.predict.disassembly``, its instructions by kind."""
+    binary = compile_spectrogram(target, folder)
+    usage = cuda_usage(binary)
+    # "Function : <name>", then its instructions
+    parts = re.split(r"\s+Function : (\S+)", cuobjdump(binary, "--dump-sass"))[1:]
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        usage[name] |= counts(instructions(text))
     return {readable(name): values for name, values in usage.items()}
 
 
