@@ -77,7 +77,7 @@ PIPES = {
     "cp.async": ("memory", 4), "shuffle": ("memory", 4),
 }  # fmt: skip
 TENSOR_CYCLE = 1024  # bf16 operations a cycle of one scheduler's tensor core: 4,096 an SM
-SKIPPED = ("table_edges_kernel", "logsumexp_kernel+positive")  # a branch skips most of a turn
+SKIPPED = ("table_edges_kernel",)  # a branch skips most of a turn
 # Peers' TFLOP/s forward and backward at D = 64, by length. Forward, flash and cuDNN: the project's
 # review read them off the FlashAttention-3 paper's curves for an H100, of FlashAttention-2 (282 to
 # 318; 1,024 lies between) and of FlashAttention-3; cuDNN is assumed to equal it. Backward: the

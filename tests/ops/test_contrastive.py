@@ -68,6 +68,7 @@ def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> Non
         pytest.param(100 if INTERPRETED else 256, 128, None, id="256"),
         pytest.param(150 if INTERPRETED else 600, 20, 2, id="many-tiles"),
         pytest.param(70, 200, None, id="wide"),
+        pytest.param(40, 300, None, id="deep"),
     ],
 )
 def test_loss_and_gradients(
@@ -142,9 +143,20 @@ def test_triton_products_commute(depth: int, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype, kind: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "depth", "layers", "temperature"),
+    [
+        pytest.param(70 if INTERPRETED else 130, 48, 2, 10.0, id="narrow"),
+        pytest.param(70, 100, None, math.exp(7), id="hot"),
+        pytest.param(40, 300, None, 10.0, id="deep"),
+    ],
+)
+def test_half_precision(
+    batch: int, depth: int, layers: int | None, temperature: float, dtype: torch.dtype, kind: str,
+    backend: str, device: str,
+) -> None:  # fmt: skip
     inputs = testing.contrastive_inputs(
-        70 if INTERPRETED else 130, 48, 2, dtype=dtype, device=device
+        batch, depth, layers, temperature=temperature, dtype=dtype, device=device
     )
     check_against_oracle(inputs, kind, backend)
 
