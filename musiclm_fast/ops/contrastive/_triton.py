@@ -73,7 +73,7 @@ _FLOAT32: Table = {
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
 _HALF_AMD: Table = {
-    128: (Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 2)),
+    128: (Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 2)),
     256: (Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
     MAX_DEPTH: (Config(64, 64, 4, 2),) * 3,
 }
