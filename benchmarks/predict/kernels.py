@@ -86,9 +86,23 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
         return [(loop, count * (found if loop.depth else 1.0)) for loop in code.loops]
     if name == "table_edges_kernel":
         return [(outer[0], math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
+    if name == "merge_kernel":  # of its two loops the first, for bounded similarities
+        return [(outer[0], float(a["blocks"]))]
     if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):
-        # gradient_kernel's first loop is for bounded similarities, as in the harvest
-        return [(outer[0], math.ceil(math.ceil(a["columns"] / a["BLOCK_N"]) / a["SPLITS"]))]
+        # The first two loops are for bounded similarities, as in the harvest: over tiles without a
+        # mask, and over those on the diagonal, or over all with labels. Inside: the depth's pieces.
+        tiles = math.ceil(a["columns"] / a["BLOCK_N"]) / a["SPLITS"]
+        every = a["y_labels"] is not None
+        masked = tiles if every else min(tiles, max(a["BLOCK_M"] / a["BLOCK_N"], 1) / a["SPLITS"])
+        found = []
+        for loop, count in zip(
+            outer, [masked] if every else [tiles - masked, masked], strict=False
+        ):
+            found.append((loop, count))
+            for inner in code.loops:
+                if inner.depth == 1 and loop.begin <= inner.begin and inner.end <= loop.end:
+                    found.append((inner, count * math.ceil(a["D"] / a["BLOCK_D"])))
+        return found
     raise ValueError(f"no rule for {name}'s loops in benchmarks/predict/kernels.py, turns()")
 
 

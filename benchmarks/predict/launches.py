@@ -29,7 +29,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's name, with the requested outputs of kernels that have several."""
-        ends = {"logsumexp_kernel": ["positive"], "sigmoid_kernel": ["LOSS", "GRADIENT"]}
+        ends = {"sigmoid_kernel": ["LOSS", "GRADIENT"]}
         name = self.kernel.__name__
         asked = [
             end

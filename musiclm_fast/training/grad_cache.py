@@ -33,6 +33,7 @@ def cached_step(
     lengths: Tensor | None = None,
     input_sample_hz: int | None = None,
     backward: Callable[[Tensor], Any] | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Tensor:
     """Loss of a batch, with its gradients added to the parameters', in the memory of a chunk.
 
@@ -56,6 +57,8 @@ def cached_step(
         input_sample_hz: rate of wavs in Hz, if it is not the audio tower's.
         backward: called with the loss in place of ``loss.backward()``: the place to scale it, as
             with ``lambda loss: scaler.scale(loss / accumulation_steps).backward()``.
+        autocast: makes the context of the loss, where the model brings its own for the towers, as
+            accelerate's wrappers do: ``accelerator.autocast``.
 
     Returns:
         The loss, a detached scalar.
@@ -113,7 +116,8 @@ def cached_step(
     parameters = {name: p.requires_grad_() for name, p in parameters.items()}
     del part, parts
     # All that the loss depends on is a leaf: no gradient goes past a wrapper here.
-    loss = inner.loss_of_latents(*latents, parameters=parameters)
+    with autocast():
+        loss = inner.loss_of_latents(*latents, parameters=parameters)
     (Tensor.backward if backward is None else backward)(loss)
     if latents[0].grad is None:
         fail("backward", "a function that made no gradients", "one that calls loss.backward()")

@@ -183,6 +183,7 @@ class MuLaNTrainer(Engine):
         return share * cached_step(
             self.module, **inputs, chunk_size=chunk,
             backward=lambda whole: self.accelerator.backward(whole * share),
+            autocast=self.accelerator.autocast,
         )  # fmt: skip
 
     def after_step(self) -> None:

@@ -20,9 +20,9 @@ def product_kernel(
     """Out (M, N) = x @ y^T: a tile of rows through all columns."""
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
-    x_tile = _load(x, first, rows, D, D, BLOCK_M, BLOCK_D)
+    x_tile = _load(x, first, rows, D, 0, D, BLOCK_M, BLOCK_D, True)
     for start in range(0, columns, BLOCK_N):
-        y_tile = _load(y, start, columns, D, D, BLOCK_N, BLOCK_D)
+        y_tile = _load(y, start, columns, D, 0, D, BLOCK_N, BLOCK_D, True)
         column = start + tl.arange(0, BLOCK_N)
         where = out + row[:, None] * columns + column[None, :]
         mask = (row < rows)[:, None] & (column < columns)[None, :]

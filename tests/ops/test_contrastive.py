@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from musiclm_fast import _extension, testing
 from musiclm_fast._dispatch import BackendError
 from musiclm_fast.ops import _triton_target, contrastive_loss
 from musiclm_fast.ops.contrastive import reference
+from musiclm_fast.ops.contrastive.op import check_latents
 
 KINDS = ("softmax", "decoupled", "sigmoid")
 cpp = pytest.mark.skipif(not _extension.load(), reason=_extension.why_missing())
@@ -68,6 +70,7 @@ def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> Non
         pytest.param(100 if INTERPRETED else 256, 128, None, id="256"),
         pytest.param(150 if INTERPRETED else 600, 20, 2, id="many-tiles"),
         pytest.param(70, 200, None, id="wide"),
+        pytest.param(40, 300, None, id="deep"),
     ],
 )
 def test_loss_and_gradients(
@@ -142,9 +145,20 @@ def test_triton_products_commute(depth: int, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype, kind: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "depth", "layers", "temperature"),
+    [
+        pytest.param(70 if INTERPRETED else 130, 48, 2, 10.0, id="narrow"),
+        pytest.param(70, 100, None, math.exp(7), id="hot"),
+        pytest.param(40, 300, None, 10.0, id="deep"),
+    ],
+)
+def test_half_precision(
+    batch: int, depth: int, layers: int | None, temperature: float, dtype: torch.dtype, kind: str,
+    backend: str, device: str,
+) -> None:  # fmt: skip
     inputs = testing.contrastive_inputs(
-        70 if INTERPRETED else 130, 48, 2, dtype=dtype, device=device
+        batch, depth, layers, temperature=temperature, dtype=dtype, device=device
     )
     check_against_oracle(inputs, kind, backend)
 
@@ -401,12 +415,42 @@ def test_compiles_without_graph_breaks(kind: str, backend: str, device: str) -> 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_does_not_lower_the_precision(kind: str, backend: str, device: str) -> None:
+def test_autocast(kind: str, backend: str, device: str) -> None:
+    """On CUDA it is the loss of rounded latents, to the last bit; on the CPU it changes nothing."""
     inputs = testing.contrastive_inputs(50, 32, device=device)
-    outside = contrastive_loss(**inputs, kind=kind, backend=backend)
+    outside = dict(inputs)
+    if device == "cuda":
+        outside.update({n: inputs[n].bfloat16() for n in ("audio", "text")})
+    expected = contrastive_loss(**outside, kind=kind, backend=backend)
     with torch.autocast(device, dtype=torch.bfloat16):
         inside = contrastive_loss(**inputs, kind=kind, backend=backend)
-    assert torch.equal(inside, outside)
+    assert torch.equal(inside, expected)
+    grads = testing.gradients(inside, inputs, torch.ones_like(inside))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
+
+
+@pytest.fixture
+def cuda_autocast() -> Iterator[None]:
+    """``torch.autocast("cuda", torch.float16)``, which a torch without CUDA would refuse."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.float16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+def test_cuda_autocast_rounds_float32_latents(cuda_autocast: None) -> None:
+    with FakeTensorMode():
+        latents = torch.empty(4, 8, device="cuda")
+        for audio, text, expected in (
+            (latents, latents, torch.float16),
+            (latents, latents.bfloat16(), torch.float16),  # float32, both, before autocast
+            (latents.bfloat16(), latents.bfloat16(), torch.bfloat16),
+            (latents.double(), latents.double(), torch.float64),
+        ):
+            assert [x.dtype for x in check_latents(audio, text)] == [expected] * 2
+    assert check_latents(torch.zeros(4, 8), torch.zeros(4, 8))[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -138,9 +138,9 @@ def every_variant(op: str) -> list[Variant]:
     half, full = torch.float16, torch.float32
     if op == "contrastive":
         return [
-            *(Contrastive(depth) for depth in (128, 64, 256)),
+            *(Contrastive(depth) for depth in (128, 64, 256, 768)),
             Contrastive(dtype=half),
-            *(Contrastive(depth, full) for depth in (64, 128, 256)),
+            *(Contrastive(depth, full) for depth in (64, 128, 256, 768)),
         ]
     few = dict(causal=True, kv_heads=1)
     return [

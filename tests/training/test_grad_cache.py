@@ -112,6 +112,27 @@ def test_gradients_accumulate_and_scale() -> None:
             torch.testing.assert_close(parameter.grad, 9 * once[name], rtol=1e-9, atol=1e-12)
 
 
+def test_autocast_surrounds_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    found: dict[str, bool] = {}
+    loss_of_latents = model.loss_of_latents
+
+    def loss(*latents: Tensor, **options: Any) -> Tensor:
+        found["loss"] = torch.is_autocast_enabled("cpu")
+        return loss_of_latents(*latents, **options)
+
+    def backward(whole: Tensor) -> None:
+        found["backward"] = torch.is_autocast_enabled("cpu")
+        whole.backward()
+
+    monkeypatch.setattr(model, "loss_of_latents", loss)
+    cached_step(
+        model, *inputs(), chunk_size=4, backward=backward,
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    )  # fmt: skip
+    assert found == {"loss": True, "backward": False}
+
+
 def test_the_generator_moves_on() -> None:
     model = make(dropout=0.1).train()
     torch.manual_seed(5)

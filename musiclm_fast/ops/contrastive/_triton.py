@@ -7,6 +7,8 @@ file needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +22,23 @@ from musiclm_fast.ops.contrastive import _autograd
 from musiclm_fast.ops.contrastive._parity import contrastive_inputs, contrastive_rounding
 from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
 
-MAX_DEPTH = 256
+MAX_DEPTH = 1024
+# Latents up to these widths stay in shared memory as a whole, with their gradient in registers.
+# Deeper ones are multiplied in pieces, and ds is written to memory, a stripe of rows at a time. So
+# are those in float32: outside the tensor cores whole rows would spill, and the library's products
+# with ds are faster.
+SHALLOW = {torch.float32: 32, torch.bfloat16: 256, torch.float16: 256}
+# Their pieces.
+PIECE = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 # Programs that a launch should have: two for each of an H100's multiprocessors.
 PROGRAMS = 264
 # Bytes of partial gradients where few rows make a launch cut its columns into splits.
 PARTIAL_BYTES = 32 << 20
+# Of the columns' sums over blocks of rows, and of ds for latents that are deeper than SHALLOW.
+SUMS_BYTES = 64 << 20
+DS_BYTES = 256 << 20
+# Rows of a part of logsumexp_kernel's block.
+PART = 64
 # Where similarities lie within +-BOUNDED exp needs no shift: see csrc/contrastive/contrastive.h.
 BOUNDED = 40.0
 # Of products of float32 latents. The backward recomputes the forward's similarities in tiles of
@@ -38,40 +52,37 @@ PRECISION = "ieee"
 # compiles each and holds it to no spills and to the shared memory of its device.
 Table = dict[int, tuple[Config, Config, Config]]
 _HALF: Table = {
-    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    256: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    128: (Config(128, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    256: (Config(128, 32, 4, 2, 255), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    MAX_DEPTH: (Config(128, 64, 8, 3),) * 3,
 }
 # Products before Hopper keep both operands in registers, so tiles of 128 columns would spill.
 _HALF_AMPERE: Table = {
-    128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 3)),
-    256: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    128: (Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(64, 64, 8, 3)),
+    256: (Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    MAX_DEPTH: (Config(64, 64, 4, 3, 255),) * 3,
 }
 _HALF_BLACKWELL: Table = {
     **_HALF,
-    128: (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    128: (Config(128, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 3)),
+    MAX_DEPTH: (Config(64, 64, 8, 3), Config(64, 64, 4, 3, 255), Config(64, 64, 4, 3, 255)),
 }
 _FLOAT32: Table = {
-    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: (Config(32, 32, 8, 2), Config(32, 64, 8, 2, 128), Config(32, 32, 8, 2)),
-    256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-}
-_FLOAT32_AMPERE: Table = {
-    **_FLOAT32,
-    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
-    128: (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    32: (Config(32, 64, 8, 2, 128), Config(64, 64, 8, 2, 255), Config(32, 64, 8, 2, 128)),
+    MAX_DEPTH: (Config(32, 64, 8, 2, 128), Config(64, 64, 8, 2, 255), Config(64, 64, 8, 2, 255)),
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
 _HALF_AMD: Table = {
-    128: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 2)),
+    128: (Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 2)),
     256: (Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
+    MAX_DEPTH: (Config(64, 64, 4, 2),) * 3,
 }
 _FLOAT32_AMD: Table = {
-    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: (Config(32, 32, 8, 2), Config(32, 16, 8, 2), Config(32, 16, 8, 2)),
-    256: (Config(16, 32, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    32: (Config(64, 32, 8, 2),) * 3,
+    MAX_DEPTH: (Config(64, 64, 8, 2),) * 3,
 }
 _TABLES = {  # 16-bit and float32
-    "ampere": (_HALF_AMPERE, _FLOAT32_AMPERE),
+    "ampere": (_HALF_AMPERE, _FLOAT32),
     "hopper": (_HALF, _FLOAT32),
     "blackwell": (_HALF_BLACKWELL, _FLOAT32),
     "amd": (_HALF_AMD, _FLOAT32_AMD),
@@ -103,15 +114,17 @@ class _Side:
         self.x, self.y, self.temperature, self.offset = x, y, temperature, offset
         self.layers, self.rows, self.depth = x.shape
         self.columns = y.shape[1]
-        self.block_d = padded(self.depth)
-        self.config = configs(_triton_target.target(x.device), self.block_d, x.dtype)[part]
+        self.deep = self.depth > SHALLOW[x.dtype]
+        self.block_d = PIECE[x.dtype] if self.deep else padded(self.depth)
+        self.target = _triton_target.target(x.device)
+        self.config = configs(self.target, padded(self.depth), x.dtype)[part]
         self.blocks = self.layers * -(-self.rows // self.config.block_m)
 
     def splits(self, row_bytes: int) -> int:
         """Pieces to cut the columns into, so that a launch with few rows has enough programs."""
         tiles = -(-self.columns // self.config.block_n)
         memory = max(PARTIAL_BYTES // max(self.layers * self.rows * row_bytes, 1), 1)
-        wanted = min(-(-PROGRAMS // max(self.blocks, 1)), -(-tiles // 4), memory)
+        wanted = min(max(PROGRAMS // max(self.blocks, 1), 1), -(-tiles // 4), memory)
         return -(-tiles // -(-tiles // wanted)) if tiles else 1  # none of them without columns
 
     def empty(self, *shape: int) -> Tensor:
@@ -120,12 +133,12 @@ class _Side:
     def launch(self, name: str, splits: int, **arguments: Any) -> None:
         """Run a kernel over all rows and splits."""
         arguments = dict(
-            x=self.x, y=self.y, temperature=self.temperature, **arguments,
+            x=self.x, y=self.y, x_labels=None, y_labels=None, temperature=self.temperature,
+            **arguments,
             stride_xl=self.x.stride(0), stride_xm=self.x.stride(1),
             stride_yl=self.y.stride(0), stride_yn=self.y.stride(1),
             rows=self.rows, columns=self.columns, offset=self.offset,
-            D=self.depth, BLOCK_D=self.block_d, SPLITS=splits,
-            EVEN=self.columns % self.config.block_n == 0, PRECISION=PRECISION,
+            D=self.depth, BLOCK_D=self.block_d, SPLITS=splits, PRECISION=PRECISION,
             BLOCK_M=self.config.block_m, BLOCK_N=self.config.block_n,
         )  # fmt: skip
         _triton_target.launch(_kernel(name), self.blocks * splits, arguments, self.config.options)
@@ -135,20 +148,39 @@ def logsumexp(
     audio: Tensor, text: Tensor, temperature: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``musiclm_fast::contrastive_logsumexp_triton``; see ``block_logsumexp``."""
-
-    def of_rows(x: Tensor, y: Tensor, offset: int, wanted: bool) -> tuple[Tensor, Tensor]:
-        side = _Side(x, y, temperature, offset, 0)
-        splits = side.splits(8)
-        lse = side.empty(splits, side.layers, side.rows)
-        positive = torch.empty_like(lse) if wanted else None
-        side.launch("logsumexp_kernel", splits, lse=lse, positive=positive)
-        merged = lse[0] if splits == 1 else torch.logsumexp(lse, dim=0)
-        return merged, merged if positive is None else positive.sum(dim=0)
-
+    flags = _bounded(audio, text, temperature).to(torch.int32)
+    rows, columns, positives = [], [], []
+    whole = _Side(audio, text, temperature, offset, 0)
+    block = whole.config.block_m
+    step = block * max(SUMS_BYTES // max(4 * whole.layers * whole.columns, 1), 1)
     with _triton_target.device_guard(audio.device):
-        row, positive = of_rows(audio, text, offset, True)
-        column, _ = of_rows(text, audio, -offset, False)
-    return row, column, positive
+        for first in range(0, max(whole.rows, 1), step):
+            side = _Side(audio[:, first : first + step], text, temperature, offset + first, 0)
+            splits = side.splits(8)
+            lse, positive = (side.empty(splits, side.layers, side.rows) for _ in range(2))
+            sums = side.empty(-(-side.rows // block), side.layers, side.columns)
+            side.launch(
+                "logsumexp_kernel", splits, bounded=flags, lse=lse,
+                positive=positive, sums=sums, PART=block if side.deep else min(block, PART),
+            )  # fmt: skip
+            rows.append(_merged(lse))
+            positives.append(positive.sum(dim=0))
+            column = side.empty(side.layers, side.columns)
+            _triton_target.launch(
+                _kernel("merge_kernel"), side.layers * -(-side.columns // 256),
+                dict(
+                    sums=sums, bounded=flags, lse=column, blocks=len(sums), columns=side.columns,
+                    layers=side.layers, BLOCK=256,
+                ),
+                dict(num_warps=4, num_stages=3),
+            )  # fmt: skip
+            columns.append(column)
+    return torch.cat(rows, dim=1), _merged(torch.stack(columns)), torch.cat(positives, dim=1)
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """Log-sum-exp over the first dim."""
+    return parts[0] if len(parts) == 1 else torch.logsumexp(parts, dim=0)
 
 
 def logsumexp_backward(
@@ -156,7 +188,7 @@ def logsumexp_backward(
     temperature: Tensor, row_lse: Tensor, column_lse: Tensor, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``musiclm_fast::contrastive_logsumexp_backward_triton``; see ``block_logsumexp_backward``."""
-    bounded = _largest_norm(audio) * _largest_norm(text) * temperature <= BOUNDED  # (L,)
+    bounded = _bounded(audio, text, temperature)
     # ds goes into the product in the latents' dtype: scaled to about 1 so that 1 / B does not
     # underflow in float16.
     weights = [grad_row, grad_column, grad_positive]
@@ -169,29 +201,44 @@ def logsumexp_backward(
         lse = lse.masked_fill(empty, 0.0)
         folded = torch.where(bounded[:, None], torch.exp(-lse), 1.0)
         weights[number] = (weights[number] * folded).masked_fill(empty, 0.0)
-        shifts.append(lse)
+        shifts.append(lse * math.log2(math.e))
     # The positive's gradient by column: 0 where the column has none, and then never read.
     of_column = torch.zeros_like(weights[1])
     begin, end = max(0, -offset), max(min(audio.shape[1], text.shape[1] - offset), 0)
     if begin < end:
         of_column[:, begin + offset : end + offset] = weights[2][:, begin:end]
+    rows = weights[0], shifts[0], weights[2]
+    columns = weights[1], shifts[1], of_column
+
+    def launch(
+        side: _Side, splits: int, mine: Sequence[Tensor], other: Sequence[Tensor], out: Tensor
+    ) -> None:
+        side.launch(
+            "gradient_kernel", splits, bounded=bounded.to(torch.int32), x_weight=mine[0],
+            x_shift=mine[1], x_positive=mine[2], y_weight=other[0], y_shift=other[1],
+            y_positive=None, out=out,
+        )  # fmt: skip
 
     def of_rows(
-        x: Tensor, y: Tensor, offset: int, mine: int, other: int, positive: Tensor
+        x: Tensor, y: Tensor, offset: int, mine: Sequence[Tensor], other: Sequence[Tensor]
     ) -> Tensor:
         side = _Side(x, y, temperature, offset, 1)
         splits = side.splits(4 * side.depth)
         dx = side.empty(splits, *x.shape)
-        side.launch(
-            "gradient_kernel", splits, bounded=bounded.to(torch.int32), x_weight=weights[mine],
-            x_shift=shifts[mine], y_weight=weights[other], y_shift=shifts[other],
-            positive=positive, dx=dx,
-        )  # fmt: skip
+        launch(side, splits, mine, other, dx)
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
+    def of_stripe(x: Tensor, first: int, ds: Tensor) -> None:
+        side = _Side(x, text, temperature, offset + first, 1)
+        mine = [t[:, first : first + side.rows].contiguous() for t in rows]
+        launch(side, side.splits(4), mine, columns, ds)
+
     with _triton_target.device_guard(audio.device):
-        d_audio = of_rows(audio, text, offset, 0, 1, weights[2])
-        d_text = of_rows(text, audio, -offset, 1, 0, of_column)
+        if audio.shape[2] > SHALLOW[audio.dtype]:
+            d_audio, d_text = _deep_gradients(audio, text, of_stripe)
+        else:
+            d_audio = of_rows(audio, text, offset, rows, columns)
+            d_text = of_rows(text, audio, -offset, columns, rows)
     return _finish(d_audio, d_text, audio, temperature, scale)
 
 
@@ -200,26 +247,71 @@ def sigmoid(
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``musiclm_fast::contrastive_sigmoid_triton``; see ``block_sigmoid``."""
+    losses, ds_sums = [], []
 
-    def of_rows(x: Tensor, y: Tensor, offset: int, with_loss: bool) -> list[Tensor]:
-        side = _Side(x, y, temperature, offset, 2)
-        splits = side.splits(4 * side.depth if gradients else 4)
-        loss, ds_sum = (side.empty(splits, side.layers, side.rows) for _ in range(2))
-        dx = side.empty(splits, *x.shape) if gradients else None
+    def launch(side: _Side, splits: int, loss: bool, out: Tensor | None) -> None:
+        sums = [side.empty(splits, side.layers, side.rows) for _ in range(2)]
         side.launch(
-            "sigmoid_kernel", splits, bias=bias, loss=loss, ds_sum=ds_sum, dx=dx,
-            LOSS=with_loss, GRADIENT=gradients,
+            "sigmoid_kernel", splits, bias=bias, loss=sums[0], ds_sum=sums[1], out=out,
+            LOSS=loss, GRADIENT=gradients,
+            FAST=not _triton_target.INTERPRET and not side.target.startswith("gfx"),
         )  # fmt: skip
-        total = [] if dx is None else [dx[0] if splits == 1 else dx.sum(dim=0)]
-        return [loss, ds_sum, *total]
+        if loss:
+            losses.append(sums[0].sum())
+            ds_sums.append(sums[1].sum(dim=(0, 2)))
+
+    def of_rows(x: Tensor, y: Tensor, offset: int, loss: bool) -> Tensor:
+        side = _Side(x, y, temperature, offset, 2)
+        splits = side.splits(4 * side.depth)
+        dx = side.empty(splits, *x.shape)
+        launch(side, splits, loss, dx)
+        return dx[0] if splits == 1 else dx.sum(dim=0)
+
+    def of_stripe(x: Tensor, first: int, ds: Tensor | None) -> None:
+        side = _Side(x, text, temperature, offset + first, 2)
+        launch(side, side.splits(4), True, ds)
 
     with _triton_target.device_guard(audio.device):
-        loss, ds_sum, *d_audio = of_rows(audio, text, offset, True)
         if not gradients:
-            none = [loss.new_empty(0) for _ in range(4)]
-            return loss.sum(), none[0], none[1], none[2], none[3]
-        d_text = of_rows(text, audio, -offset, False)[2]
-    return loss.sum(), *_finish(d_audio[0], d_text, audio, temperature), ds_sum.sum(dim=(0, 2))
+            of_stripe(audio, 0, None)
+            none = [losses[0].new_empty(0) for _ in range(4)]
+            return losses[0], none[0], none[1], none[2], none[3]
+        if audio.shape[2] > SHALLOW[audio.dtype]:
+            d_audio, d_text = _deep_gradients(audio, text, of_stripe)
+        else:
+            d_audio = of_rows(audio, text, offset, True)
+            d_text = of_rows(text, audio, -offset, False)
+    total, d_bias = torch.stack(losses).sum(), torch.stack(ds_sums).sum(dim=0)
+    return total, *_finish(d_audio, d_text, audio, temperature), d_bias
+
+
+def _deep_gradients(
+    audio: Tensor, text: Tensor, launch: Callable[[Tensor, int, Tensor], object]
+) -> tuple[Tensor, Tensor]:
+    """``ds @ text`` and ``ds^T @ audio`` in float32 for rows that are deeper than ``SHALLOW``.
+
+    Accumulators of such rows do not fit a program's registers. ``launch(rows, first, ds)`` writes
+    ds (L, m, N) of a stripe of rows, and two products of the library follow.
+    """
+    layers, rows, _ = audio.shape
+    d_audio = torch.zeros(audio.shape, dtype=torch.float32, device=audio.device)
+    d_text = torch.zeros(text.shape, dtype=torch.float32, device=text.device)
+    step = max(DS_BYTES // max(layers * text.shape[1] * audio.element_size(), 1) // 128, 1) * 128
+    for first in range(0, max(rows, 1), step):  # an empty block launches nothing, and adds zeros
+        part = audio[:, first : first + step]
+        ds = audio.new_empty(layers, part.shape[1], text.shape[1])
+        launch(part, first, ds)
+        d_audio[:, first : first + step] = _wide_product(ds, text)
+        d_text += _wide_product(ds.transpose(1, 2), part)
+    return d_audio, d_text
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with float32 sums: from bfloat16 by tensor cores. float16 would overflow."""
+    if a.dtype == torch.bfloat16 or a.is_meta:
+        return torch.bmm(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a.float(), b.float())
 
 
 def _finish(
@@ -231,6 +323,11 @@ def _finish(
     if scale is not None:
         factor, d_temperature = factor * scale, d_temperature * scale
     return d_audio.mul_(factor[:, None, None]), d_text.mul_(factor[:, None, None]), d_temperature
+
+
+def _bounded(audio: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
+    """By layer, whether all similarities lie within +-BOUNDED, by the product of norms (L,)."""
+    return _largest_norm(audio) * _largest_norm(text) * temperature <= BOUNDED
 
 
 def _largest_norm(latents: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ def contrastive_loss(
     numbers. For a batch spread over ranks see
     :func:`musiclm_fast.ops.distributed_contrastive_loss`.
 
+    Under ``torch.autocast("cuda")`` float32 latents are rounded to its dtype, for products on the
+    tensor cores; sums, statistics and the loss stay float32. On CPU autocast changes nothing.
+
     Args:
         audio: ``(L, B, d)`` or ``(B, d)`` floating; usually l2-normed.
         text: same shape.
@@ -90,7 +93,7 @@ def contrastive_loss(
 
 
 def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents as ``(L, B, d)`` of one dtype; without L they get L = 1.
+    """Latents as ``(L, B, d)`` of one dtype, autocast's on CUDA; without L they get L = 1.
 
     Raises:
         ValueError, TypeError: they are not of one shape and device, and floating.
@@ -103,6 +106,10 @@ def check_latents(audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     if audio.dtype != text.dtype:
         wider = torch.promote_types(audio.dtype, text.dtype)
         audio, text = audio.to(wider), text.to(wider)
+    if audio.is_cuda and audio.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        # Normalising a tower's output makes it float32, whose products take ten times as long.
+        chosen = torch.get_autocast_dtype("cuda")
+        audio, text = audio.to(chosen), text.to(chosen)
     return (audio, text) if audio.ndim == 3 else (audio.unsqueeze(0), text.unsqueeze(0))
 
 
