@@ -24,11 +24,9 @@ from musiclm_fast.ops import _triton_target, attention, grid_codes
 from musiclm_fast.ops.attention import (
     _autograd,
     _triton,
-    _triton_bands,
     _triton_table,
     attention_reference,
 )
-from musiclm_fast.ops.attention._triton_tiles import MAX_HEAD_DIM
 from musiclm_fast.ops.attention.reference import offset_bias
 
 if importlib.util.find_spec("triton") is None:
@@ -314,18 +312,6 @@ def test_empty_inputs(shapes: dict[str, int], device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_bands_of_rows_give_the_same_gradients(
-    monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    shapes = dict(queries=150, keys=40, batch=1, heads=2, kv_heads=1, codes_per_sample=True)
-    monkeypatch.setattr(_triton_bands, "DS_BYTES", 2 * 64 * 128 * 4)
-    monkeypatch.setattr(_triton_bands, "BAND_PROGRAMS", 8)
-    bands = _triton_bands.plan_bands(1, 1, 2, 150, 40, 32, 4)
-    assert [(b.row_begin, b.row_end) for b in bands] == [(0, 128), (128, 150)]
-    compare(testing.attention_inputs(**shapes, device=device), dict(causal=True))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
@@ -485,31 +471,6 @@ def test_parity_in_the_interpreter(marks: str, request: pytest.FixtureRequest) -
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
-
-
-def test_bands_cover_every_row_once_and_fit() -> None:
-    generator = random.Random(1)
-    for _ in range(200):
-        batch, kv_heads, group = (generator.choice([1, 2, 3, 8, 64]) for _ in range(3))
-        kv_heads, group = min(kv_heads, 8), min(group, 8)
-        queries, keys = (generator.choice([1, 17, 372, 744, 2048, 8192]) for _ in range(2))
-        block_n, itemsize = generator.choice([32, 64]), generator.choice([2, 4])
-        bands = _triton_bands.plan_bands(batch, kv_heads, group, queries, keys, block_n, itemsize)
-        covered = sum(b.samples * b.kv_heads * (b.row_end - b.row_begin) for b in bands)
-        assert covered == batch * kv_heads * queries
-        seen = set()
-        padded_keys = -(-keys // block_n) * block_n
-        for band in bands:
-            assert band.row_begin % _triton_bands.DS_ROWS == 0
-            corner = (band.sample, band.kv_head, band.row_begin)
-            assert corner not in seen
-            seen.add(corner)
-            units = band.samples * band.kv_heads
-            assert units <= bands[0].samples * bands[0].kv_heads
-            rows = _triton_bands.round_up(band.row_end - band.row_begin, _triton_bands.DS_ROWS)
-            assert units * group * rows * padded_keys * itemsize <= _triton_bands.DS_BYTES
-            if band.row_end - band.row_begin < queries:  # sums of k and v are carried
-                assert 2 * units * padded_keys * MAX_HEAD_DIM * 4 <= 16 << 20
 
 
 def test_refusals_give_reasons() -> None:

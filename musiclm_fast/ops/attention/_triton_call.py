@@ -89,6 +89,11 @@ def rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple, or the value if it is one."""
+    return -(-value // multiple) * multiple
+
+
 def _unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 

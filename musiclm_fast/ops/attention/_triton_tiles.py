@@ -21,24 +21,40 @@ MAX_HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Configs:
-    """The three kernels that hold matrix products."""
+    """The four kernels that hold matrix products."""
 
     forward: Config
     backward_kv: Config
     backward_q: Config
+    table: Config
 
 
 # By longest head dim, for many queries. The counts behind the choices are in README.md.
 Table = dict[int, Configs]
 _HALF: Table = {
-    32: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    64: Configs(Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
-    128: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 64, 4, 2)),
+    32: Configs(
+        Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 2)
+    ),
+    64: Configs(
+        Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 2)
+    ),
+    128: Configs(
+        Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)
+    ),
 }
 _HALF_AMPERE: Table = {
-    32: Configs(Config(128, 64, 8, 3, 255), Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
-    64: Configs(Config(128, 64, 8, 3), Config(32, 64, 4, 2), Config(128, 64, 8, 3, 255)),
-    128: Configs(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
+    32: Configs(
+        Config(128, 64, 8, 3, 255), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 2)
+    ),
+    64: Configs(
+        Config(128, 64, 8, 3),
+        Config(32, 64, 4, 2),
+        Config(128, 64, 8, 3, 255),
+        Config(64, 64, 4, 2),
+    ),
+    128: Configs(
+        Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2)
+    ),
 }
 _HALF_BLACKWELL: Table = {
     32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
@@ -47,14 +63,26 @@ _HALF_BLACKWELL: Table = {
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
 _HALF_AMD: Table = {
-    32: Configs(Config(128, 32, 8, 2), Config(32, 64, 4, 2), Config(64, 64, 4, 2)),
-    64: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
-    128: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
+    32: Configs(
+        Config(128, 32, 8, 2), Config(32, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)
+    ),
+    64: Configs(
+        Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2)
+    ),
+    128: Configs(
+        Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2)
+    ),
 }
 _FLOAT32: Table = {
-    32: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
-    64: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
-    128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    32: Configs(
+        Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)
+    ),
+    64: Configs(
+        Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)
+    ),
+    128: Configs(
+        Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)
+    ),
 }
 _TABLES = {  # 16-bit and float32
     "ampere": (_HALF_AMPERE, _FLOAT32),
@@ -151,4 +179,5 @@ def _candidates(heuristic: Configs) -> Iterator[Configs]:
             replace(heuristic.forward, **change),
             replace(heuristic.backward_kv, **change),
             replace(heuristic.backward_q, **change),
+            replace(heuristic.table, **change),
         )
