@@ -143,7 +143,7 @@ def _run(
         )  # fmt: skip
     launch(
         "backward_kv_kernel", batch * kv_heads * key_blocks, kv.options,
-        **common, **frame, ds=ds, ds_rows=ds_rows, absent=absent, raw_k=call.k, k_scale=call.k_scale,
+        **common, **frame, ds=ds, ds_rows=ds_rows, raw_k=call.k, k_scale=call.k_scale,
         grad_k=grad_k, grad_v=grad_v, grad_k_scale=k_parts, **strides("r", call.k, "bhn"), scale=call.scale,
         MASK_KEYS=(
             call.key_mask is not None or call.key_lengths is not None or keys % kv.block_n != 0
@@ -156,7 +156,7 @@ def _run(
             ds=ds, k=k, raw_q=call.q, q_scale=call.q_scale, key_lengths=call.key_lengths,
             grad_q=grad_q, grad_q_scale=q_parts, q_codes=call.q_codes, **frame, **strides("k", k, "bhn"), **strides("r", call.q, "bhm"),
             stride_qcb=common["stride_qcb"], heads=heads, queries=queries, keys=keys, slots=slots,
-            scale=call.scale, ds_rows=ds_rows, ds_keys=ds_keys,
+            scale=call.scale, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
             HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group, CAUSAL=call.causal,
             PRECISION=PRECISION, BLOCK_M=dq.block_m, BLOCK_N=dq.block_n,
         )  # fmt: skip

@@ -496,11 +496,10 @@ def _backward_q_tiles(
 
 
 @triton.jit
-def _statistics(logsumexp2, delta, at, ok):
+def _lse2(logsumexp2, at, ok):
     # Rows past the end, and rows that see no key, get +inf: p = 0.
     lse2 = tl.load(logsumexp2 + at, mask=ok, other=float("inf"))
-    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-    return lse2, tl.load(delta + at, mask=ok, other=0.0)
+    return tl.where(lse2 == float("-inf"), float("inf"), lse2)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -536,7 +535,8 @@ def backward_q_kernel(
     g_at = grad_out + b * stride_gb + h * stride_gh + rows64 * stride_gm + dims[None, :]
     q_tile = tl.load(q_at, mask=tile_ok, other=0.0)
     g_tile = tl.load(g_at, mask=tile_ok, other=0.0)
-    lse2, row_delta = _statistics(logsumexp2, delta, bh * queries + rows, rows_ok)
+    lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
+    row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
 
     # Names below must exist on every path; None vanishes at compile time.
     table_row = None
@@ -640,7 +640,7 @@ def _stored_q_tiles(
 def stored_q_kernel(
     ds, k, raw_q, q_scale, key_lengths, grad_q, grad_q_scale, q_codes, frame, clash,
     stride_kb, stride_kh, stride_kn, stride_rb, stride_rh, stride_rm, stride_qcb,
-    heads, queries, keys, slots, scale, ds_rows, ds_keys,
+    heads, queries, keys, slots, scale, ds_rows, ds_keys, absent,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -688,6 +688,12 @@ def stored_q_kernel(
         acc, inside, end, key_end, ds_base, ds_offsets, ds_rows, k_base, k_offsets, stride_kn,
         rows, causal_shift, HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, PRECISION,
     )  # fmt: skip
+    if block == blocks - 1:  # what a query without a place reads
+        for start in range(0, ds_keys, BLOCK_M):
+            columns = start + lanes_m
+            none = tl.zeros([BLOCK_M], dtype=ds.dtype.element_ty)
+            at = ds + (bh * ds_keys + columns) * ds_rows + absent
+            tl.store(at, none, mask=columns < ds_keys)
     # The workspace beyond the last row holds anything.
     acc = tl.where(rows_ok[:, None], acc, 0.0)
 
@@ -715,7 +721,7 @@ def backward_kv_kernel(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_qcb, stride_kcb, stride_maskb,
     heads, queries, keys, radius, slots, scale, scale_log2, threshold, keep_factor,
-    ds_rows, absent,
+    ds_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -742,6 +748,8 @@ def backward_kv_kernel(
     v_at = v + b * stride_vb + hk * stride_vh + columns64 * stride_vn + dims[None, :]
     k_tile = tl.load(k_at, mask=tile_ok, other=0.0)
     v_tile = tl.load(v_at, mask=tile_ok, other=0.0)
+
+    padded_keys = blocks.to(tl.int64) * BLOCK_N
 
     key_end = keys
     if key_lengths is not None:
@@ -774,7 +782,6 @@ def backward_kv_kernel(
     lanes_m = tl.arange(0, BLOCK_M)
     q_offsets = lanes_m[:, None] * stride_qm + dims[None, :]
     g_offsets = lanes_m[:, None] * stride_gm + dims[None, :]
-    padded_keys = blocks.to(tl.int64) * BLOCK_N
     ds_offsets = columns64 * ds_rows + lanes_m[None, :]
     # One loop over all heads' queries: a loop over heads around one over queries would keep the
     # addresses of both in registers, more than there are.
@@ -793,21 +800,16 @@ def backward_kv_kernel(
         bh = b * heads + h
         q_at = q + b * stride_qb + h * stride_qh + start64 * stride_qm
         q_tile = tl.load(q_at + q_offsets, mask=row_mask, other=0.0)
-        lse2, row_delta = _statistics(logsumexp2, delta, bh * queries + rows, rows_ok)
+        s2 = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         if table2 is not None:
             row_codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
             clamped = tl.minimum(
                 tl.maximum(row_codes[None, :], window_low[:, None]), window_high[:, None]
             )
             table_row = table2 + h * (2 * radius + 1)
-            bias = _read_table(table_row, clamped - code_minus_radius[:, None], PTX)
-            bias -= lse2[None, :]
-        s2 = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
-        if table2 is not None:
-            s2 += bias
-        else:
-            s2 -= lse2[None, :]
-        p = tl.exp2(s2)
+            s2 += _read_table(table_row, clamped - code_minus_radius[:, None], PTX)
+        lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
+        p = tl.exp2(s2 - lse2[None, :])
         if MASK_KEYS:
             p = tl.where(keys_ok[:, None], p, 0.0)
         if CAUSAL:  # in every tile: a second loop for those on the diagonal costs more registers
@@ -823,6 +825,7 @@ def backward_kv_kernel(
         else:
             dropped = p
         dv = tl.dot(dropped.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
+        row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
         ds_tile = (p * (grad_p - row_delta[None, :])).to(q_tile.dtype)  # (BN, BM)
         if ds is not None:
             # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
@@ -830,11 +833,6 @@ def backward_kv_kernel(
             tl.store(ds + bh * padded_keys * ds_rows + ds_start + ds_offsets, ds_tile)
         dk = tl.dot(ds_tile, q_tile, dk, input_precision=PRECISION)
 
-    if ds is not None:
-        for g in range(GROUP):  # what a query without a place reads
-            plane = ds + (b * heads + hk * GROUP + g) * padded_keys * ds_rows
-            none = tl.zeros([BLOCK_N], dtype=ds.dtype.element_ty)
-            tl.store(plane + columns.to(tl.int64) * ds_rows + absent, none)
     dk *= scale
     if k_scale is not None:
         raw = tl.load(
@@ -994,7 +992,8 @@ def backward_table_kernel(
                 g_at = grad_out + b * stride_gb + h * stride_gh + rows64 * stride_gm
                 q_tile = tl.load(q_at + dims[None, :], mask=q_mask, other=0.0)
                 k_tile = tl.load(k_at + dims[None, :], mask=k_mask, other=0.0)
-                lse2, row_delta = _statistics(logsumexp2, delta, bh * queries + rows, rows_ok)
+                lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
+                row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
                 s2 = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 p = tl.exp2(s2 * scale_log2 + bias - lse2[:, None])
                 p = tl.where(columns_ok[None, :], p, 0.0)
