@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ SMALL = dict(num_warps=4, num_stages=1)
 BLOCK = 64
 # Float32 products are exact to float32: no TF32, whatever torch's own setting.
 PRECISION = "ieee"
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 
 
 class Call:
@@ -34,7 +35,6 @@ class Call:
         self.group = self.heads // self.kv_heads
         self.block_d = max(16, 1 << (self.head_dim - 1).bit_length())
         self.bias_table = bias_table
-        self.table2 = None if bias_table is None else bias_table.float().contiguous() * _LOG2E
         self.radius = 0 if bias_table is None else bias_table.shape[1] // 2
         self.q_codes, self.k_codes = _unit_stride(q_codes), _unit_stride(k_codes)
         self.key_mask = _unit_stride(key_padding_mask)
@@ -43,16 +43,30 @@ class Call:
         self.key_lengths = _unit_stride(key_lengths)
         self.q_scale, self.k_scale = _unit_stride(q_scale), _unit_stride(k_scale)
         self.seed, self.dropout_p = dropout_seed, dropout_p
+        self.masked = dropout_seed is not None or key_padding_mask is not None
         self.scale, self.causal = scale, causal
 
-    def bias(self) -> dict[str, Any]:
-        """Arguments that the kernels of the forward and of the backward share."""
+    @functools.cached_property
+    def table2(self) -> Tensor | None:
+        """The table in base 2."""
+        return self.table(LOG2E)
+
+    def table(self, factor: float) -> Tensor | None:
+        """The table in float32, times a factor."""
+        return None if self.bias_table is None else self.bias_table.float().contiguous() * factor
+
+    def bias(self, **table: Tensor | None) -> dict[str, Any]:
+        """Arguments that the kernels of the forward and of the backward share.
+
+        Args:
+            table: the table under the kernel's name for it, ``table2`` unless given.
+        """
         return dict(
-            table2=self.table2, q_codes=self.q_codes, k_codes=self.k_codes,
+            **(table or dict(table2=self.table2)), q_codes=self.q_codes, k_codes=self.k_codes,
             key_mask=self.key_mask, key_lengths=self.key_lengths, seed=self.seed,
             stride_tableh=2 * self.radius + 1, **self.code_strides(),
             queries=self.queries, keys=self.keys, radius=self.radius,
-            scale_log2=self.scale * _LOG2E,
+            scale_log2=self.scale * LOG2E,
             threshold=int(self.dropout_p * 2**32) - 2**31,
             keep_factor=1.0 / (1.0 - self.dropout_p),
         )  # fmt: skip
