@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
-from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.attention import _triton_table
 from musiclm_fast.ops.attention._autograd import empty_heads
 from musiclm_fast.ops.attention._triton_call import (
@@ -23,13 +22,11 @@ from musiclm_fast.ops.attention._triton_call import (
     rows,
     strides,
 )
-from musiclm_fast.ops.attention._triton_tiles import Configs, run_tuned
+from musiclm_fast.ops.attention._triton_tiles import Configs, run_tuned, table_config
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Columns of a program that sums the gradients of a scale, and of one that sums tables.
 SCALE_COLUMNS, TABLE_COLUMNS = 8, 256
-# Tiles of the table's gradient from a stored dS.
-TABLE_STORED = Config(512, 8, 4, 1, 255)
 # Rows of dS are padded to whole tiles of every kernel that touches it.
 DS_ROWS = 128
 # Bytes of dS up to which it is kept; a longer one is computed again by each kernel that needs it.
@@ -66,12 +63,10 @@ def backward(
 
 
 def _stores_ds(call: Call, elements: int) -> bool:
-    if elements * call.dtype.itemsize > DS_BYTES:
-        return False
     # Where few entries of a table collect many pairs, the error of a delta from the rounded output
     # adds up, and only the other way corrects it.
     few = call.bias_table is not None and 2 * call.radius + 1 < call.queries
-    return call.dtype == torch.float32 or not few
+    return not few and elements * call.dtype.itemsize <= DS_BYTES
 
 
 def _run(
@@ -107,7 +102,7 @@ def _run(
     if call.bias_table is not None:
         table = call.bias_table.contiguous()
         table2 = empty(heads, entries)
-        tile = TABLE_STORED if ds is not None else chosen.table
+        tile = table_config(ds is not None, call.dtype)
         work = _triton_table.plan(call, tile, ds_rows if ds is not None else 0)
         index, slots = work.index, work.slots
         ranks, rank_rows = work.ranks, work.ranks.numel() // queries
@@ -127,24 +122,24 @@ def _run(
     )  # fmt: skip
     common: dict[str, Any] = dict(
         grad_out=grad_out, q=q, k=k, v=call.v, logsumexp2=lse2, delta=delta, slots=slots,
-        **call.bias(), **strides("g", grad_out, "bhm"),
+        table2=table2, **call.shared(call.scale), **strides("g", grad_out, "bhm"),
         **strides("q", q, "bhm"), **strides("k", k, "bhn"), **strides("v", call.v, "bhn"),
         heads=heads, HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group,
         CAUSAL=call.causal, PRECISION=PRECISION, PTX=call.ptx,
     )  # fmt: skip
-    common["table2"] = table2
     frame = dict(frame=index["frame"], clash=index["clash"])
     if ds is None:  # first, because it corrects delta
         launch(
             "backward_q_kernel", batch * heads * query_blocks, dq.options,
             **common, **frame, raw_q=call.q, q_scale=call.q_scale, grad_q=grad_q,
-            grad_q_scale=q_parts,
-            **strides("r", call.q, "bhm"), scale=call.scale, BLOCK_M=dq.block_m, BLOCK_N=dq.block_n,
+            grad_q_scale=q_parts, **strides("r", call.q, "bhm"), scale=call.scale,
+            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n,
         )  # fmt: skip
     launch(
         "backward_kv_kernel", batch * kv_heads * key_blocks, kv.options,
         **common, **frame, ds=ds, ds_rows=ds_rows, raw_k=call.k, k_scale=call.k_scale,
-        grad_k=grad_k, grad_v=grad_v, grad_k_scale=k_parts, **strides("r", call.k, "bhn"), scale=call.scale,
+        grad_k=grad_k, grad_v=grad_v, grad_k_scale=k_parts, **strides("r", call.k, "bhn"),
+        scale=call.scale,
         MASK_KEYS=(
             call.key_mask is not None or call.key_lengths is not None or keys % kv.block_n != 0
         ),
@@ -154,7 +149,8 @@ def _run(
         launch(
             "stored_q_kernel", batch * heads * query_blocks, dq.options,
             ds=ds, k=k, raw_q=call.q, q_scale=call.q_scale, key_lengths=call.key_lengths,
-            grad_q=grad_q, grad_q_scale=q_parts, q_codes=call.q_codes, **frame, **strides("k", k, "bhn"), **strides("r", call.q, "bhm"),
+            grad_q=grad_q, grad_q_scale=q_parts, q_codes=call.q_codes, **frame,
+            **strides("k", k, "bhn"), **strides("r", call.q, "bhm"),
             stride_qcb=common["stride_qcb"], heads=heads, queries=queries, keys=keys, slots=slots,
             scale=call.scale, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
             HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group, CAUSAL=call.causal,

@@ -82,6 +82,38 @@ def _read_table(row, index, PTX: tl.constexpr):
 
 
 @triton.jit
+def _read_offset(row, first, code, last, PTX: tl.constexpr):
+    # row[clamp(first - code, 0, last)] for every pair of a (BM, 1) and a (1, BN) tile. The
+    # difference may wrap, so what is read always lies in the row, and is the right entry where the
+    # true difference fits into int32. One piece of assembly, or ptxas takes the difference apart
+    # from its clamp: on sm_90 it is three instructions, VIADDMNMX, IMAD.WIDE, LDG.
+    if not PTX:
+        return tl.load(row + tl.maximum(tl.minimum(first - code, last), 0))
+    return tl.inline_asm_elementwise(
+        "{ .reg .s32 i; .reg .u64 a;"
+        " sub.s32 i, $2, $3; min.s32 i, i, $4; max.s32 i, i, 0;"
+        " mul.wide.u32 a, i, 4; add.u64 a, a, $1; ld.global.nc.f32 $0, [a]; }",
+        "=f,l,r,r,r", [row.to(tl.int64), first, code, last],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _codes_span(q_codes, k_codes_row, end, BLOCK: tl.constexpr):
+    # Largest code of the queries and of the keys before `end`, less the smallest, as int64.
+    lanes = tl.arange(0, BLOCK)
+    low = tl.full([BLOCK], 2147483647, dtype=tl.int32)
+    high = tl.full([BLOCK], -2147483648, dtype=tl.int32)
+    for start in range(0, end, BLOCK):
+        ok = start + lanes < end
+        codes = tl.load(k_codes_row + start + lanes, mask=ok, other=0)
+        low = tl.minimum(low, codes)
+        high = tl.maximum(high, codes)
+    lowest = tl.minimum(tl.min(low, axis=0), tl.min(q_codes, axis=0)).to(tl.int64)
+    return tl.maximum(tl.max(high, axis=0), tl.max(q_codes, axis=0)).to(tl.int64) - lowest
+
+
+@triton.jit
 def _normalize(x, scale):
     # x: (rows, D) float32, scale: (D,) float32
     norm = tl.sqrt(tl.sum(x * x, axis=1))
@@ -124,21 +156,20 @@ def normalize_kernel(
 
 @triton.jit
 def _forward_tiles(
-    acc, row_max, row_sum, q_tile, begin, end, key_end,
-    k_base, v_base, stride_kn, stride_vn, table_row, window_low, window_high, code_plus_radius,
-    k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    PTX: tl.constexpr,
+    acc, row_max, row_sum, q_tile, begin, end, key_end, last_key,
+    k_base, v_base, stride_kn, stride_vn, table_row, first_entry, codes, radius,
+    k_codes_row, mask_row, row_key, threshold, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BOUNDED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # One online-softmax sweep over the keys [begin, end). BOUNDED tiles may reach past key_end or
-    # the causal diagonal; the others lie inside both and pay for neither comparison.
+    # the causal diagonal, and may hold any codes; the others pay for none of it.
     lanes = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     k_offsets = dims[:, None] + lanes[None, :] * stride_kn  # (D, BN)
     v_offsets = lanes[:, None] * stride_vn + dims[None, :]  # (BN, D)
     dims_ok = dims < HEAD_DIM
-    for start in range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         columns = start + lanes
         columns_ok = columns < key_end
         start64 = tl.cast(start, tl.int64)
@@ -150,24 +181,30 @@ def _forward_tiles(
             k_tile = tl.load(k_ptrs, mask=dims_ok[:, None], other=0.0)
         else:
             k_tile = tl.load(k_ptrs)
-        s2 = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale_log2  # (BM, BN)
-        if table_row is not None:
-            codes = tl.load(k_codes_row + columns, mask=columns_ok, other=0)
-            clamped = tl.minimum(
-                tl.maximum(codes[None, :], window_low[:, None]), window_high[:, None]
-            )
-            s2 += _read_table(table_row, code_plus_radius[:, None] - clamped, PTX)
-        if mask_row is not None:
-            visible = tl.load(mask_row + columns, mask=columns_ok, other=0) != 0
-            s2 = tl.where(visible[None, :], s2, float("-inf"))
+        # The product starts from the bias: no addition, and no register for it.
+        if table_row is None:
+            s = tl.zeros([row_max.shape[0], BLOCK_N], dtype=tl.float32)  # (BM, BN)
         elif BOUNDED:
-            s2 = tl.where(columns_ok[None, :], s2, float("-inf"))
-        if BOUNDED and CAUSAL:
-            s2 = tl.where(columns[None, :] <= rows[:, None] + causal_shift, s2, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s2, axis=1))
+            k_codes = tl.load(k_codes_row + columns, mask=columns_ok, other=0)
+            low, high = _code_window(codes, radius)
+            clamped = tl.minimum(tl.maximum(k_codes[None, :], low[:, None]), high[:, None])
+            s = _read_table(table_row, first_entry[:, None] - clamped, PTX)
+        else:
+            k_codes = tl.load(k_codes_row + columns)
+            s = _read_offset(table_row, first_entry[:, None], k_codes[None, :], 2 * radius, PTX)
+        s = tl.dot(q_tile, k_tile, s, input_precision=PRECISION)
+        if mask_row is not None:
+            if BOUNDED:
+                visible = tl.load(mask_row + columns, mask=columns_ok, other=0) != 0
+            else:
+                visible = tl.load(mask_row + columns) != 0
+            s = tl.where(visible[None, :], s, float("-inf"))
+        if BOUNDED:
+            s = tl.where(columns[None, :] <= last_key[:, None], s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale_log2)
         # A row that has seen no key yet has the maximum -inf: subtract 0 there, not -inf.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(s2 - safe_max[:, None])
+        p = tl.exp2(s * scale_log2 - safe_max[:, None])
         correction = tl.exp2(row_max - safe_max)
         row_sum = row_sum * correction + tl.sum(p, axis=1)
         row_max = new_max
@@ -188,10 +225,10 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=["threshold"])
 def forward_kernel(
-    q, k, v, out, logsumexp2, table2, q_codes, k_codes, key_mask, key_lengths, q_scale, seed,
+    q, k, v, out, logsumexp2, table, q_codes, k_codes, key_mask, key_lengths, q_scale, seed,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_tableh, stride_qcb, stride_kcb, stride_maskb,
+    stride_qcb, stride_kcb, stride_maskb,
     heads, queries, keys, radius, scale_log2, threshold, keep_factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -199,7 +236,7 @@ def forward_kernel(
     """Out (B, H, M, D) and lse2 (B, H, M) for one block of queries of one head.
 
     k is already normalised where ``q_scale`` is given; q is normalised here, in registers.
-    ``table2`` (H, 2R + 1) is float32 and holds the bias in base 2.
+    ``table`` (H, 2R + 1) is float32 and holds the bias divided by the scale, which is positive.
     """
     blocks = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -221,16 +258,15 @@ def forward_kernel(
 
     # Names below must exist on every path; None vanishes at compile time.
     table_row = None
-    window_low = None
-    window_high = None
-    code_plus_radius = None
+    codes = None
+    first_entry = None
     k_codes_row = None
-    if table2 is not None:
-        table_row = table2 + h * stride_tableh
+    if table is not None:
+        table_row = table + h * (2 * radius + 1)
         k_codes_row = k_codes + b * stride_kcb
-        codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
-        window_low, window_high = _code_window(codes, radius)
-        code_plus_radius = codes + radius  # may wrap; the difference with a clamped code unwraps
+        codes_at = q_codes + b * stride_qcb + tl.minimum(rows, queries - 1)
+        codes = tl.load(codes_at)
+        first_entry = codes + radius  # may wrap; the difference with a key's code unwraps
     mask_row = None
     if key_mask is not None:
         mask_row = key_mask + b * stride_maskb
@@ -241,30 +277,36 @@ def forward_kernel(
     key_end = keys
     if key_lengths is not None:
         key_end = tl.minimum(tl.maximum(tl.load(key_lengths + b), 0), keys).to(tl.int32)
-    causal_shift = keys - queries
     end = key_end
     inside = key_end
+    last_key = tl.zeros([BLOCK_M], dtype=tl.int32) + (key_end - 1)
     if CAUSAL:
-        end = tl.minimum(key_end, first_row + BLOCK_M + causal_shift)
-        inside = tl.minimum(key_end, first_row + 1 + causal_shift)
+        shift = keys - queries
+        end = tl.minimum(key_end, first_row + BLOCK_M + shift)
+        inside = tl.minimum(key_end, first_row + 1 + shift)
+        last_key = tl.minimum(last_key, rows + shift)
     inside = tl.maximum(inside, 0) // BLOCK_N * BLOCK_N
+    if table is not None:
+        span = _codes_span(codes, k_codes_row, end, 1024)
+        inside = tl.where(span + radius < 2147483648, inside, 0)
 
     k_base = k + b * stride_kb + (h // GROUP) * stride_kh
     v_base = v + b * stride_vb + (h // GROUP) * stride_vh
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # The last keys first: what only their tiles need then takes no registers in the other loop.
     acc, row_max, row_sum = _forward_tiles(
-        acc, row_max, row_sum, q_tile, 0, inside, key_end,
-        k_base, v_base, stride_kn, stride_vn, table_row, window_low, window_high, code_plus_radius,
-        k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, CAUSAL, seed is not None, PRECISION, PTX,
+        acc, row_max, row_sum, q_tile, inside, end, key_end, last_key,
+        k_base, v_base, stride_kn, stride_vn, table_row, first_entry, codes, radius,
+        k_codes_row, mask_row, row_key, threshold, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_N // 2, 1, True, seed is not None, PRECISION, PTX,
     )  # fmt: skip
     acc, row_max, row_sum = _forward_tiles(
-        acc, row_max, row_sum, q_tile, inside, end, key_end,
-        k_base, v_base, stride_kn, stride_vn, table_row, window_low, window_high, code_plus_radius,
-        k_codes_row, mask_row, row_key, threshold, scale_log2, rows, causal_shift,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, seed is not None, PRECISION, PTX,
+        acc, row_max, row_sum, q_tile, 0, inside, key_end, last_key,
+        k_base, v_base, stride_kn, stride_vn, table_row, first_entry, codes, radius,
+        k_codes_row, mask_row, row_key, threshold, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_N, None, False, seed is not None, PRECISION, PTX,
     )  # fmt: skip
 
     seen = row_sum > 0.0
