@@ -34,7 +34,6 @@ class Call:
         self.group = self.heads // self.kv_heads
         self.block_d = max(16, 1 << (self.head_dim - 1).bit_length())
         self.bias_table = bias_table
-        self.table2 = None if bias_table is None else bias_table.float().contiguous() * _LOG2E
         self.radius = 0 if bias_table is None else bias_table.shape[1] // 2
         self.q_codes, self.k_codes = _unit_stride(q_codes), _unit_stride(k_codes)
         self.key_mask = _unit_stride(key_padding_mask)
@@ -43,16 +42,20 @@ class Call:
         self.key_lengths = _unit_stride(key_lengths)
         self.q_scale, self.k_scale = _unit_stride(q_scale), _unit_stride(k_scale)
         self.seed, self.dropout_p = dropout_seed, dropout_p
+        self.masked = dropout_seed is not None or key_padding_mask is not None
         self.scale, self.causal = scale, causal
 
-    def bias(self) -> dict[str, Any]:
-        """Arguments that the kernels of the forward and of the backward share."""
+    def shared(self, scale: float) -> dict[str, Any]:
+        """Arguments that the kernels of the forward and of the backward share.
+
+        Args:
+            scale: of the similarities.
+        """
         return dict(
-            table2=self.table2, q_codes=self.q_codes, k_codes=self.k_codes,
+            q_codes=self.q_codes, k_codes=self.k_codes,
             key_mask=self.key_mask, key_lengths=self.key_lengths, seed=self.seed,
-            stride_tableh=2 * self.radius + 1, **self.code_strides(),
-            queries=self.queries, keys=self.keys, radius=self.radius,
-            scale_log2=self.scale * _LOG2E,
+            **self.code_strides(), queries=self.queries, keys=self.keys, radius=self.radius,
+            scale_log2=scale * _LOG2E,
             threshold=int(self.dropout_p * 2**32) - 2**31,
             keep_factor=1.0 / (1.0 - self.dropout_p),
         )  # fmt: skip
@@ -87,6 +90,11 @@ def rows(x: Tensor) -> Tensor:
     if x.stride(-1) == 1 and abs(x.stride(2)) < 2**23:
         return x
     return x.contiguous()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple, or the value if it is one."""
+    return -(-value // multiple) * multiple
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:

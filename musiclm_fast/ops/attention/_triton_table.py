@@ -1,87 +1,85 @@
-"""The gradient of the bias table: sums of dS over equal offsets."""
+"""Workspace of the gradient of the bias table, and the launch that fills it."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from musiclm_fast.ops.attention._triton_bands import Band
-from musiclm_fast.ops.attention._triton_call import BLOCK, SMALL, Call, batch_stride, launch
+from musiclm_fast.ops._triton_target import Config
+from musiclm_fast.ops.attention._triton_call import Call
 
-# Bytes of the partial sums and of the index of codes.
-PARTIAL_BYTES = 4 << 20
-INDEX_BYTES = 2 << 20
+# Programs that a launch should have: two for each of an H100's multiprocessors.
+PROGRAMS = 264
+# Tasks of a program, so that the last round is a small part of all.
+ROUNDS = 4
+# Bytes of the programs' own tables, and of the positions of codes.
+PARTIAL_BYTES = 16 << 20
+INDEX_BYTES = 64 << 20
+# A program's scratch, in numbers, and those that are read at a time.
+SCRATCH, PIECE = 1 << 14, 1 << 11
+# Queries among which equal codes are told apart, at least a tile.
+RANK_GROUP = 512
+
+NO_INDEX: dict[str, Tensor | None] = dict.fromkeys(("inverse", "frame", "used", "listed", "clash"))
 
 
-class TableGradient:
-    """Sums of dS over equal offsets, band by band, in a fixed order and without atomics."""
+@dataclass(frozen=True)
+class TableWork:
+    """What the kernels of a table's gradient write.
 
-    block_h, block_j, edge_keys = 8, 4, 32
+    Args:
+        programs: of the table's kernel: ``parts`` for each head.
+        chunks: pieces into which the batch is cut, where there are few tiles.
+        slots: places of codes in the index, a power of two; 0 for codes shared by the batch.
+        partial: ``(parts, H, 2R + 1)``, zeros; zeros: a row of dS.
+        scratch: of the programs.
+        ranks: of queries among equal codes, shaped as their codes.
+        index: ``inverse``, ``frame``, ``used``, ``listed`` and ``clash`` of the kernels, None for
+            codes shared by the batch.
+    """
 
-    def __init__(self, call: Call) -> None:
-        assert call.q_codes is not None and call.k_codes is not None
-        self.call = call
-        self.key_blocks = -(-call.keys // self.edge_keys)
-        entries = 2 * call.radius + 1
-        per_sample = call.q_codes.ndim == 2
-        tables = call.batch if per_sample else 1
-        largest = max(INDEX_BYTES // (4 * tables), 128)
-        self.slots = max(128, min(1 << (2 * call.radius).bit_length(), 1 << 14))
-        self.slots = min(self.slots, 1 << (largest.bit_length() - 1))
-        self.block_r = min(256, max(64, 1 << (entries - 1).bit_length()))
-        self.r_blocks = -(-entries // self.block_r)
-        h_blocks = -(-call.heads // self.block_h)
-        wanted = min(64, -(-1024 // (self.r_blocks * h_blocks)), -(-call.batch * call.keys // 32))
-        self.parts = max(1, min(wanted, PARTIAL_BYTES // (4 * call.heads * entries)))
+    programs: int
+    chunks: int
+    slots: int
+    partial: Tensor
+    zeros: Tensor
+    scratch: Tensor
+    ranks: Tensor
+    index: dict[str, Tensor | None]
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=call.device)
 
-        self.first, self.following = empty(tables, self.slots), empty(tables, call.queries)
-        launch(
-            "index_kernel", tables * (-(-self.slots // BLOCK) + -(-call.queries // BLOCK)), SMALL,
-            q_codes=call.q_codes, first=self.first, following=self.following,
-            stride_qcb=batch_stride(call.q_codes), queries=call.queries, slots=self.slots,
-            BLOCK=BLOCK,
+def plan(call: Call, config: Config, ds_rows: int) -> TableWork:
+    """The workspace of a call, by its shapes alone."""
+    assert call.q_codes is not None and call.k_codes is not None
+    entries = 2 * call.radius + 1
+    tiles = -(-call.queries // config.block_m) * -(-call.keys // config.block_n)
+    wanted = -(-PROGRAMS // call.heads)
+    chunks = max(1, min(call.batch, ROUNDS * wanted // tiles))
+    parts = max(1, min(wanted, tiles * chunks, PARTIAL_BYTES // (4 * call.heads * entries)))
+    slots = 0
+    if call.q_codes.ndim == 2 or call.k_codes.ndim == 2:
+        slots = 1 << (entries - 1).bit_length()
+        most = max(INDEX_BYTES // (8 * call.batch), 128)
+        slots = max(128, min(slots, 1 << 14, 1 << (most.bit_length() - 1)))
+    programs = parts * call.heads
+    # One tensor of zeros: a row of dS, the partial tables, the used slots and the clash.
+    zeros = torch.zeros(
+        ds_rows + programs * entries + 2 * slots + 1, dtype=torch.float32, device=call.device
+    )
+    row, partial, flags = zeros.split((ds_rows, programs * entries, 2 * slots + 1))
+    index = NO_INDEX
+    if slots:
+        flags = flags.view(torch.int32)
+        places = torch.empty(
+            2 * call.batch * slots + 4 * slots, dtype=torch.int32, device=call.device
+        )
+        inverse, frame, listed = places.split((2 * call.batch * slots, 2 * slots, 2 * slots))
+        index = dict(
+            inverse=inverse, frame=frame, listed=listed, used=flags[: 2 * slots],
+            clash=flags[2 * slots :],
         )  # fmt: skip
-        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=call.device)
-        self.inner = zeros(self.parts, call.heads, entries)
-        self.edges = zeros(call.batch, call.heads, self.key_blocks, 2)
-
-    def add(self, band: Band, ds: Tensor, ds_rows: int, ds_keys: int) -> None:
-        call = self.call
-        band_heads = band.kv_heads * call.group
-        common: dict[str, Any] = dict(
-            ds=ds, q_codes=call.q_codes, k_codes=call.k_codes, key_mask=call.key_mask,
-            key_lengths=call.key_lengths, **call.code_strides(), heads=call.heads,
-            queries=call.queries, keys=call.keys, radius=call.radius, sample0=band.sample,
-            head0=band.kv_head * call.group, band_heads=band_heads, row_begin=band.row_begin,
-            row_end=band.row_end, ds_rows=ds_rows, ds_keys=ds_keys, CAUSAL=call.causal,
-        )  # fmt: skip
-        per_sample = call.q_codes is not None and call.q_codes.ndim == 2
-        pairs = band.samples * call.keys
-        if call.radius > 0:
-            h_blocks = -(-band_heads // self.block_h)
-            launch(
-                "table_gradient_kernel", self.r_blocks * h_blocks * self.parts, SMALL,
-                **common, first=self.first, following=self.following, partial=self.inner,
-                stride_firstb=self.slots if per_sample else 0,
-                stride_followingb=call.queries if per_sample else 0, slots=self.slots,
-                pairs=pairs, pairs_per_part=-(-pairs // self.parts),
-                BLOCK_H=self.block_h, BLOCK_J=self.block_j, BLOCK_R=self.block_r,
-            )  # fmt: skip
-        launch(
-            "table_edges_kernel", band.samples * band_heads * self.key_blocks, SMALL,
-            **common, partial=self.edges, BLOCK_M=64, BLOCK_N=self.edge_keys,
-        )  # fmt: skip
-
-    def result(self) -> Tensor:
-        """``(H, 2R + 1)`` float32."""
-        table = self.inner.sum(0)
-        low, high = self.edges.sum((0, 2)).unbind(-1)
-        table[:, 0] += low
-        table[:, -1] += high
-        return table
+    scratch = torch.empty(programs * SCRATCH, dtype=torch.float32, device=call.device)
+    ranks = torch.empty(call.q_codes.shape, dtype=torch.int32, device=call.device)
+    return TableWork(programs, chunks, slots, partial, row.view(call.dtype), scratch, ranks, index)

@@ -32,7 +32,7 @@ class Configs:
 Table = dict[int, Configs]
 _HALF: Table = {
     32: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    64: Configs(Config(128, 32, 8, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
+    64: Configs(Config(128, 64, 8, 2, 128), Config(64, 64, 4, 2), Config(128, 64, 8, 3)),
     128: Configs(Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 64, 4, 2)),
 }
 _HALF_AMPERE: Table = {
@@ -42,7 +42,7 @@ _HALF_AMPERE: Table = {
 }
 _HALF_BLACKWELL: Table = {
     32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
-    64: replace(_HALF[64], backward_kv=Config(64, 64, 4, 2, 255)),
+    64: replace(_HALF[64], forward=Config(128, 32, 8, 3), backward_kv=Config(64, 64, 4, 2, 255)),
     128: replace(_HALF[128], backward_q=Config(128, 64, 8, 2)),
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
@@ -65,7 +65,7 @@ _TABLES = {  # 16-bit and float32
 
 
 def configs(
-    target: str, head_dim: int, queries: int, dtype: torch.dtype, causal: bool, dropout: bool
+    target: str, head_dim: int, queries: int, dtype: torch.dtype, causal: bool, masked: bool
 ) -> Configs:
     """The tiles that the table gives for a call.
 
@@ -75,7 +75,7 @@ def configs(
         queries: M; few queries (cached decoding) take narrow tiles.
         dtype: q's dtype.
         causal: the backward masks, which takes registers.
-        dropout: the forward hashes, which takes registers.
+        masked: dropout or a mask of keys; the forward masks all tiles, which takes registers.
     """
     family = _triton_target.family(target)
     table = _TABLES[family][dtype == torch.float32]
@@ -85,14 +85,22 @@ def configs(
     if limit == 64 and dtype != torch.float32:
         if causal:
             backward_kv = replace(backward_kv, block_m=32, max_registers=None)  # 64 would spill
-        if dropout and family in ("hopper", "blackwell"):
-            forward = replace(forward, max_registers=128)  # two programs a multiprocessor
+        if masked and family in ("hopper", "blackwell"):
+            # two programs a multiprocessor, without spills
+            forward = replace(forward, block_n=32, num_stages=3, max_registers=128)
     if queries <= 64:
         # With narrower tiles and a bias Triton 3.6 emits a cast that AMD's LLVM cannot translate.
         narrow = queries <= 16 and family != "amd"
         rows = 16 if narrow else min(forward.block_m, 64)
         forward = replace(forward, block_m=rows, num_warps=4)
     return replace(chosen, forward=forward, backward_kv=backward_kv)
+
+
+def table_config(stored: bool, dtype: torch.dtype) -> Config:
+    """The tile of the table's gradient: from a stored dS, or from products."""
+    if stored:
+        return Config(512, 8, 4, 1, 255)
+    return Config(32, 32, 8, 1) if dtype == torch.float32 else Config(64, 32, 8, 1)
 
 
 _tuning_results: dict[tuple[Any, ...], Configs] = {}
@@ -115,14 +123,12 @@ def run_tuned(call: Call, kind: str, run: Callable[[Configs], None]) -> None:
 
 def _chosen(call: Call, kind: str, run: Callable[[Configs], None]) -> Configs:
     target = _triton_target.target(call.device)
-    heuristic = configs(
-        target, call.head_dim, call.queries, call.dtype, call.causal, call.seed is not None
-    )
+    heuristic = configs(target, call.head_dim, call.queries, call.dtype, call.causal, call.masked)
     if _AUTOTUNE == "0" or call.device.type != "cuda":
         return heuristic
     key = (
         kind, target, call.head_dim, call.dtype, call.causal, call.group,
-        call.table2 is None, call.seed is None, call.keys.bit_length(), call.queries.bit_length(),
+        call.bias_table is None, call.masked, call.keys.bit_length(), call.queries.bit_length(),
     )  # fmt: skip
     if key not in _tuning_results and not torch.cuda.is_current_stream_capturing():
         _tuning_results[key] = _fastest(heuristic, run)
