@@ -69,23 +69,24 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
     name = launch.kernel.__name__
     if not outer:
         return []
-    if name == "forward_kernel":
-        return [(outer[0], math.ceil(a["keys"] / a["BLOCK_N"]))]
+    if name == "forward_kernel":  # the keys' codes, if there are, the last keys, and the others
+        rest = a["keys"] % a["BLOCK_N"] / (a["BLOCK_N"] // 2)
+        counts = [a["keys"] / 1024, math.ceil(rest), a["keys"] // a["BLOCK_N"]]
+        return list(zip(outer[-3:], counts[-len(outer) :], strict=False))
     if name == "backward_kv_kernel":
-        return [(outer[0], a["GROUP"] * math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
-    if name == "backward_q_kernel":
-        whole = a["keys"] // a["BLOCK_N"]
-        return [(outer[0], whole), (outer[-1], float(a["keys"] % a["BLOCK_N"] > 0))]
-    if name == "index_kernel":  # a program runs one of its two loops
-        return [(outer[0], math.ceil(a["queries"] / a["BLOCK"]))]
-    if name == "table_gradient_kernel":
-        # Chains of one: the inner loop runs once a turn, only in turns whose BLOCK_R offsets lead
-        # to a query. From a key of a grid, R of the 2R + 1 do.
-        count = math.ceil(a["pairs_per_part"] / a["BLOCK_J"])
-        found = min(1.0, (a["radius"] + a["BLOCK_R"]) / (2 * a["radius"] + 1))
-        return [(loop, count * (found if loop.depth else 1.0)) for loop in code.loops]
-    if name == "table_edges_kernel":
-        return [(outer[0], math.ceil((a["row_end"] - a["row_begin"]) / a["BLOCK_M"]))]
+        return [(outer[0], a["GROUP"] * math.ceil(a["queries"] / a["BLOCK_M"]))]
+    if name in ("backward_q_kernel", "stored_q_kernel"):  # stored: its third loop writes zeros
+        return [
+            (outer[0], a["keys"] // a["BLOCK_N"]),
+            (outer[1], float(a["keys"] % a["BLOCK_N"] > 0)),
+        ]
+    if name == "prepare_kernel":  # loops of the few programs that index the codes
+        return []
+    if name == "backward_table_kernel":
+        return _table_turns(launch, code)
+    if name == "sums_kernel":  # of each program one: the table's if there is one
+        rows = a["parts"] / 8 if a["partial"] is not None else a["q_rows"] / 256
+        return [(outer[-1], math.ceil(rows))]
     if name == "merge_kernel":  # of its two loops the first, for bounded similarities
         return [(outer[0], float(a["blocks"]))]
     if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):
@@ -104,6 +105,28 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
                     found.append((inner, count * math.ceil(a["D"] / a["BLOCK_D"])))
         return found
     raise ValueError(f"no rule for {name}'s loops in benchmarks/predict/kernels.py, turns()")
+
+
+def _table_turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
+    # Codes per sample are taken to be three of four of a grid's: the frame is the grid.
+    a = launch.arguments
+    outer = [loop for loop in code.loops if loop.depth == 0]
+    frame = 1.0 if a["used"] is None else 4 / 3
+    tiles = math.ceil(a["queries"] * frame / a["BLOCK_M"])
+    tiles *= math.ceil(a["keys"] * frame / a["BLOCK_N"])
+    tasks = tiles * a["chunks"] / (launch.programs / a["heads"])
+    samples = a["batch"] / a["chunks"]
+    span = min(2 * (a["BLOCK_M"] + a["BLOCK_N"]), 2 * a["radius"] + 1)  # of a grid's codes
+    pieces = math.ceil(span / a["PIECE"])
+    windows = math.ceil(span / a["WINDOW"])
+    found = [(loop, a["slots"] / 1024) for loop in outer[:-1]]
+    found.append((outer[-1], tasks))
+    inside = [loop for loop in code.loops if loop.depth == 1 and loop.begin >= outer[-1].begin]
+    found += [(inside[0], tasks * samples), (inside[-1], tasks)]
+    for loop in code.loops:
+        if loop.depth > 1:
+            found.append((loop, tasks * (windows if loop.depth == 2 else pieces)))
+    return found
 
 
 def limits(
@@ -169,21 +192,13 @@ def code_of(launch: Launch) -> Code:
 
 
 def moved(kernel: Kernel) -> float:
-    """Bytes of a kernel: its tensors, each once. A kernel of a band moves the band's share of q, k,
-    v and their gradients; table_edges_kernel does not read dS."""
-    if kernel.launch is None or "ds" not in kernel.launch.arguments:
+    """Bytes of a kernel: its tensors, each once. Of these, a table's gradient from a stored dS does
+    not read what dS was made from."""
+    a = {} if kernel.launch is None else kernel.launch.arguments
+    if kernel.name != "backward_table_kernel" or a["ds"] is None:
         return kernel.traffic
-    a = kernel.launch.arguments
-    band = a["ds"].numel() * a["ds"].element_size()
-    others = kernel.traffic - band
-    if kernel.name == "table_edges_kernel":
-        return others
-    like = a.get("raw_q", a.get("q"))
-    share = 1.0
-    if like is not None:
-        share = a["ds"].shape[0] / (like.shape[0] * like.shape[1])
-        share *= (a["row_end"] - a["row_begin"]) / a["queries"]
-    return band + min(share, 1.0) * others
+    names = ("grad_out", "q", "k", "v", "logsumexp2", "delta", "table2")
+    return kernel.traffic - sum(a[name].numel() * a[name].element_size() for name in names)
 
 
 def costs(kernels: Sequence[Kernel], card: Card) -> list[Cost]:

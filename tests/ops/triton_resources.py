@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -68,10 +69,12 @@ class Attention:
     lengths: bool = False
     causal: bool = False
     dropout_p: float = 0.0
+    stored: bool = True  # whether the backward keeps dS
 
     def __str__(self) -> str:
         on = [n for n in ("bias", "qk_norm", "key_mask", "lengths", "causal") if getattr(self, n)]
         on += ["dropout"] if self.dropout_p else []
+        on += [] if self.stored else ["recomputed"]
         on += [f"kv_heads={self.kv_heads}"] if self.kv_heads != 8 else []
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B={self.batch} H=8 M={self.queries:,} N={self.keys:,} D={self.head_dim}"
@@ -79,7 +82,7 @@ class Attention:
 
     def call(self) -> None:
         """A forward and a backward on meta tensors."""
-        from musiclm_fast.ops.attention import _triton
+        from musiclm_fast.ops.attention import _triton, _triton_backward
 
         batch, heads, keys, radius = self.batch, 8, self.keys, 2000
 
@@ -101,7 +104,8 @@ class Attention:
             self.head_dim**-0.5, self.causal, self.dropout_p,
         )  # fmt: skip
         out, lse = _triton.forward(q, k, k, *options)
-        _triton.backward(out, q, k, k, out, lse, *options)
+        with mock.patch.object(_triton_backward, "_stores_ds", return_value=self.stored):
+            _triton.backward(out, q, k, k, out, lse, *options)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ def every_variant(op: str) -> list[Variant]:
         *(Attention(head_dim=d, dropout_p=0.1, key_mask=True) for d in (32, 64, 128)),
         *(Attention(head_dim=d, lengths=True, **few) for d in (32, 64, 128)),
         *(Attention(head_dim=d, queries=1, per_sample=False, **few) for d in (32, 48, 64, 128)),
+        *(Attention(head_dim=d, stored=False) for d in (32, 64, 128)),
+        Attention(stored=False, per_sample=False, lengths=True, dropout_p=0.1, **few),
         Attention(bias=False, qk_norm=False),
         Attention(dtype=full, dropout_p=0.1, lengths=True, **few),
     ]

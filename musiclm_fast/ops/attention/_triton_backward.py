@@ -30,7 +30,7 @@ SCALE_COLUMNS, TABLE_COLUMNS = 8, 256
 # Rows of dS are padded to whole tiles of every kernel that touches it.
 DS_ROWS = 128
 # Bytes of dS up to which it is kept; a longer one is computed again by each kernel that needs it.
-_MEBIBYTES = os.environ.get("MUSICLM_FAST_ATTENTION_WORKSPACE") or "1024"
+_MEBIBYTES = os.environ.get("MUSICLM_FAST_ATTENTION_WORKSPACE") or "1280"
 if not _MEBIBYTES.isdecimal():
     fail("MUSICLM_FAST_ATTENTION_WORKSPACE", repr(_MEBIBYTES), "a whole number of MiB, 0 or more")
 DS_BYTES = int(_MEBIBYTES) << 20
@@ -85,7 +85,7 @@ def _run(
 
     ds = None
     absent = round_up(queries, DS_ROWS)  # the place of a query that a sample lacks
-    ds_rows, ds_keys = round_up(absent + 1, DS_ROWS), key_blocks * kv.block_n
+    ds_rows, ds_keys = absent + 16, key_blocks * kv.block_n
     if _stores_ds(call, batch * heads * ds_rows * ds_keys):
         ds = empty(batch * heads, ds_keys, ds_rows, dtype=call.dtype)
     q, k = call.q, call.k
