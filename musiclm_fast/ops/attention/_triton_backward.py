@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
+from musiclm_fast.ops import _triton_target
 from musiclm_fast.ops.attention import _triton_table
 from musiclm_fast.ops.attention._autograd import empty_heads
 from musiclm_fast.ops.attention._triton_call import (
@@ -22,7 +23,12 @@ from musiclm_fast.ops.attention._triton_call import (
     rows,
     strides,
 )
-from musiclm_fast.ops.attention._triton_tiles import Configs, run_tuned, table_config
+from musiclm_fast.ops.attention._triton_tiles import (
+    Configs,
+    recomputed_q_config,
+    run_tuned,
+    table_config,
+)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Columns of a program that sums the gradients of a scale, and of one that sums tables.
@@ -75,9 +81,9 @@ def _run(
     grad_q, grad_k, grad_v, grad_table, grad_q_scale, grad_k_scale = grads
     batch, heads, kv_heads = call.batch, call.heads, call.kv_heads
     queries, keys, head_dim = call.queries, call.keys, call.head_dim
+    target = _triton_target.target(call.device)
     kv, dq = chosen.backward_kv, chosen.backward_q
     key_blocks = -(-keys // kv.block_n)
-    query_blocks = -(-queries // dq.block_m)
     entries = 2 * call.radius + 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,7 +93,10 @@ def _run(
     absent = round_up(queries, DS_ROWS)  # the place of a query that a sample lacks
     ds_rows, ds_keys = absent + 16, key_blocks * kv.block_n
     if _stores_ds(call, batch * heads * ds_rows * ds_keys):
-        ds = empty(batch * heads, ds_keys, ds_rows, dtype=call.dtype)
+        ds = empty(batch * heads * ds_keys + 1, ds_rows, dtype=call.dtype)
+    else:
+        dq = recomputed_q_config(chosen, target, head_dim, call.dtype)
+    query_blocks = -(-queries // dq.block_m)
     q, k = call.q, call.k
     q_parts = k_parts = table = table2 = work = None
     index = _triton_table.NO_INDEX
@@ -102,8 +111,8 @@ def _run(
     if call.bias_table is not None:
         table = call.bias_table.contiguous()
         table2 = empty(heads, entries)
-        tile = table_config(ds is not None, call.dtype)
-        work = _triton_table.plan(call, tile, ds_rows if ds is not None else 0)
+        tile = table_config(ds is not None, target, head_dim, call.dtype)
+        work = _triton_table.plan(call, tile)
         index, slots = work.index, work.slots
         ranks, rank_rows = work.ranks, work.ranks.numel() // queries
         programs += -(-heads * entries // (BLOCK * call.block_d))
@@ -161,7 +170,7 @@ def _run(
         launch(
             "backward_table_kernel", work.programs, tile.options,
             **common, **index, ds=ds, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
-            zeros=work.zeros, ranks=work.ranks, stride_ranksb=batch_stride(work.ranks),
+            ranks=work.ranks, stride_ranksb=batch_stride(work.ranks),
             scratch=work.scratch, partial=work.partial, batch=batch, chunks=work.chunks,
             MASK_ROWS=queries % tile.block_m != 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             WINDOW=_triton_table.SCRATCH // tile.block_n,

@@ -730,6 +730,11 @@ def stored_q_kernel(
         acc, inside, end, key_end, ds_base, ds_offsets, ds_rows, k_base, k_offsets, stride_kn,
         rows, causal_shift, HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, PRECISION,
     )  # fmt: skip
+    if pid == 0:  # what a key without a place reads, a row after all
+        for start in range(0, ds_rows, BLOCK_M):
+            none = tl.zeros([BLOCK_M], dtype=ds.dtype.element_ty)
+            at = ds + (tl.num_programs(0) // blocks).to(tl.int64) * ds_keys * ds_rows
+            tl.store(at + start + lanes_m, none, mask=start + lanes_m < ds_rows)
     if block == blocks - 1:  # what a query without a place reads
         for start in range(0, ds_keys, BLOCK_M):
             columns = start + lanes_m
@@ -902,10 +907,20 @@ def _compact(used, listed, slots, BLOCK: tl.constexpr):
     return count
 
 
+@triton.jit
+def _frame_codes(own, frame, slots, listed, used, alone):
+    # Codes of a tile's lanes: of the frame, or a sample's or the whole batch's own.
+    code = tl.load(own + slots, mask=listed & ((used is None) | (alone != 0)), other=0)
+    if used is not None:
+        if alone == 0:
+            code = tl.load(frame + slots, mask=listed, other=0)
+    return code
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def backward_table_kernel(
     grad_out, q, k, v, logsumexp2, delta, table2, q_codes, k_codes, key_mask, key_lengths, seed,
-    ds, zeros, inverse, frame, used, listed, clash, ranks, scratch, partial,
+    ds, inverse, frame, used, listed, clash, ranks, scratch, partial,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_qcb, stride_kcb, stride_maskb, stride_ranksb,
@@ -942,8 +957,10 @@ def backward_table_kernel(
 
     q_count = tl.cast(queries, tl.int32)
     k_count = tl.cast(keys, tl.int32)
+    k_frame = None
     alone = 0  # whether each sample has its own frame
     if used is not None:
+        k_frame = frame + slots
         alone = tl.load(clash)
         if alone == 0:
             q_count = _compact(used, listed, slots, 1024)
@@ -970,17 +987,15 @@ def backward_table_kernel(
         k_listed = k_place < k_count
         q_slot = q_place
         k_slot = k_place
-        q_code_row = q_codes + tl.cast(first_sample, tl.int64) * stride_qcb
-        k_code_row = k_codes + tl.cast(first_sample, tl.int64) * stride_kcb
         if used is not None:
             if alone == 0:
                 q_slot = tl.load(listed + q_place, mask=q_listed, other=0)
                 k_slot = tl.load(listed + slots + k_place, mask=k_listed, other=0)
-                q_code_row = frame
-                k_code_row = frame + slots
-        q_code = tl.load(q_code_row + q_slot, mask=q_listed, other=0)
-        k_code = tl.load(k_code_row + k_slot, mask=k_listed, other=0)
+        own_q_codes = q_codes + tl.cast(first_sample, tl.int64) * stride_qcb
+        own_k_codes = k_codes + tl.cast(first_sample, tl.int64) * stride_kcb
         if ds is None:
+            q_code = _frame_codes(own_q_codes, frame, q_slot, q_listed, used, alone)
+            k_code = _frame_codes(own_k_codes, k_frame, k_slot, k_listed, used, alone)
             bias = _read_table(table_row, _entries(q_code, k_code, radius), PTX)
 
         if ds is None:
@@ -1008,17 +1023,19 @@ def backward_table_kernel(
             bh = b * heads + h
             columns64 = columns.to(tl.int64)
             if ds is not None:
-                row = ds + (bh * ds_keys + columns) * ds_rows
+                row = (bh * ds_keys + columns) * ds_rows
                 if used is None:
                     # A mask that varied along the queries would cut the load.
-                    at = row[:, None] + rows[None, :]
+                    at = ds + (row[:, None] + rows[None, :])
                     tile = tl.load(at, mask=columns_ok[:, None], other=0.0).to(tl.float32)
                     if MASK_ROWS:
                         tile = tl.where(rows_ok[None, :], tile, 0.0)
                 else:
                     # A mask would cost an instruction an element: what is absent reads zeros.
-                    row = tl.where(columns_ok, row, zeros)
-                    tile = tl.load(row[:, None] + rows[None, :]).to(tl.float32)
+                    row = tl.where(
+                        columns_ok, row, tl.cast(batch, tl.int64) * heads * ds_keys * ds_rows
+                    )
+                    tile = tl.load(ds + (row[:, None] + rows[None, :])).to(tl.float32)
                 if CAUSAL:
                     seen = columns[:, None] <= rows[None, :] + causal_shift
                     tile = tl.where(seen & rows_ok[None, :], tile, 0.0)
@@ -1052,8 +1069,8 @@ def backward_table_kernel(
 
         # The codes are read again, or the loop would keep the entries in registers.
         tl.debug_barrier()
-        q_code = tl.load(q_code_row + q_slot, mask=q_listed, other=0)
-        k_code = tl.load(k_code_row + k_slot, mask=k_listed, other=0)
+        q_code = _frame_codes(own_q_codes, frame, q_slot, q_listed, used, alone)
+        k_code = _frame_codes(own_k_codes, k_frame, k_slot, k_listed, used, alone)
         entry = tl.trans(_entries(q_code, k_code, radius))
         if ds is None:
             acc = tl.trans(acc)

@@ -33,7 +33,7 @@ class TableWork:
         programs: of the table's kernel: ``parts`` for each head.
         chunks: pieces into which the batch is cut, where there are few tiles.
         slots: places of codes in the index, a power of two; 0 for codes shared by the batch.
-        partial: ``(parts, H, 2R + 1)``, zeros; zeros: a row of dS.
+        partial: ``(parts, H, 2R + 1)``, zeros.
         scratch: of the programs.
         ranks: of queries among equal codes, shaped as their codes.
         index: ``inverse``, ``frame``, ``used``, ``listed`` and ``clash`` of the kernels, None for
@@ -44,13 +44,12 @@ class TableWork:
     chunks: int
     slots: int
     partial: Tensor
-    zeros: Tensor
     scratch: Tensor
     ranks: Tensor
     index: dict[str, Tensor | None]
 
 
-def plan(call: Call, config: Config, ds_rows: int) -> TableWork:
+def plan(call: Call, config: Config) -> TableWork:
     """The workspace of a call, by its shapes alone."""
     assert call.q_codes is not None and call.k_codes is not None
     entries = 2 * call.radius + 1
@@ -64,11 +63,9 @@ def plan(call: Call, config: Config, ds_rows: int) -> TableWork:
         most = max(INDEX_BYTES // (8 * call.batch), 128)
         slots = max(128, min(slots, 1 << 14, 1 << (most.bit_length() - 1)))
     programs = parts * call.heads
-    # One tensor of zeros: a row of dS, the partial tables, the used slots and the clash.
-    zeros = torch.zeros(
-        ds_rows + programs * entries + 2 * slots + 1, dtype=torch.float32, device=call.device
-    )
-    row, partial, flags = zeros.split((ds_rows, programs * entries, 2 * slots + 1))
+    # One tensor of zeros: the partial tables, the used slots and the clash.
+    zeros = torch.zeros(programs * entries + 2 * slots + 1, dtype=torch.float32, device=call.device)
+    partial, flags = zeros.split((programs * entries, 2 * slots + 1))
     index = NO_INDEX
     if slots:
         flags = flags.view(torch.int32)
@@ -82,4 +79,4 @@ def plan(call: Call, config: Config, ds_rows: int) -> TableWork:
         )  # fmt: skip
     scratch = torch.empty(programs * SCRATCH, dtype=torch.float32, device=call.device)
     ranks = torch.empty(call.q_codes.shape, dtype=torch.int32, device=call.device)
-    return TableWork(programs, chunks, slots, partial, row.view(call.dtype), scratch, ranks, index)
+    return TableWork(programs, chunks, slots, partial, scratch, ranks, index)

@@ -83,11 +83,13 @@ def configs(
     chosen = table[limit]
     forward, backward_kv = chosen.forward, chosen.backward_kv
     if limit == 64 and dtype != torch.float32:
-        if causal:
-            backward_kv = replace(backward_kv, block_m=32, max_registers=None)  # 64 would spill
-        if masked and family in ("hopper", "blackwell"):
+        if causal or head_dim & (head_dim - 1):  # 64 would spill
+            backward_kv = replace(backward_kv, block_m=32, max_registers=None)
+        if (masked or causal) and family in ("hopper", "blackwell"):
             # two programs a multiprocessor, without spills
             forward = replace(forward, block_n=32, num_stages=3, max_registers=128)
+    if queries <= 64 and limit == 128 and family == "hopper" and dtype != torch.float32:
+        backward_kv = replace(backward_kv, block_m=32, block_n=32)  # wider ones would spill
     if queries <= 64:
         # With narrower tiles and a bias Triton 3.6 emits a cast that AMD's LLVM cannot translate.
         narrow = queries <= 16 and family != "amd"
@@ -96,11 +98,25 @@ def configs(
     return replace(chosen, forward=forward, backward_kv=backward_kv)
 
 
-def table_config(stored: bool, dtype: torch.dtype) -> Config:
-    """The tile of the table's gradient: from a stored dS, or from products."""
+def table_config(stored: bool, target: str, head_dim: int, dtype: torch.dtype) -> Config:
+    """The tile of the table's gradient: from a kept dS, or from products."""
+    family = _triton_target.family(target)
     if stored:
         return Config(512, 8, 4, 1, 255)
-    return Config(32, 32, 8, 1) if dtype == torch.float32 else Config(64, 32, 8, 1)
+    if family == "amd":
+        return Config(32, 32, 4, 1)
+    if head_dim > 64 and dtype != torch.float32:
+        return Config(64, 16, 8, 1)
+    return Config(64, 32, 8, 1) if family == "hopper" else Config(32, 32, 8, 1)
+
+
+def recomputed_q_config(configs: Configs, target: str, head_dim: int, dtype: torch.dtype) -> Config:
+    """The tile of q's gradient without a kept dS, which holds more than one with it."""
+    if dtype == torch.float32:
+        return configs.backward_q
+    if _triton_target.family(target) == "amd":
+        return Config(64, 32, 4, 1) if head_dim <= 64 else Config(32, 32, 8, 1)
+    return Config(128, 64, 8, 2) if head_dim <= 64 else Config(64, 32, 8, 1)
 
 
 _tuning_results: dict[tuple[Any, ...], Configs] = {}
