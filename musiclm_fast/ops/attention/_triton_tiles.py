@@ -83,11 +83,13 @@ def configs(
     chosen = table[limit]
     forward, backward_kv = chosen.forward, chosen.backward_kv
     if limit == 64 and dtype != torch.float32:
-        if causal or head_dim & (head_dim - 1):  # 64 would spill
+        if causal or masked or head_dim & (head_dim - 1):  # 64 would spill
             backward_kv = replace(backward_kv, block_m=32, max_registers=None)
         if (masked or causal) and family in ("hopper", "blackwell"):
             # two programs a multiprocessor, without spills
             forward = replace(forward, block_n=32, num_stages=3, max_registers=128)
+    if limit == 32 and masked and dtype != torch.float32:
+        backward_kv = replace(backward_kv, block_m=32)
     if queries <= 64 and limit == 128 and family == "hopper" and dtype != torch.float32:
         backward_kv = replace(backward_kv, block_m=32, block_n=32)  # wider ones would spill
     if queries <= 64:
@@ -114,9 +116,12 @@ def recomputed_q_config(configs: Configs, target: str, head_dim: int, dtype: tor
     """The tile of q's gradient without a kept dS, which holds more than one with it."""
     if dtype == torch.float32:
         return configs.backward_q
-    if _triton_target.family(target) == "amd":
+    family = _triton_target.family(target)
+    if family == "amd":
         return Config(64, 32, 4, 1) if head_dim <= 64 else Config(32, 32, 8, 1)
-    return Config(128, 64, 8, 2) if head_dim <= 64 else Config(64, 32, 8, 1)
+    if head_dim > 64 or family == "ampere":
+        return Config(64, 32, 8, 1)
+    return Config(128, 64, 8, 2)
 
 
 _tuning_results: dict[tuple[Any, ...], Configs] = {}
