@@ -87,6 +87,10 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
     if name == "sums_kernel":  # of each program one: the table's if there is one
         rows = a["parts"] / 8 if a["partial"] is not None else a["q_rows"] / 256
         return [(outer[-1], math.ceil(rows))]
+    if name in ("geglu_forward_kernel", "geglu_backward_kernel"):
+        return [(outer[0], a["span"])]
+    if name == "hyper_backward_kernel":
+        return [(loop, a["span"] * (a["count"] if loop.depth else 1)) for loop in code.loops]
     if name == "merge_kernel":  # of its two loops the first, for bounded similarities
         return [(outer[0], float(a["blocks"]))]
     if name in ("logsumexp_kernel", "sigmoid_kernel", "gradient_kernel"):

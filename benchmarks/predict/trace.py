@@ -189,6 +189,8 @@ def _inside(func: Any) -> Callable[..., Any] | None:
     # The code inside an operator of the Triton backends.
     from musiclm_fast.ops.attention import _triton as attention
     from musiclm_fast.ops.contrastive import _triton as contrastive
+    from musiclm_fast.ops.geglu_norm import _triton as geglu_norm
+    from musiclm_fast.ops.hyper_connection import _triton as hyper_connection
 
     return {
         "musiclm_fast::attention_forward_triton": attention.forward,
@@ -196,6 +198,10 @@ def _inside(func: Any) -> Callable[..., Any] | None:
         "musiclm_fast::contrastive_logsumexp_triton": contrastive.logsumexp,
         "musiclm_fast::contrastive_logsumexp_backward_triton": contrastive.logsumexp_backward,
         "musiclm_fast::contrastive_sigmoid_triton": contrastive.sigmoid,
+        "musiclm_fast::geglu_norm_forward_triton": geglu_norm.forward,
+        "musiclm_fast::geglu_norm_backward_triton": geglu_norm.backward,
+        "musiclm_fast::hyper_connection_forward_triton": hyper_connection.forward,
+        "musiclm_fast::hyper_connection_backward_triton": hyper_connection.backward,
     }.get(func._schema.name)
 
 

@@ -49,17 +49,22 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def register(
-    op: str, fake_forward: Callable[..., Any], fake_backward: Callable[..., Any], results: int
+    op: str,
+    fake_forward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    results: int,
+    backend: str = "",
 ) -> None:
-    """Register fakes and autograd of ``musiclm_fast::<op>_forward`` and ``<op>_backward``.
+    """Register fakes and autograd of ``musiclm_fast::<op>_forward`` and ``<op>_backward``, to which
+    ``backend`` adds ``"_triton"``.
 
     The backward takes the gradients of the forward's first ``results`` outputs, its inputs, and
     its other outputs, which are kept for that. It returns a gradient per input.
     """
-    forward, backward = (f"musiclm_fast::{op}_{way}" for way in ("forward", "backward"))
+    forward, backward = (f"musiclm_fast::{op}_{way}{backend}" for way in ("forward", "backward"))
     torch.library.register_fake(forward)(fake_forward)
     torch.library.register_fake(backward)(fake_backward)
-    backward_op = getattr(torch.ops.musiclm_fast, f"{op}_backward")
+    backward_op = getattr(torch.ops.musiclm_fast, f"{op}_backward{backend}")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output

@@ -75,14 +75,17 @@ def refusal(x: Tensor) -> str:
     return ""
 
 
-def supports(x: Tensor, widest: int) -> tuple[bool, str]:
+def supports(x: Tensor, widest: int, **others: Tensor | None) -> tuple[bool, str]:
     """Whether kernels for rows of at most ``widest`` numbers take a call, and why not.
 
-    Device, dtype and the last size of ``x`` decide.
+    Device, dtype and the last size of ``x`` decide, and the dtypes of further tensors by argument.
     """
     reason = refusal(x)
     if not reason and not 0 < x.shape[-1] <= widest:
         reason = f"{x.shape[-1]} numbers a row, not 1 to {widest}"
+    for name, other in others.items():
+        if not reason and other is not None and other.dtype not in DTYPES:
+            reason = f"it takes float32, bfloat16 and float16, and {name} is {other.dtype}"
     return not reason, reason
 
 

@@ -132,9 +132,67 @@ class Contrastive:
             _triton.sigmoid(latents, latents, factor, factor, 0, gradients)
 
 
-Variant = Attention | Contrastive
+@dataclass(frozen=True)
+class GegluNorm:
+    """The widths and dtype of a call: 64 x 744 rows."""
 
-USUAL: dict[str, Variant] = {"attention": Attention(), "contrastive": Contrastive()}
+    hidden: int = 1365
+    padded: int = 1376
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"geglu_norm h={self.hidden} of {self.padded} {dtype}"
+
+    def call(self) -> None:
+        """A forward and a backward on meta tensors, the parameters in float32."""
+        from musiclm_fast.ops.geglu_norm import _triton
+
+        x = torch.empty((64 * 744, 2 * self.padded), dtype=self.dtype, device="meta")
+        gamma = torch.empty(self.hidden, device="meta")
+        out, *kept = _triton.forward(x, gamma, gamma)
+        _triton.backward(out, x, gamma, gamma, *kept)
+
+
+@dataclass(frozen=True)
+class HyperConnection:
+    """The sizes and dtype of a call: 64 x 744 tokens."""
+
+    streams: int = 4
+    dim: int = 512
+    dtype: torch.dtype = torch.bfloat16
+    branch: bool = True
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        branch = "" if self.branch else " without a branch"
+        return f"hyper_connection {self.streams} x {self.dim} {dtype}{branch}"
+
+    def call(self) -> None:
+        """A forward and a backward on meta tensors, the parameters in float32."""
+        from musiclm_fast.ops.hyper_connection import _triton
+
+        count, tokens = self.streams, 64 * 744
+
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        arguments = (
+            meta(tokens, count, self.dim, dtype=self.dtype),
+            meta(tokens, count, dtype=self.dtype) if self.branch else None,
+            meta(tokens, self.dim, dtype=self.dtype) if self.branch else None,
+            meta(count + 2, self.dim), meta(count + 2), meta(count, count + 2),
+        )  # fmt: skip
+        outputs = _triton.forward(*arguments)
+        _triton.backward(*outputs[:3], *arguments, *outputs[3:])
+
+
+Variant = Attention | Contrastive | GegluNorm | HyperConnection
+
+USUAL: dict[str, Variant] = {
+    "attention": Attention(), "contrastive": Contrastive(), "geglu_norm": GegluNorm(),
+    "hyper_connection": HyperConnection(),
+}  # fmt: skip
 
 
 def every_variant(op: str) -> list[Variant]:
@@ -146,6 +204,24 @@ def every_variant(op: str) -> list[Variant]:
             Contrastive(dtype=half),
             *(Contrastive(depth, full) for depth in (64, 128, 256, 768)),
         ]
+    if op == "geglu_norm":
+        return [
+            GegluNorm(hidden, padded, dtype)
+            for dtype in (torch.bfloat16, full)
+            for hidden, padded in (
+                (1365, 1376), (1365, 1365), (682, 688), (2048, 2048), (2730, 2736), (3072, 3072),
+                (10, 16),
+            )
+        ]  # fmt: skip
+    if op == "hyper_connection":
+        return [
+            HyperConnection(streams, dim, dtype, branch)
+            for dtype in (torch.bfloat16, full)
+            for streams, dim, branch in (
+                (4, 512, True), (4, 512, False), (4, 768, True), (4, 1024, True), (4, 2048, True),
+                (8, 512, True), (8, 1024, True), (5, 768, True), (1, 512, True), (3, 37, True),
+            )
+        ]  # fmt: skip
     few = dict(causal=True, kv_heads=1)
     return [
         *(Attention(head_dim=d) for d in (64, 16, 32, 48, 80, 128)),
@@ -200,12 +276,13 @@ def resources(launch: Launch, target: str) -> Resources:
 def table(
     op: str, variants: Iterable[Variant], targets: Iterable[str]
 ) -> Iterator[tuple[Variant, Resources]]:
-    """Every kernel of the usual call, those with matrix products of all, on every target."""
+    """Every kernel of the usual call, those whose registers vary of all, on every target."""
     targets = tuple(targets)
     for variant in variants:
         for target in targets:
             for launch in launches(variant, target):
-                if variant == USUAL[op] or "PRECISION" in launch.arguments:
+                small = "PRECISION" not in launch.arguments  # of attention: alike in all
+                if variant == USUAL[op] or op != "attention" or not small:
                     yield variant, resources(launch, target)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from musiclm_fast import _extension
 from musiclm_fast.ops import _compiled
+from musiclm_fast.ops.geglu_norm import _autograd
 
 
 def supports(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[bool, str]:
@@ -18,24 +17,10 @@ def supports(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[bool, str]:
     return _compiled.supports(x, "cpu", (torch.float32,), gamma=gamma, beta=beta)
 
 
-def run(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Call the kernel on rows."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    op = torch.ops.musiclm_fast.geglu_norm_forward
-    out: Tensor = op(rows, gamma.contiguous(), beta.contiguous())[0]
-    return out.view(*x.shape[:-1], x.shape[-1] // 2)
-
-
-def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = x.shape
-    return x.new_empty(rows, width // 2), x.new_empty(rows), x.new_empty(rows)
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
+def run(**arguments: Tensor) -> Tensor:
+    """Run the op on arguments that :func:`supports` accepts."""
+    return _autograd.run(torch.ops.musiclm_fast.geglu_norm_forward, **arguments)
 
 
 if _extension.load():
-    _compiled.register("geglu_norm", _fake_forward, _fake_backward, results=1)
+    _autograd.register()

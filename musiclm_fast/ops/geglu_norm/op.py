@@ -13,8 +13,8 @@ from musiclm_fast._checks import (
     fail,
 )
 from musiclm_fast._dispatch import Dispatcher, torch_backend
-from musiclm_fast.ops import _compiled
-from musiclm_fast.ops.geglu_norm import _cpp
+from musiclm_fast.ops import _compiled, _triton_target
+from musiclm_fast.ops.geglu_norm import _cpp, _triton
 from musiclm_fast.ops.geglu_norm.reference import geglu_norm_reference
 
 
@@ -33,7 +33,8 @@ def geglu_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, backend: str | None = 
         x: ``(..., 2p)`` floating, p at least h; entries beyond h in each half are ignored.
         gamma: ``(h,)``.
         beta: ``(h,)``.
-        backend: ``"cpp"`` or ``"torch"``; None takes the first that supports the call.
+        backend: ``"cpp"``, ``"triton"`` or ``"torch"``; None takes the first that supports the
+            call.
 
     Returns:
         ``(..., p)``. Gradients reach all three.
@@ -59,6 +60,7 @@ dispatcher = Dispatcher(
     "geglu_norm",
     [
         _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        _triton_target.triton_backend(_triton.supports, _triton.run, _triton.self_check),
         torch_backend(geglu_norm_reference),
     ],
 )

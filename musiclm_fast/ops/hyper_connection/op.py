@@ -6,8 +6,8 @@ from torch import Tensor
 
 from musiclm_fast._checks import check_floating, check_same_device, check_shape, describe, fail
 from musiclm_fast._dispatch import Dispatcher, torch_backend
-from musiclm_fast.ops import _compiled
-from musiclm_fast.ops.hyper_connection import _cpp
+from musiclm_fast.ops import _compiled, _triton_target
+from musiclm_fast.ops.hyper_connection import _cpp, _triton
 from musiclm_fast.ops.hyper_connection.reference import hyper_connection_reference
 
 
@@ -41,7 +41,8 @@ def hyper_connection(
         weights: ``(dim, s + 2)``.
         scales: ``(s + 2,)``.
         offsets: ``(s, s + 2)``.
-        backend: ``"cpp"`` or ``"torch"``; None takes the first that supports the call.
+        backend: ``"cpp"``, ``"triton"`` or ``"torch"``; None takes the first that supports the
+            call.
 
     Returns:
         ``input`` ``(..., dim)``, ``mixed`` ``(..., s, dim)`` and ``beta'`` ``(..., s)``. Gradients
@@ -81,6 +82,7 @@ dispatcher = Dispatcher(
     "hyper_connection",
     [
         _compiled.cpp_backend(_cpp.supports, _cpp.run),
+        _triton_target.triton_backend(_triton.supports, _triton.run, _triton.self_check),
         torch_backend(hyper_connection_reference),
     ],
 )
