@@ -60,6 +60,9 @@ def specialised(
     launch: Launch, amd: bool = False
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
     """Types, constants and attributes of a launch's arguments: what its code depends on."""
+    unknown = set(launch.arguments) - {parameter.name for parameter in launch.kernel.params}
+    if unknown:  # Triton's launcher refuses them, its compiler and interpreter do not
+        raise ValueError(f"{launch.name} has no arguments {', '.join(sorted(unknown))}")
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}

@@ -54,17 +54,12 @@ class Call:
         return dict(
             q_codes=self.q_codes, k_codes=self.k_codes,
             key_mask=self.key_mask, key_lengths=self.key_lengths, seed=self.seed,
-            **self.code_strides(), queries=self.queries, keys=self.keys, radius=self.radius,
+            stride_qcb=batch_stride(self.q_codes), stride_kcb=batch_stride(self.k_codes),
+            stride_maskb=batch_stride(self.key_mask),
+            queries=self.queries, keys=self.keys, radius=self.radius,
             scale_log2=scale * _LOG2E,
             threshold=int(self.dropout_p * 2**32) - 2**31,
             keep_factor=1.0 / (1.0 - self.dropout_p),
-        )  # fmt: skip
-
-    def code_strides(self) -> dict[str, int]:
-        """From one sample's codes and key mask to the next's."""
-        return dict(
-            stride_qcb=batch_stride(self.q_codes), stride_kcb=batch_stride(self.k_codes),
-            stride_maskb=batch_stride(self.key_mask),
         )  # fmt: skip
 
     def normalized(self, x: Tensor, weight: Tensor) -> Tensor:
