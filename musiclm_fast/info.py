@@ -114,7 +114,7 @@ def check() -> int:
         print("no kernel with a self-check runs on this machine's devices")
     failures = 0
     for op, backend, self_check, device, dtypes in checks:
-        where = f"{op:<14}{backend.name:<8}{device!s:<8}"
+        where = f"{op:<18}{backend.name:<8}{device!s:<8}"
         available, reason = backend.available()
         if dtypes and not available:
             print(f"{where}not available: {reason}")

@@ -350,8 +350,8 @@ def test_info_check_in_the_interpreter():
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert [re.sub(r" +[\d.]+ s +", " ", line) for line in lines] == [
-        f"{op:<14}triton  cpu     {dtype} passed"
-        for op in ("attention", "contrastive")
+        f"{op:<18}triton  cpu     {dtype} passed"
+        for op in ("attention", "contrastive", "geglu_norm", "hyper_connection")
         for dtype in ("float32", "float16")
     ]
 

@@ -203,8 +203,8 @@ COUNTERS = {
 
 # By name, among torch's many small kernels. A C++ name may have a namespace.
 OUR_KERNELS = (
-    "(^|[ :])(delta|index|normalize|logsumexp|gradient|sigmoid|fold_margins|mel_ranges"
-    "|(forward|backward|table)(_[a-z]+)?)_kernel"
+    "(^|[ :])(normalize|prepare|stored_q|sums|logsumexp|merge|gradient|sigmoid|fold_margins"
+    "|mel_ranges|((geglu_|hyper_)?(forward|backward))(_[a-z]+)?)_kernel"
 )
 
 
