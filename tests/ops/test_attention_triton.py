@@ -229,6 +229,21 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+def test_an_entry_that_all_pairs_share_has_no_gradient(dtype: torch.dtype, device: str) -> None:
+    """A row of dS sums to zero, whatever the rounding of the output leaves in delta."""
+    inputs = testing.attention_inputs(
+        queries=2, keys=80, head_dim=100, radius=1, heads=2, batch=1, qk_norm=False, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    inputs["q_codes"], inputs["k_codes"] = inputs["q_codes"] * 0, inputs["k_codes"] + 1000
+    grad = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    out = attention(**inputs, backend="triton")
+    found = testing.gradients(out, inputs, grad.to(device=device, dtype=dtype))["bias_table"]
+    assert found.abs().max() < 1e-5  # 3e-3 in float16 from the rounded output
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize(
     ("codes", "radius"),

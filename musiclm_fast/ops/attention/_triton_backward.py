@@ -71,7 +71,7 @@ def backward(
 def _stores_ds(call: Call, elements: int) -> bool:
     # Where few entries of a table collect many pairs, the error of a delta from the rounded output
     # adds up, and only the other way corrects it.
-    few = call.bias_table is not None and 2 * call.radius + 1 < call.queries
+    few = call.bias_table is not None and 2 * call.radius + 1 < max(call.queries, call.keys)
     return not few and elements * call.dtype.itemsize <= DS_BYTES
 
 
