@@ -144,8 +144,10 @@ def test_one(n):
         time.sleep(600)
 """)
     process = subprocess.Popen(
-        command("--report", str(report), str(path)), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+        command("--report", str(report), str(path)), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        # A shell without job control starts what it puts in the background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     jsonl, pid, until = report.with_suffix(".jsonl"), tmp_path / "pid", time.monotonic() + 120
     while not pid.exists() or jsonl.read_text().count("\n") < 5:
         assert time.monotonic() < until
