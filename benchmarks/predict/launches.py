@@ -43,7 +43,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """Triton's compiled kernel for an architecture, specialised like its launcher would."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     amd = _triton_target.family(target) == "amd"
     signature, constants, attributes = specialised(launch, amd)
@@ -53,6 +53,9 @@ def compile_launch(launch: Launch, target: str) -> Any:
     else:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {**launch.options, "enable_fp_fusion": True}
+    unknown = set(options) - set(vars(make_backend(gpu).parse_options(options)))
+    if unknown:  # as with unknown arguments
+        raise ValueError(f"{launch.name} has no options {', '.join(sorted(unknown))} on {target}")
     return triton.compile(source, target=gpu, options=options)
 
 

@@ -131,7 +131,7 @@ class Config:
     num_warps: int
     num_stages: int
     # Without a limit NVIDIA's assembler may target more programs per multiprocessor and spill a few
-    # registers for that, or target fewer programs than fit.
+    # registers for that, or target fewer programs than fit. AMD's compiler takes no limit.
     max_registers: int | None = None
 
     @property

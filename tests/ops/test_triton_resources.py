@@ -58,6 +58,16 @@ def test_a_spill_is_seen(target: str) -> None:
     assert "spilled" in problem
 
 
+def test_what_a_launcher_would_refuse_is_refused() -> None:
+    """Triton's compiler takes more than its launcher does."""
+    launch = compiled.launches(compiled.USUAL["attention"], "sm_90")[0]
+    with pytest.raises(ValueError, match="normalize_kernel has no arguments nothing"):
+        compiled.resources(replace(launch, arguments=launch.arguments | {"nothing": 1}), "sm_90")
+    limited = replace(launch, options=launch.options | {"maxnreg": 255})
+    with pytest.raises(ValueError, match="normalize_kernel has no options maxnreg on gfx942"):
+        compiled.resources(limited, "gfx942")
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_two_forward_programs_share_a_multiprocessor(target: str, dropout_p: float) -> None:

@@ -291,10 +291,10 @@ def problems(variant: Variant, found: Resources) -> list[str]:
     broken = []
     if found.shared_bytes > SHARED_LIMIT[found.target]:
         broken.append(f"{found.shared_bytes} B shared memory")
-    # Products of float32 run outside the tensor cores: the attention's, with two accumulators of
-    # long head dims, do not fit.
+    # Products of float32 run outside the tensor cores: the attention backward's, with two
+    # accumulators of long head dims, do not fit.
     full = isinstance(variant, Attention) and variant.dtype == torch.float32
-    if found.spilled_bytes and not full:
+    if found.spilled_bytes and not (full and "backward" in found.kernel):
         broken.append(f"{found.spilled_bytes} B spilled")
     return [f"{variant}: {found.kernel} on {found.target}: {problem}" for problem in broken]
 

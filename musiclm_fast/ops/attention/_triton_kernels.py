@@ -249,13 +249,6 @@ def forward_kernel(
     dims = tl.arange(0, BLOCK_D)
     tile_ok = rows_ok[:, None] & (dims < HEAD_DIM)[None, :]
 
-    q_base = q + b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
-    lanes = tl.arange(0, BLOCK_M)
-    q_tile = tl.load(q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0)
-    if q_scale is not None:
-        weight = tl.load(q_scale + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-        q_tile = _normalize(q_tile.to(tl.float32), weight).to(q_tile.dtype)
-
     # Names below must exist on every path; None vanishes at compile time.
     table_row = None
     codes = None
@@ -290,17 +283,27 @@ def forward_kernel(
         span = _codes_span(codes, k_codes_row, end, 1024)
         inside = tl.where(span + radius < 2147483648, inside, 0)
 
+    q_base = q + b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
+    lanes = tl.arange(0, BLOCK_M)
+    q_tile = tl.load(q_base + lanes[:, None] * stride_qm + dims[None, :], mask=tile_ok, other=0.0)
+    if q_scale is not None:
+        weight = tl.load(q_scale + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+        q_tile = _normalize(q_tile.to(tl.float32), weight).to(q_tile.dtype)
+
     k_base = k + b * stride_kb + (h // GROUP) * stride_kh
     v_base = v + b * stride_vb + (h // GROUP) * stride_vh
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     # The last keys first: what only their tiles need then takes no registers in the other loop.
+    # Wide rows outside the tensor cores would spill with a second layout of q.
+    WIDE: tl.constexpr = q.dtype.element_ty == tl.float32 and BLOCK_D > 64
+    EDGE: tl.constexpr = BLOCK_N if WIDE else BLOCK_N // 2
     acc, row_max, row_sum = _forward_tiles(
         acc, row_max, row_sum, q_tile, inside, end, key_end, last_key,
         k_base, v_base, stride_kn, stride_vn, table_row, first_entry, codes, radius,
         k_codes_row, mask_row, row_key, threshold, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N // 2, 1, True, seed is not None, PRECISION, PTX,
+        HEAD_DIM, BLOCK_D, EDGE, 1, True, seed is not None, PRECISION, PTX,
     )  # fmt: skip
     acc, row_max, row_sum = _forward_tiles(
         acc, row_max, row_sum, q_tile, 0, inside, key_end, last_key,

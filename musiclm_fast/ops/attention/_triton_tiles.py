@@ -52,15 +52,19 @@ _HALF_AMD: Table = {
     128: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(128, 64, 8, 2)),
 }
 _FLOAT32: Table = {
-    32: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
-    64: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
+    32: Configs(Config(64, 32, 4, 2, 255), Config(32, 32, 4, 2), Config(64, 32, 4, 2)),
+    64: Configs(Config(64, 32, 8, 2, 255), Config(32, 32, 8, 2), Config(64, 32, 8, 2)),
     128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+}
+_FLOAT32_AMD: Table = {
+    limit: replace(chosen, forward=replace(chosen.forward, max_registers=None))
+    for limit, chosen in _FLOAT32.items()
 }
 _TABLES = {  # 16-bit and float32
     "ampere": (_HALF_AMPERE, _FLOAT32),
     "hopper": (_HALF, _FLOAT32),
     "blackwell": (_HALF_BLACKWELL, _FLOAT32),
-    "amd": (_HALF_AMD, _FLOAT32),
+    "amd": (_HALF_AMD, _FLOAT32_AMD),
 }
 
 
@@ -104,7 +108,7 @@ def table_config(stored: bool, target: str, head_dim: int, dtype: torch.dtype) -
     """The tile of the table's gradient: from a kept dS, or from products."""
     family = _triton_target.family(target)
     if stored:
-        return Config(512, 8, 4, 1, 255)
+        return Config(512, 8, 4, 1, None if family == "amd" else 255)
     if family == "amd":
         return Config(32, 32, 4, 1)
     if head_dim > 64 and dtype != torch.float32:
