@@ -37,7 +37,7 @@ from musiclm_fast.ops import _triton_target
 JOB = "Triton calls, CPU time without the launch"
 # Full sizes beside the usual one, and those that are timed; an op without has its usual size.
 SIZES = {"attention": [dict(batch=b, queries=n, keys=n) for b, n in ((64, 744), (16, 2048))]}
-SMALL = {"attention": dict(batch=2, queries=64, keys=64), "contrastive": dict(batch=128)}
+SMALL = {"attention": dict(batch=2, queries=64, keys=64, radius=63), "contrastive": dict(batch=128)}
 ROUNDS = 30
 Calls = list[tuple[str, float, int]]  # function, seconds, launches
 
