@@ -6,6 +6,7 @@ Importing this file needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -44,6 +45,11 @@ def target(device: torch.device) -> str:
 
 @assume_constant_result
 def _target_of(device: torch.device) -> str:
+    return _architecture(device)
+
+
+@functools.cache  # a tensor's device has its number
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:  # there, too, torch calls the device "cuda"

@@ -25,6 +25,7 @@ def set_device(patch: pytest.MonkeyPatch, name: str) -> None:
         return divmod(int(name.removeprefix("sm_")), 10)
 
     patch.setattr(torch.cuda, "get_device_capability", capability)
+    patch.setattr(_triton_target, "_architecture", _triton_target._architecture.__wrapped__)
 
 
 @pytest.mark.parametrize(

@@ -140,11 +140,12 @@ class Contrastive:
 
 @dataclass(frozen=True)
 class GegluNorm:
-    """The widths and dtype of a call: 64 x 744 rows."""
+    """The sizes and dtype of a call."""
 
     hidden: int = 1365
     padded: int = 1376
     dtype: torch.dtype = torch.bfloat16
+    rows: int = 64 * 744
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -154,7 +155,7 @@ class GegluNorm:
         """A forward and a backward on meta tensors, the parameters in float32."""
         from musiclm_fast.ops.geglu_norm import _triton
 
-        x = torch.empty((64 * 744, 2 * self.padded), dtype=self.dtype, device="meta")
+        x = torch.empty((self.rows, 2 * self.padded), dtype=self.dtype, device="meta")
         gamma = torch.empty(self.hidden, device="meta")
         out, *kept = _triton.forward(x, gamma, gamma)
         _triton.backward(out, x, gamma, gamma, *kept)
@@ -162,12 +163,13 @@ class GegluNorm:
 
 @dataclass(frozen=True)
 class HyperConnection:
-    """The sizes and dtype of a call: 64 x 744 tokens."""
+    """The sizes and dtype of a call."""
 
     streams: int = 4
     dim: int = 512
     dtype: torch.dtype = torch.bfloat16
     branch: bool = True
+    tokens: int = 64 * 744
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -178,7 +180,7 @@ class HyperConnection:
         """A forward and a backward on meta tensors, the parameters in float32."""
         from musiclm_fast.ops.hyper_connection import _triton
 
-        count, tokens = self.streams, 64 * 744
+        count, tokens = self.streams, self.tokens
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
