@@ -21,7 +21,7 @@ from musiclm_fast.ops.attention._triton_tiles import Configs, choose
 # Elements to which pieces of a workspace are padded, to be aligned to 256 bytes as allocations are.
 PIECE = 128
 # How many plans are kept.
-MOST = 256
+MOST = 1024
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
