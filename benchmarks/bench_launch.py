@@ -5,8 +5,9 @@ forward, a backward) runs on small CPU tensors, where torch's operators take mic
 launches do, in two ways:
 
 package             this package's Python: launches are recorded
-package and Triton  Triton's own Python too (arguments bound and specialised, the kernel looked up),
-                    on a driver whose launch does nothing
+package and Triton  with the launches of compiled kernels, on a driver whose launch does nothing
+
+Each row is a repeated call: the first of a layout takes several times as long, beside compilation.
 
 What neither has: the custom operator and its autograd around the function, a GPU's allocator, the
 driver's launch. The note has the number of launches at full sizes, counted on meta tensors. Runs
@@ -37,7 +38,10 @@ from musiclm_fast.ops import _triton_target
 JOB = "Triton calls, CPU time without the launch"
 # Full sizes beside the usual one, and those that are timed; an op without has its usual size.
 SIZES = {"attention": [dict(batch=b, queries=n, keys=n) for b, n in ((64, 744), (16, 2048))]}
-SMALL = {"attention": dict(batch=2, queries=64, keys=64), "contrastive": dict(batch=128)}
+SMALL = {
+    "attention": dict(batch=2, queries=64, keys=64, radius=63), "contrastive": dict(batch=128),
+    "geglu_norm": dict(rows=64), "hyper_connection": dict(tokens=64),
+}  # fmt: skip
 ROUNDS = 30
 Calls = list[tuple[str, float, int]]  # function, seconds, launches
 

@@ -46,7 +46,7 @@ class Model:
     gap_us: float = 1.0
     operator_us: float = 6.0
     launch_us: float = 10.0
-    argument_us: float = 1.2
+    argument_us: float = 0.4
     call_us: float = 40.0
     event_us: float = 4.0
 
@@ -61,9 +61,9 @@ SOURCES = {
     "gap_us": "from one queued kernel to the next, us: assumed",
     "operator_us": "CPU time of an eager torch operator, us: assumed",
     "launch_us": "CPU time of a Triton launch beside its arguments, us: assumed",
-    "argument_us": "of each of its arguments, us: measured on a shared EPYC with Triton 3.6, an "
-    "attention backward on meta tensors: a launch of 35.0 arguments (mean of 32) takes 24.5 us in "
-    "this package and 17.8 us in Triton's binder; the launch itself is in launch_us",
+    "argument_us": "of each of its arguments, us: measured on a shared EPYC, Triton 3.6 and 3.9, "
+    "with the launch stubbed out: an attention forward and backward of 7 launches of 37 arguments "
+    "(mean) takes 99 us; the launch itself is in launch_us",
     "call_us": "of a custom operator and its autograd, us: assumed",
     "event_us": "of a first kernel on an idle GPU, from the event before it, us: assumed",
 }

@@ -6,6 +6,7 @@ Importing this file needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ _library = torch.library.Library("musiclm_fast", "FRAGMENT")
 
 Record = Callable[[Any, int, dict[str, Any], dict[str, int]], None]
 _recorder: ContextVar[tuple[Record, str] | None] = ContextVar("recorder", default=None)
+# What launch() keeps, and how many of them.
+_launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
+MOST_LAUNCHERS = 4096
 
 
 def target(device: torch.device) -> str:
@@ -41,6 +45,11 @@ def target(device: torch.device) -> str:
 
 @assume_constant_result
 def _target_of(device: torch.device) -> str:
+    return _architecture(device)
+
+
+@functools.cache  # a tensor's device has its number
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:  # there, too, torch calls the device "cuda"
@@ -141,14 +150,53 @@ class Config:
         return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]) -> None:
-    """Run that many programs of a kernel."""
+def launch(
+    kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]
+) -> Callable[..., None] | None:
+    """Run that many programs of a kernel.
+
+    Triton takes tens of microseconds to find what it compiled for such arguments, so that is kept:
+    for the same numbers, and tensors alike in all that Triton specialises on.
+
+    Returns:
+        What launches the same programs from all arguments in the kernel's order, for as long as
+        only the tensors' addresses change, by multiples of 16; None where nothing is kept.
+    """
     recorder = _recorder.get()
     if recorder is not None:
         recorder[0](kernel, programs, arguments, options)
-    elif programs:
-        # Newer Triton versions no longer fuse multiply-adds by default.
-        kernel[(programs,)](**arguments, **options, enable_fp_fusion=True)
+        return None
+    if not programs:
+        return None
+    # Newer Triton versions no longer fuse multiply-adds by default.
+    options = options | {"enable_fp_fusion": True}
+    if INTERPRET or torch.version.hip is not None:  # for AMD it specialises on memory sizes, too
+        kernel[(programs,)](**arguments, **options)
+        return None
+    values = arguments.values()
+    key = (
+        id(kernel), programs, next(x for x in values if isinstance(x, Tensor)).get_device(),
+        *options.items(),
+        *[(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in values],
+    )  # fmt: skip
+    run = _launchers.get(key)
+    if run is not None:
+        run(*map(arguments.__getitem__, kernel.arg_names))
+        return run
+    compiled = kernel[(programs,)](**arguments, **options)
+    from triton.compiler import CompiledKernel
+
+    if not isinstance(compiled, CompiledKernel):  # it is being compiled in another thread
+        return None
+    if len(_launchers) >= MOST_LAUNCHERS:
+        _launchers.clear()
+    run = _launchers[key] = compiled[(programs, 1, 1)]
+    return run
+
+
+def recording() -> bool:
+    """Whether launches are recorded: tensors may have no memory."""
+    return _recorder.get() is not None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from musiclm_fast.ops.attention import (
     _autograd,
     _triton,
     _triton_backward,
+    _triton_plan,
     _triton_table,
     attention_reference,
 )
@@ -199,6 +200,7 @@ def test_outputs_and_gradients(case: str, dtype: torch.dtype, device: str) -> No
 def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the backward keeps dS or computes it again; a call's shapes decide otherwise."""
     monkeypatch.setattr(_triton_backward, "_stores_ds", lambda *_: request.param)
+    monkeypatch.setattr(_triton_plan, "_plans", {})
     return bool(request.param)
 
 
@@ -364,6 +366,21 @@ def test_strided_inputs(device: str) -> None:
     inputs["bias_table"] = inputs["bias_table"].detach().t().contiguous().t().requires_grad_()
     assert not inputs["bias_table"].is_contiguous()
     compare(inputs, {})
+
+
+@pytest.mark.gpu
+def test_calls_of_one_layout_share_a_plan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tensors hold, and whatever their addresses, on which Triton specialises."""
+    plans: dict[Any, Any] = {}
+    monkeypatch.setattr(_triton_plan, "_plans", plans)
+    for offset, factor in ((0, 1.0), (0, 2.0), (1, 3.0)):
+        inputs = testing.attention_inputs(queries=9, batch=2, heads=1, key_mask=True, device=device)
+        for name in ("q", "k", "v", "bias_table"):
+            memory = inputs[name].new_empty(inputs[name].numel() + offset)
+            moved = memory[offset:].view(inputs[name].shape)
+            inputs[name] = moved.copy_(inputs[name].detach() * factor).requires_grad_()
+        compare(inputs, {})
+        assert len(plans) == 2
 
 
 @pytest.mark.gpu

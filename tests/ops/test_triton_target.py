@@ -25,6 +25,7 @@ def set_device(patch: pytest.MonkeyPatch, name: str) -> None:
         return divmod(int(name.removeprefix("sm_")), 10)
 
     patch.setattr(torch.cuda, "get_device_capability", capability)
+    patch.setattr(_triton_target, "_architecture", _triton_target._architecture.__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,32 @@ def test_recorded_target_comes_first() -> None:
     with _triton_target.recorded_launches(lambda *_: None, "gfx942"):
         assert _triton_target.target(torch.device("meta")) == "gfx942"
     assert _triton_target.target(torch.device("meta")) == "sm_90"
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(_triton_target.INTERPRET, reason="compiles for real")
+def test_a_kept_launch_has_what_triton_specialises_on() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.bench_launch import launching_nothing
+    from musiclm_fast.ops.attention._triton_kernels import normalize_kernel
+
+    memory = torch.zeros(4096)
+
+    def launcher(x: torch.Tensor, **changed: int) -> Any:
+        numbers = dict(
+            stride_xb=512, stride_xh=512, stride_xn=16, heads=1, length=17,
+            HEAD_DIM=16, BLOCK_D=16, BLOCK=16,
+        )  # fmt: skip
+        arguments = dict(x=x, scale=memory[-16:], y=memory[1024:]) | numbers | changed
+        return _triton_target.launch(normalize_kernel, 2, arguments, dict(num_warps=4))
+
+    with launching_nothing() as stub:
+        first = launcher(memory[512:])
+        assert first is not None
+        assert launcher(memory[:512]) is first
+        others = [
+            launcher(memory[1:]), launcher(memory.bfloat16()), launcher(memory, heads=2),
+            launcher(memory, length=32), launcher(memory, BLOCK=32),
+        ]  # fmt: skip
+        assert len({first, *others}) == 6
+        assert stub.launches == 7

@@ -14,6 +14,7 @@ tensors and compiled with the assemblers that Triton ships, for NVIDIA and for A
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -69,7 +70,8 @@ class Attention:
     lengths: bool = False
     causal: bool = False
     dropout_p: float = 0.0
-    stored: bool = True  # whether the backward keeps dS
+    radius: int = 2000
+    stored: bool = True  # False: the backward does not keep dS, although it is small enough
 
     def __str__(self) -> str:
         on = [n for n in ("bias", "qk_norm", "key_mask", "lengths", "causal") if getattr(self, n)]
@@ -82,9 +84,9 @@ class Attention:
 
     def call(self) -> None:
         """A forward and a backward on meta tensors."""
-        from musiclm_fast.ops.attention import _triton, _triton_backward
+        from musiclm_fast.ops.attention import _triton, _triton_backward, _triton_plan
 
-        batch, heads, keys, radius = self.batch, 8, self.keys, 2000
+        batch, heads, keys = self.batch, 8, self.keys
 
         def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -93,7 +95,7 @@ class Attention:
         k = meta(batch, keys, self.kv_heads, self.head_dim).transpose(1, 2)
         lead = (batch,) if self.per_sample else ()
         options = (
-            meta(heads, 2 * radius + 1, dtype=torch.float32) if self.bias else None,
+            meta(heads, 2 * self.radius + 1, dtype=torch.float32) if self.bias else None,
             meta(*lead, self.queries, dtype=torch.int32) if self.bias else None,
             meta(*lead, keys, dtype=torch.int32) if self.bias else None,
             meta(batch, keys, dtype=torch.bool) if self.key_mask else None,
@@ -104,7 +106,11 @@ class Attention:
             self.head_dim**-0.5, self.causal, self.dropout_p,
         )  # fmt: skip
         out, lse = _triton.forward(q, k, k, *options)
-        with mock.patch.object(_triton_backward, "_stores_ds", return_value=self.stored):
+        with contextlib.ExitStack() as stack:
+            if not self.stored:
+                patch = mock.patch.object(_triton_backward, "_stores_ds", return_value=False)
+                stack.enter_context(patch)
+                stack.enter_context(mock.patch.object(_triton_plan, "_plans", {}))
             _triton.backward(out, q, k, k, out, lse, *options)
 
 
@@ -134,11 +140,12 @@ class Contrastive:
 
 @dataclass(frozen=True)
 class GegluNorm:
-    """The widths and dtype of a call: 64 x 744 rows."""
+    """The sizes and dtype of a call."""
 
     hidden: int = 1365
     padded: int = 1376
     dtype: torch.dtype = torch.bfloat16
+    rows: int = 64 * 744
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -148,7 +155,7 @@ class GegluNorm:
         """A forward and a backward on meta tensors, the parameters in float32."""
         from musiclm_fast.ops.geglu_norm import _triton
 
-        x = torch.empty((64 * 744, 2 * self.padded), dtype=self.dtype, device="meta")
+        x = torch.empty((self.rows, 2 * self.padded), dtype=self.dtype, device="meta")
         gamma = torch.empty(self.hidden, device="meta")
         out, *kept = _triton.forward(x, gamma, gamma)
         _triton.backward(out, x, gamma, gamma, *kept)
@@ -156,12 +163,13 @@ class GegluNorm:
 
 @dataclass(frozen=True)
 class HyperConnection:
-    """The sizes and dtype of a call: 64 x 744 tokens."""
+    """The sizes and dtype of a call."""
 
     streams: int = 4
     dim: int = 512
     dtype: torch.dtype = torch.bfloat16
     branch: bool = True
+    tokens: int = 64 * 744
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -172,7 +180,7 @@ class HyperConnection:
         """A forward and a backward on meta tensors, the parameters in float32."""
         from musiclm_fast.ops.hyper_connection import _triton
 
-        count, tokens = self.streams, 64 * 744
+        count, tokens = self.streams, self.tokens
 
         def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")

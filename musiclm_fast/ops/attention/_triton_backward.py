@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from musiclm_fast._checks import fail
@@ -14,21 +13,17 @@ from musiclm_fast.ops.attention import _triton_table
 from musiclm_fast.ops.attention._autograd import empty_heads
 from musiclm_fast.ops.attention._triton_call import (
     BLOCK,
-    PRECISION,
     SMALL,
     Call,
-    batch_stride,
-    launch,
+    Tensors,
+    contiguous,
+    readable,
     round_up,
     rows,
     strides,
 )
-from musiclm_fast.ops.attention._triton_tiles import (
-    Configs,
-    recomputed_q_config,
-    run_tuned,
-    table_config,
-)
+from musiclm_fast.ops.attention._triton_plan import Plan, run
+from musiclm_fast.ops.attention._triton_tiles import Configs, recomputed_q_config, table_config
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Columns of a program that sums the gradients of a scale, and of one that sums tables.
@@ -40,28 +35,35 @@ _MEBIBYTES = os.environ.get("MUSICLM_FAST_ATTENTION_WORKSPACE") or "1280"
 if not _MEBIBYTES.isdecimal():
     fail("MUSICLM_FAST_ATTENTION_WORKSPACE", repr(_MEBIBYTES), "a whole number of MiB, 0 or more")
 DS_BYTES = int(_MEBIBYTES) << 20
+# The backward's workspace; parts of it exist for some calls only.
+NAMES = ("delta", "ds", "q_parts", "k_parts", *_triton_table.NAMES)
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, *options: Any
 ) -> Gradients:
     """``musiclm_fast::attention_backward_triton``: gradients of q, k, v, table and scales."""
-    call = Call(q, k, v, *options)
+    *tensors, scale, causal, dropout_p = options
+    inputs = readable(q, k, v, *tensors)
 
     def empty(x: Tensor | None) -> Tensor:
-        if x is None:
-            return q.new_empty(0)
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
+    table = inputs["table"]
     grads = (
         empty_heads(q), empty_heads(k), empty_heads(v),
-        empty(call.bias_table), empty(call.q_scale), empty(call.k_scale),
+        empty(table), empty(inputs["q_scale"]), empty(inputs["k_scale"]),
     )  # fmt: skip
     if q.numel() and k.numel():
-        grad_out, out = rows(grad_out), rows(out)
-        run_tuned(
-            call, "backward", lambda chosen: _run(call, grad_out, out, logsumexp, grads, chosen)
-        )
+        inputs.update(
+            table=None if table is None else table.contiguous(), grad_out=rows(grad_out),
+            out=rows(out),
+        )  # fmt: skip
+        outputs: Tensors = dict(
+            logsumexp2=logsumexp, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2],
+            grad_table=grads[3], grad_q_scale=grads[4], grad_k_scale=grads[5],
+        )  # fmt: skip
+        run("backward", _plan, inputs, outputs, scale, causal, dropout_p)
     else:
         for grad in grads:
             grad.zero_()
@@ -71,120 +73,82 @@ def backward(
 def _stores_ds(call: Call, elements: int) -> bool:
     # Where few entries of a table collect many pairs, the error of a delta from the rounded output
     # adds up, and only the other way corrects it.
-    few = call.bias_table is not None and 2 * call.radius + 1 < max(call.queries, call.keys)
+    few = call.table is not None and 2 * call.radius + 1 < max(call.queries, call.keys)
     return not few and elements * call.dtype.itemsize <= DS_BYTES
 
 
-def _run(
-    call: Call, grad_out: Tensor, out: Tensor, lse2: Tensor, grads: Gradients, chosen: Configs
-) -> None:
-    grad_q, grad_k, grad_v, grad_table, grad_q_scale, grad_k_scale = grads
+def _plan(call: Call, chosen: Configs) -> Plan:
+    plan = Plan(call.device, NAMES)
     batch, heads, kv_heads = call.batch, call.heads, call.kv_heads
     queries, keys, head_dim = call.queries, call.keys, call.head_dim
     target = _triton_target.target(call.device)
     kv, dq = chosen.backward_kv, chosen.backward_q
     key_blocks = -(-keys // kv.block_n)
     entries = 2 * call.radius + 1
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=call.device)
-
-    ds = None
     absent = round_up(queries, DS_ROWS)  # the place of a query that a sample lacks
     ds_rows, ds_keys = absent + 16, key_blocks * kv.block_n
-    if _stores_ds(call, batch * heads * ds_rows * ds_keys):
-        ds = empty(batch * heads * ds_keys + 1, ds_rows, dtype=call.dtype)
+    stored = _stores_ds(call, batch * heads * ds_rows * ds_keys)
+    if stored:
+        plan.workspace("ds", batch * heads * ds_keys + 1, ds_rows, dtype=call.dtype)
     else:
         dq = recomputed_q_config(chosen, target, head_dim, call.dtype)
     query_blocks = -(-queries // dq.block_m)
-    q, k = call.q, call.k
-    q_parts = k_parts = table = table2 = work = None
-    index = _triton_table.NO_INDEX
-    ranks, rank_rows, slots = None, 0, 0
-    delta = empty(batch, heads, queries)
-    programs = batch * heads * -(-queries // BLOCK)
+    grad_out, out = call.tensors["grad_out"], call.tensors["out"]
+    assert grad_out is not None and out is not None
+    numbers = call.numbers() | dict(
+        batch=batch, kv_heads=kv_heads, entries=entries, absent=absent, ds_rows=ds_rows,
+        ds_keys=ds_keys, slots=0, rank_rows=0, parts=0, scale=call.scale,
+        **strides("q", call.q.stride(), "bhm"), **strides("k", call.k.stride(), "bhn"),
+        **strides("g", grad_out.stride(), "bhm"), **strides("o", out.stride(), "bhm"),
+        table_size=heads * entries, q_rows=batch * heads * query_blocks,
+        k_rows=batch * kv_heads * key_blocks, SCALE_COLUMNS=SCALE_COLUMNS,
+        TABLE_COLUMNS=TABLE_COLUMNS, RANK_GROUP=_triton_table.RANK_GROUP, BLOCK=BLOCK,
+    )  # fmt: skip
+    plan.workspace("delta", batch, heads, queries)
+    programs, sums = batch * heads * -(-queries // BLOCK), 0
     if call.q_scale is not None and call.k_scale is not None:
-        q, k = empty(*q.shape, dtype=q.dtype), empty(*k.shape, dtype=k.dtype)
-        q_parts = empty(batch * heads * query_blocks, head_dim)
-        k_parts = empty(batch * kv_heads * key_blocks, head_dim)
+        plan.workspace("q", *call.q.shape, dtype=call.dtype)
+        plan.workspace("k", *call.k.shape, dtype=call.dtype)
+        plan.workspace("q_parts", batch * heads * query_blocks, head_dim)
+        plan.workspace("k_parts", batch * kv_heads * key_blocks, head_dim)
         programs += batch * kv_heads * -(-keys // BLOCK)
-    if call.bias_table is not None:
-        table = call.bias_table.contiguous()
-        table2 = empty(heads, entries)
-        tile = table_config(ds is not None, target, head_dim, call.dtype)
-        work = _triton_table.plan(call, tile)
-        index, slots = work.index, work.slots
-        ranks, rank_rows = work.ranks, work.ranks.numel() // queries
-        programs += -(-heads * entries // (BLOCK * call.block_d))
-        programs += rank_rows * -(-queries // (2 * BLOCK)) + (2 * batch if slots else 0)
-    launch(
-        "prepare_kernel", programs, SMALL,
-        q=call.q, k=call.k, grad_out=grad_out, out=out, q_scale=call.q_scale, k_scale=call.k_scale,
-        table=table, q_codes=call.q_codes, k_codes=call.k_codes, q_normal=q, k_normal=k,
-        delta=delta, table2=table2, inverse=index["inverse"], frame=index["frame"],
-        used=index["used"], clash=index["clash"], **strides("q", call.q, "bhm"),
-        **strides("k", call.k, "bhn"), **strides("g", grad_out, "bhm"), **strides("o", out, "bhm"),
-        stride_qcb=batch_stride(call.q_codes), stride_kcb=batch_stride(call.k_codes),
-        batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
-        keys=keys, entries=entries, slots=slots, absent=absent,
-        ranks=ranks, rank_rows=rank_rows, RANK_GROUP=_triton_table.RANK_GROUP,
-        HEAD_DIM=head_dim, BLOCK_D=call.block_d, BLOCK=BLOCK,
-    )  # fmt: skip
-    common: dict[str, Any] = dict(
-        grad_out=grad_out, q=q, k=k, v=call.v, logsumexp2=lse2, delta=delta, slots=slots,
-        table2=table2, **call.shared(call.scale), **strides("g", grad_out, "bhm"),
-        **strides("q", q, "bhm"), **strides("k", k, "bhn"), **strides("v", call.v, "bhn"),
-        heads=heads, HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group,
-        CAUSAL=call.causal, PRECISION=PRECISION, PTX=call.ptx,
-    )  # fmt: skip
-    frame = dict(frame=index["frame"], clash=index["clash"])
-    if ds is None:  # first, because it corrects delta
-        launch(
-            "backward_q_kernel", batch * heads * query_blocks, dq.options,
-            **common, **frame, raw_q=call.q, q_scale=call.q_scale, grad_q=grad_q,
-            grad_q_scale=q_parts, **strides("r", call.q, "bhm"), scale=call.scale,
-            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n,
-        )  # fmt: skip
-    launch(
-        "backward_kv_kernel", batch * kv_heads * key_blocks, kv.options,
-        **common, **frame, ds=ds, ds_rows=ds_rows, raw_k=call.k, k_scale=call.k_scale,
-        grad_k=grad_k, grad_v=grad_v, grad_k_scale=k_parts, **strides("r", call.k, "bhn"),
-        scale=call.scale,
-        MASK_KEYS=(
-            call.key_mask is not None or call.key_lengths is not None or keys % kv.block_n != 0
-        ),
-        BLOCK_M=kv.block_m, BLOCK_N=kv.block_n,
-    )  # fmt: skip
-    if ds is not None:
-        launch(
-            "stored_q_kernel", batch * heads * query_blocks, dq.options,
-            ds=ds, k=k, raw_q=call.q, q_scale=call.q_scale, key_lengths=call.key_lengths,
-            grad_q=grad_q, grad_q_scale=q_parts, q_codes=call.q_codes, **frame,
-            **strides("k", k, "bhn"), **strides("r", call.q, "bhm"),
-            stride_qcb=batch_stride(call.q_codes), heads=heads, queries=queries, keys=keys,
-            slots=slots, scale=call.scale, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
-            HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group, CAUSAL=call.causal,
-            PRECISION=PRECISION, BLOCK_M=dq.block_m, BLOCK_N=dq.block_n,
-        )  # fmt: skip
-    sums = 0
-    if work is not None:
-        launch(
-            "backward_table_kernel", work.programs, tile.options,
-            **common, **index, ds=ds, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
-            ranks=work.ranks, stride_ranksb=batch_stride(work.ranks),
-            scratch=work.scratch, partial=work.partial, batch=batch, chunks=work.chunks,
-            MASK_ROWS=queries % tile.block_m != 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            WINDOW=_triton_table.SCRATCH // tile.block_n,
-            PIECE=_triton_table.PIECE // tile.block_n,
-        )  # fmt: skip
-        sums += -(-heads * entries // TABLE_COLUMNS)
-    if q_parts is not None:
         sums += 2 * -(-head_dim // SCALE_COLUMNS)
-    launch(
-        "sums_kernel", sums, SMALL,
-        partial=None if work is None else work.partial, grad_table=grad_table, q_parts=q_parts,
-        grad_q_scale=grad_q_scale, k_parts=k_parts, grad_k_scale=grad_k_scale,
-        parts=0 if work is None else work.programs // heads, table_size=heads * entries,
-        q_rows=batch * heads * query_blocks, k_rows=batch * kv_heads * key_blocks,
-        HEAD_DIM=head_dim, SCALE_COLUMNS=SCALE_COLUMNS, TABLE_COLUMNS=TABLE_COLUMNS,
+    if call.table is not None:
+        tile = table_config(stored, target, head_dim, call.dtype)
+        numbers |= _triton_table.add_workspace(plan, call, tile)
+        programs += -(-heads * entries // (BLOCK * call.block_d))
+        programs += numbers["rank_rows"] * -(-queries // (2 * BLOCK))
+        programs += 2 * batch if numbers["slots"] else 0
+        sums += -(-heads * entries // TABLE_COLUMNS)
+    plan.launch(
+        "prepare_kernel", programs, SMALL, numbers,
+        q="raw_q", k="raw_k", q_normal="q", k_normal="k",
     )  # fmt: skip
+    if call.q_scale is not None and call.k_scale is not None:
+        numbers |= strides("q", contiguous(call.q.shape), "bhm")
+        numbers |= strides("k", contiguous(call.k.shape), "bhn")
+    q_numbers = numbers | strides("r", call.q.stride(), "bhm")
+    q_numbers |= dict(BLOCK_M=dq.block_m, BLOCK_N=dq.block_n)
+    q_programs = batch * heads * query_blocks
+    if not stored:  # first, because it corrects delta
+        plan.launch("backward_q_kernel", q_programs, dq.options, q_numbers, grad_q_scale="q_parts")
+    mask_keys = call.key_mask is not None or call.key_lengths is not None or keys % kv.block_n != 0
+    plan.launch(
+        "backward_kv_kernel", batch * kv_heads * key_blocks, kv.options,
+        numbers | strides("r", call.k.stride(), "bhn")
+        | dict(MASK_KEYS=mask_keys, BLOCK_M=kv.block_m, BLOCK_N=kv.block_n),
+        grad_k_scale="k_parts",
+    )  # fmt: skip
+    if stored:
+        plan.launch("stored_q_kernel", q_programs, dq.options, q_numbers, grad_q_scale="q_parts")
+    if call.table is not None:
+        plan.launch(
+            "backward_table_kernel", numbers["parts"] * heads, tile.options,
+            numbers | dict(
+                MASK_ROWS=queries % tile.block_m != 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                WINDOW=_triton_table.SCRATCH // tile.block_n,
+                PIECE=_triton_table.PIECE // tile.block_n,
+            ),
+        )  # fmt: skip
+    plan.launch("sums_kernel", sums, SMALL, numbers)
+    return plan

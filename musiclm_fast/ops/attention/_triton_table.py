@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.attention._triton_call import Call
+from musiclm_fast.ops.attention._triton_plan import Plan
 
 # Programs that a launch should have: two for each of an H100's multiprocessors.
 PROGRAMS = 264
@@ -22,35 +22,22 @@ SCRATCH, PIECE = 1 << 14, 1 << 11
 # Queries among which equal codes are told apart, at least a tile.
 RANK_GROUP = 512
 
-NO_INDEX: dict[str, Tensor | None] = dict.fromkeys(("inverse", "frame", "used", "listed", "clash"))
+# Of the workspace, what only a call with a table has.
+NAMES = ("table2", "ranks", "scratch", "partial", "inverse", "frame", "listed", "used", "clash")
 
 
-@dataclass(frozen=True)
-class TableWork:
-    """What the kernels of a table's gradient write.
+def add_workspace(plan: Plan, call: Call, config: Config) -> dict[str, Any]:
+    """Ask for the workspace of a call.
 
-    Args:
-        programs: of the table's kernel: ``parts`` for each head.
-        chunks: pieces into which the batch is cut, where there are few tiles.
-        slots: places of codes in the index, a power of two; 0 for codes shared by the batch.
-        partial: ``(parts, H, 2R + 1)``, zeros.
-        scratch: of the programs.
-        ranks: of queries among equal codes, shaped as their codes.
-        index: ``inverse``, ``frame``, ``used``, ``listed`` and ``clash`` of the kernels, None for
-            codes shared by the batch.
+    ``table2`` is the table in base 2, ``ranks`` are those of queries among equal codes, ``partial``
+    (parts, H, 2R + 1) is zeros, ``scratch`` the programs' own. The index of codes that samples do
+    not share: ``inverse``, ``frame``, ``listed``, and zeros, ``used`` and ``clash``.
+
+    Returns:
+        Numbers of the kernels: ``parts``, programs of the table's kernel for each head; ``chunks``,
+        pieces into which the batch is cut where there are few tiles; ``slots``, places of codes in
+        the index, a power of two, 0 for codes shared by the batch; ``rank_rows``, rows of ranks.
     """
-
-    programs: int
-    chunks: int
-    slots: int
-    partial: Tensor
-    scratch: Tensor
-    ranks: Tensor
-    index: dict[str, Tensor | None]
-
-
-def plan(call: Call, config: Config) -> TableWork:
-    """The workspace of a call, by its shapes alone."""
     assert call.q_codes is not None and call.k_codes is not None
     entries = 2 * call.radius + 1
     tiles = -(-call.queries // config.block_m) * -(-call.keys // config.block_n)
@@ -62,21 +49,17 @@ def plan(call: Call, config: Config) -> TableWork:
         slots = 1 << (entries - 1).bit_length()
         most = max(INDEX_BYTES // (8 * call.batch), 128)
         slots = max(128, min(slots, 1 << 14, 1 << (most.bit_length() - 1)))
-    programs = parts * call.heads
-    # One tensor of zeros: the partial tables, the used slots and the clash.
-    zeros = torch.zeros(programs * entries + 2 * slots + 1, dtype=torch.float32, device=call.device)
-    partial, flags = zeros.split((programs * entries, 2 * slots + 1))
-    index = NO_INDEX
-    if slots:
-        flags = flags.view(torch.int32)
-        places = torch.empty(
-            2 * call.batch * slots + 4 * slots, dtype=torch.int32, device=call.device
-        )
-        inverse, frame, listed = places.split((2 * call.batch * slots, 2 * slots, 2 * slots))
-        index = dict(
-            inverse=inverse, frame=frame, listed=listed, used=flags[: 2 * slots],
-            clash=flags[2 * slots :],
-        )  # fmt: skip
-    scratch = torch.empty(programs * SCRATCH, dtype=torch.float32, device=call.device)
-    ranks = torch.empty(call.q_codes.shape, dtype=torch.int32, device=call.device)
-    return TableWork(programs, chunks, slots, partial, scratch, ranks, index)
+        plan.workspace("inverse", 2, call.batch, slots, dtype=torch.int32)
+        plan.workspace("frame", 2, slots, dtype=torch.int32)
+        plan.workspace("listed", 2, slots, dtype=torch.int32)
+        plan.zeros("used", 2, slots, dtype=torch.int32)
+        plan.zeros("clash", 1, dtype=torch.int32)
+    plan.zeros("partial", parts, call.heads, entries)
+    plan.workspace("table2", call.heads, entries)
+    plan.workspace("scratch", parts, call.heads, SCRATCH)
+    plan.workspace("ranks", *call.q_codes.shape, dtype=torch.int32)
+    return dict(
+        parts=parts, chunks=chunks, slots=slots,
+        rank_rows=call.q_codes.numel() // call.queries,
+        stride_ranksb=call.queries if call.q_codes.ndim == 2 else 0,
+    )  # fmt: skip

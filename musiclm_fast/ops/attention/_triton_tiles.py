@@ -131,8 +131,10 @@ def recomputed_q_config(configs: Configs, target: str, head_dim: int, dtype: tor
 _tuning_results: dict[tuple[Any, ...], Configs] = {}
 
 
-def run_tuned(call: Call, kind: str, run: Callable[[Configs], None]) -> None:
-    """Run with the tiles of :func:`configs` or, on request, with the fastest of a few.
+def choose(
+    call: Call, kind: str, prepared: Callable[[Configs], Callable[[], None]]
+) -> tuple[Configs, bool]:
+    """The tiles of :func:`configs` or, on request, the fastest of a few; whether that is final.
 
     The fastest are found once per kind of call. Tuning synchronises, so it does not happen while a
     CUDA graph is captured.
@@ -140,36 +142,30 @@ def run_tuned(call: Call, kind: str, run: Callable[[Configs], None]) -> None:
     Args:
         call: what is run.
         kind: ``"forward"`` or ``"backward"``.
-        run: launches the kernels.
+        prepared: returns what launches the kernels.
     """
-    with _triton_target.device_guard(call.device):
-        run(_chosen(call, kind, run))
-
-
-def _chosen(call: Call, kind: str, run: Callable[[Configs], None]) -> Configs:
     target = _triton_target.target(call.device)
     heuristic = configs(target, call.head_dim, call.queries, call.dtype, call.causal, call.masked)
     if _AUTOTUNE == "0" or call.device.type != "cuda":
-        return heuristic
+        return heuristic, True
     key = (
         kind, target, call.head_dim, call.dtype, call.causal, call.group,
-        call.bias_table is None, call.masked, call.keys.bit_length(), call.queries.bit_length(),
+        call.table is None, call.masked, call.keys.bit_length(), call.queries.bit_length(),
     )  # fmt: skip
     if key not in _tuning_results and not torch.cuda.is_current_stream_capturing():
-        _tuning_results[key] = _fastest(heuristic, run)
-    return _tuning_results.get(key, heuristic)
+        _tuning_results[key] = _fastest(heuristic, prepared)
+    return _tuning_results.get(key, heuristic), key in _tuning_results
 
 
-def _fastest(heuristic: Configs, run: Callable[[Configs], None]) -> Configs:
+def _fastest(heuristic: Configs, prepared: Callable[[Configs], Callable[[], None]]) -> Configs:
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     timed: list[tuple[float, int, Configs]] = []
     for number, candidate in enumerate(_candidates(heuristic)):
         try:
-            timed.append(
-                (do_bench(lambda c=candidate: run(c), warmup=5, rep=20), number, candidate)
-            )
+            ms = do_bench(prepared(candidate), warmup=5, rep=20)
+            timed.append((ms, number, candidate))
         except OutOfResources:
             continue
     return min(timed)[2]
