@@ -29,14 +29,20 @@ INTERPRETED = _triton_target.INTERPRET
 TEMPERATURES = [39.0, math.exp(7)] if INTERPRETED else [1e-3, 39.0, 41.0, 100.0, math.exp(7)]
 triton = pytest.param("triton", marks=pytest.mark.gpu)
 KERNELS = [triton] if INTERPRETED else [pytest.param("cpp", marks=cpp), triton]
+LABELLED: list[Any] = []
 GRAD = 1.5  # of the loss
 
 
-def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> None:
+Labels = tuple[Tensor, Tensor] | None
+
+
+def check_against_oracle(
+    inputs: dict[str, Any], kind: str, backend: str, labels: Labels = None
+) -> None:
     """Loss and every gradient, in poisoned memory, by the tolerance rule."""
 
     def run(arguments: dict[str, Any], name: str) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = contrastive_loss(**arguments, kind=kind, backend=name)
+        loss = contrastive_loss(**arguments, kind=kind, labels=labels, backend=name)
         return loss, testing.gradients(loss, arguments, torch.tensor(GRAD, device=loss.device))
 
     with testing.poisoned_memory():
@@ -45,7 +51,7 @@ def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> Non
     oracle, oracle_grads = run(testing.to_float64(inputs), "torch")
     # Triton's ds enters its product in the latents' dtype, the C++ kernels' in float32.
     dtype = inputs["audio"].dtype if backend == "triton" else torch.float32
-    rounding = testing.contrastive_rounding(inputs, kind, dtype)
+    rounding = testing.contrastive_rounding(inputs, kind, dtype, labels)
     assert loss.dtype == torch.float32 and loss.shape == ()
     rule: dict[str, Any] = dict(dtype=dtype if backend == "triton" else None)
     testing.assert_close_to_oracle("loss", loss, same, oracle, rounding=rounding["loss"], **rule)
@@ -80,6 +86,168 @@ def test_loss_and_gradients(
         pytest.skip("an error, see test_bad_input")
     inputs = testing.contrastive_inputs(batch, depth, layers, device=device)
     check_against_oracle(inputs, kind, backend)
+
+
+def plain_loss(s: list[list[float]], kind: str, audio: list[int], text: list[int]) -> float:
+    """A layer's loss from its similarities, pair by pair."""
+    size = range(len(s))
+    if kind == "sigmoid":
+        signs = [[1 if audio[i] == text[j] else -1 for j in size] for i in size]
+        terms = [math.log1p(math.exp(-signs[i][j] * s[i][j])) for i in size for j in size]
+        return sum(terms) / len(s)
+    total = 0.0
+    for i in size:
+        for mine, others, scores in (
+            (audio[i], text, s[i]),
+            (text[i], audio, [row[i] for row in s]),
+        ):
+            positives = [x for x, label in zip(scores, others, strict=True) if label == mine]
+            every = [
+                x
+                for x, label in zip(scores, others, strict=True)
+                if kind == "softmax" or label != mine
+            ]
+            total -= sum(positives) / len(positives)
+            total += math.log(sum(math.exp(x) for x in every))
+    return total / (2 * len(s))
+
+
+@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("audio", "text"),
+    [
+        pytest.param([7, 7, -1, 3, -1, 7], None, id="one-tensor"),
+        pytest.param([1 << 40, 2, 3, 2, 3, 1], [2, 2, 3, 1, 1 << 40, 3], id="tuple"),
+    ],
+)
+def test_labels_by_plain_loops(
+    audio: list[int], text: list[int] | None, kind: str, backend: str, device: str
+) -> None:
+    inputs = testing.contrastive_inputs(6, 8, 2, device=device)
+    sims = inputs["audio"] @ inputs["text"].transpose(1, 2) * inputs["temperature"][:, None, None]
+    if kind == "sigmoid":
+        sims = sims + inputs["bias"][:, None, None]
+    expected = sum(plain_loss(s, kind, audio, text or audio) for s in sims.tolist())
+    labels = tuple(torch.tensor(x, device=device) for x in (audio, text) if x is not None)
+    given: Any = labels if len(labels) == 2 else labels[0]
+    loss = contrastive_loss(**inputs, kind=kind, labels=given, backend=backend)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert abs(contrastive_loss(**inputs, kind=kind, backend=backend).item() - expected) > 0.1
+
+
+@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "depth", "layers", "temperature"),
+    [
+        pytest.param(2, 3, 2, 10.0, id="two-narrow"),
+        pytest.param(65, 100, 3, 10.0, id="padded-layers"),
+        pytest.param(150 if INTERPRETED else 600, 20, 2, 10.0, id="many-tiles"),
+        pytest.param(70, 200, None, 100.0, id="wide-hot"),
+        pytest.param(40, 300, None, 10.0, id="deep"),
+    ],
+)
+def test_labels(
+    batch: int, depth: int, layers: int | None, temperature: float, kind: str, backend: str,
+    device: str,
+) -> None:  # fmt: skip
+    inputs = testing.contrastive_inputs(
+        batch, depth, layers, temperature=temperature, device=device
+    )
+    check_against_oracle(inputs, kind, backend, testing.contrastive_labels(batch, device))
+
+
+@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_labels_in_half_precision(dtype: torch.dtype, kind: str, backend: str, device: str) -> None:
+    inputs = testing.contrastive_inputs(130, 48, 2, dtype=dtype, device=device)
+    check_against_oracle(inputs, kind, backend, testing.contrastive_labels(130, device))
+
+
+@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_for_each_pair_changes_nothing(kind: str, backend: str, device: str) -> None:
+    inputs = testing.contrastive_inputs(70, 24, 2, device=device)
+    rounding = testing.contrastive_rounding(inputs, kind)
+    results = []
+    for labels in (None, torch.arange(70, device=device).flip(0) * 1000):
+        loss = contrastive_loss(**inputs, kind=kind, labels=labels, backend=backend)
+        results.append({"loss": loss, **testing.gradients(loss, inputs, torch.ones_like(loss))})
+    for name, plain in results[0].items():
+        # both are rounded; the softmax loss adds its positive in another place
+        torch.testing.assert_close(
+            results[1][name], plain, rtol=1e-5, atol=4 * rounding[name], msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unread_labels_without_a_positive(kind: str, backend: str, device: str) -> None:
+    """Such a row's positive term is 0, and all others are as they were."""
+    inputs = testing.contrastive_inputs(6, 8, device=device)
+    audio = torch.tensor([0, 0, 1, 1, 5, 2], device=device)
+    text = torch.tensor([1, 0, 0, 1, 2, 6], device=device)
+    options: dict[str, Any] = dict(kind=kind, labels=(audio, text), check_values=False)
+    loss = contrastive_loss(**inputs, **options, backend=backend)
+    grads = testing.gradients(loss, inputs, torch.ones_like(loss))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    sims = inputs["temperature"] * inputs["audio"] @ inputs["text"].t()
+    if kind == "sigmoid":
+        sims = sims + inputs["bias"]
+        sign = torch.where(audio[:, None] == text, 1.0, -1.0)
+        expected = F.softplus(-sign * sims).sum() / 6
+    else:
+        same = audio[:, None] == text
+        shown = sims if kind == "softmax" else sims.masked_fill(same, -torch.inf)
+        total = (shown.logsumexp(0) + shown.logsumexp(1)).sum()
+        for side in (0, 1):
+            means = (sims * same).sum(side)[same.any(side)] / same.sum(side)[same.any(side)]
+            total = total - means.sum()
+        expected = total / 12
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        ([0, 1, 2, 3], TypeError, r"labels: .*\(list\).*a tuple of two"),
+        (torch.zeros(4, 1, dtype=torch.long), ValueError, r"labels: .*\(4, 1\).*\(B,\) = \(4,\)"),
+        (torch.zeros(4), TypeError, "labels: .*float32.*int64"),
+        (torch.zeros(4, dtype=torch.bool), TypeError, "labels: .*bool.*int64"),
+        (torch.zeros(4, dtype=torch.long, device="meta"), ValueError, "labels: .*device cpu"),
+        ((torch.arange(4),), ValueError, "labels: got a tuple of 1"),
+        ((torch.arange(4), None), TypeError, r"labels\[1\]: got None"),
+        ((torch.arange(4), torch.arange(5)), ValueError, r"labels\[1\]: .*\(5,\)"),
+        (
+            (torch.tensor([0, 9, 8, 9]), torch.tensor([0, 0, 0, 0])),
+            ValueError,
+            r"labels: got 2 audio labels without text \(8, 9\)",
+        ),
+        (
+            (torch.zeros(4, dtype=torch.long), torch.arange(-3, 1)),
+            ValueError,
+            r"labels: got 3 text labels without audio \(-3, -2, -1\)",
+        ),
+    ],
+    ids=lambda value: "" if not isinstance(value, type) else value.__name__,
+)
+def test_bad_labels(labels: Any, error: type[Exception], words: str) -> None:
+    latents = torch.zeros(4, 8)
+    for kind in KINDS:
+        with pytest.raises(error, match=words):
+            contrastive_loss(latents, latents, torch.ones(1), kind=kind, labels=labels)
+
+
+def test_decoupled_needs_a_negative() -> None:
+    latents = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"audio label 5 for every text.*no negatives"):
+        contrastive_loss(
+            latents, latents, torch.ones(1), kind="decoupled", labels=torch.full((3,), 5)
+        )
+    loss = contrastive_loss(latents, latents, torch.ones(1), labels=torch.full((3,), 5))
+    assert loss.item() == pytest.approx(math.log(3))
 
 
 @cpp
@@ -272,6 +440,21 @@ def block_inputs(
     return audio.to(device), text.to(device), factor.to(device)
 
 
+BLOCK_LABELS = ("none", "inclusive", "left out")
+
+
+def block_labels(case: str, m: int, n: int, device: str = "cpu") -> tuple[Any, ...]:
+    """A block op's last arguments: labels of a few rows and columns, and ``inclusive``."""
+    if case == "none":
+        return ()
+    generator = torch.Generator().manual_seed(m + n)
+    clips = max(m, n) // 3 + 2
+    audio, text = (
+        torch.randint(clips, (size,), generator=generator, dtype=torch.int32) for size in (m, n)
+    )
+    return audio.to(device), text.to(device), case == "inclusive"
+
+
 def compare(names: str, ours: Any, same: Any, oracle: Any) -> None:
     for name, a, b, c in zip(names.split(), ours, same, oracle, strict=True):
         infinite = c.isinf()  # a row or column without negatives
@@ -357,15 +540,19 @@ def test_bits_of_200_triton_runs(kind: str, dtype: torch.dtype, device: str) -> 
             assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)), run
 
 
-def test_block_definitions_have_the_gradients_of_autograd() -> None:
+@pytest.mark.parametrize("case", BLOCK_LABELS)
+def test_block_definitions_have_the_gradients_of_autograd(case: str) -> None:
     audio, text, factor = (t.double().requires_grad_() for t in block_inputs(7, 9, 3.0))
     bias = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    stats = reference.block_logsumexp(audio, text, factor, 1)
+    given = block_labels(case, 7, 9)
+    stats = reference.block_logsumexp(audio, text, factor, 1, *given)
     weights = [torch.rand_like(s) for s in stats]
     expected = torch.autograd.grad(stats, (audio, text, factor), weights)
-    found = reference.block_logsumexp_backward(*weights, audio, text, factor, stats[0], stats[1], 1)
+    found = reference.block_logsumexp_backward(
+        *weights, audio, text, factor, stats[0], stats[1], 1, *given
+    )
     torch.testing.assert_close(found, expected)
-    loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True)
+    loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True, *given[:2])
     expected = torch.autograd.grad(loss, (audio, text, factor, bias))
     torch.testing.assert_close(tuple(found), expected)
 
@@ -375,6 +562,11 @@ def test_gradcheck_of_the_definition(kind: str) -> None:
     inputs = testing.to_float64(testing.contrastive_inputs(5, 4, 2, temperature=2.0))
     assert torch.autograd.gradcheck(
         lambda *a: contrastive_loss(*a, kind=kind, backend="torch"), tuple(inputs.values())
+    )
+    labels = testing.contrastive_labels(5)
+    assert torch.autograd.gradcheck(
+        lambda *a: contrastive_loss(*a, kind=kind, labels=labels, backend="torch"),
+        tuple(inputs.values()),
     )
 
 

@@ -336,12 +336,14 @@ def _largest_norm(latents: Tensor) -> Tensor:
     return torch.linalg.vector_norm(latents, dim=-1, dtype=torch.float32).amax(dim=-1)
 
 
-def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
+def supports(*, audio: Tensor, labels: Any = None, **_: Any) -> tuple[bool, str]:
     """Whether the kernels take this call, from device, dtype and width alone."""
+    if labels is not None:
+        return False, "it takes no labels"
     return _triton_target.supports(audio, MAX_DEPTH)
 
 
-def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, labels: None = None, **rest: Any) -> Tensor:
     """The loss by the kernels."""
     return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 
