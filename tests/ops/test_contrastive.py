@@ -29,7 +29,7 @@ INTERPRETED = _triton_target.INTERPRET
 TEMPERATURES = [39.0, math.exp(7)] if INTERPRETED else [1e-3, 39.0, 41.0, 100.0, math.exp(7)]
 triton = pytest.param("triton", marks=pytest.mark.gpu)
 KERNELS = [triton] if INTERPRETED else [pytest.param("cpp", marks=cpp), triton]
-LABELLED: list[Any] = []
+LABELLED = [pytest.param("cpp", marks=cpp)]
 GRAD = 1.5  # of the loss
 
 
@@ -471,39 +471,41 @@ def kernels_of(backend: str) -> Any:
 
 # At temperature 200 an error of the similarities shows 200 times: only a large block has enough of
 # them for the torch path's largest error to be a measure.
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("case", BLOCK_LABELS)
 @pytest.mark.parametrize(
     ("m", "n", "offset", "temperature"),
     [(*block, 10.0) for block in BLOCKS] + [(130, 200, 60, 200.0), (140, 90, -10, 200.0)],
 )
 def test_rectangular_blocks(
-    m: int, n: int, offset: int, temperature: float, backend: str, device: str
+    m: int, n: int, offset: int, temperature: float, case: str, backend: str, device: str
 ) -> None:
+    given = block_labels(case, m, n, device)
     kernels = kernels_of(backend)
     audio, text, factor = block_inputs(m, n, temperature, device=device)
     wide = (audio.double(), text.double(), factor.double())
     with testing.poisoned_memory():
-        stats = kernels.logsumexp(audio, text, factor, offset)
-    oracle = reference.block_logsumexp(*wide, offset)
-    same = reference.block_logsumexp(audio, text, factor, offset)
+        stats = kernels.logsumexp(audio, text, factor, offset, *given)
+    oracle = reference.block_logsumexp(*wide, offset, *given)
+    same = reference.block_logsumexp(audio, text, factor, offset, *given)
     compare("row column positive", stats, same, oracle)
 
     weights = [torch.rand_like(s) for s in same]
     shifts = [s.masked_fill(s.isinf(), 0.0) for s in same[:2]]
     shifts[0] = shifts[0] + 1.0  # as if the rows had more columns elsewhere
-    grads = (*weights, audio, text, factor, *shifts, offset)
+    grads = (*weights, audio, text, factor, *shifts, offset, *given)
     with testing.poisoned_memory():
         ours = kernels.logsumexp_backward(*grads)
     oracle = reference.block_logsumexp_backward(
-        *(t.double() for t in weights), *wide, *(t.double() for t in shifts), offset
+        *(t.double() for t in weights), *wide, *(t.double() for t in shifts), offset, *given
     )
     compare("audio text temperature", ours, reference.block_logsumexp_backward(*grads), oracle)
 
     bias = torch.tensor([-4.0, 1.0], device=device)
     with testing.poisoned_memory():
-        ours = kernels.sigmoid(audio, text, factor, bias, offset, True)
-    oracle = reference.block_sigmoid(*wide, bias.double(), offset, True)
-    same = reference.block_sigmoid(audio, text, factor, bias, offset, True)
+        ours = kernels.sigmoid(audio, text, factor, bias, offset, True, *given[:2])
+    oracle = reference.block_sigmoid(*wide, bias.double(), offset, True, *given[:2])
+    same = reference.block_sigmoid(audio, text, factor, bias, offset, True, *given[:2])
     compare("loss audio text temperature bias", ours, same, oracle)
 
 
@@ -583,16 +585,30 @@ def test_opcheck() -> None:
     )
     torch.library.opcheck(ops.contrastive_sigmoid, (*needed, bias, 2, True))
     torch.library.opcheck(ops.contrastive_sigmoid, (audio, text, factor, None, 2, False))
+    for case in BLOCK_LABELS[1:]:
+        given = block_labels(case, 6, 9)
+        torch.library.opcheck(ops.contrastive_logsumexp, (*needed, 2, *given))
+        torch.library.opcheck(
+            ops.contrastive_logsumexp_backward,
+            (*stats, audio, text, factor, *stats[:2], 2, *given),
+        )
+    torch.library.opcheck(ops.contrastive_sigmoid, (*needed, bias, 2, True, *given[:2]))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.skipif(INTERPRETED, reason="nothing here depends on the kernels' inside")
-def test_compiles_without_graph_breaks(kind: str, backend: str, device: str) -> None:
+def test_compiles_without_graph_breaks(
+    labelled: bool, kind: str, backend: str, device: str
+) -> None:
     inputs = testing.contrastive_inputs(20, 16, 2, device=device)
+    labels = testing.contrastive_labels(20, device) if labelled else None
 
     def run(audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
-        return contrastive_loss(audio, text, temperature, bias, kind=kind, backend=backend)
+        return contrastive_loss(
+            audio, text, temperature, bias, kind=kind, labels=labels, backend=backend
+        )
 
     eager = run(*inputs.values())
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs.values())

@@ -14,14 +14,12 @@ from musiclm_fast.ops.contrastive import _autograd
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(*, audio: Tensor, labels: Any = None, **_: Any) -> tuple[bool, str]:
+def supports(*, audio: Tensor, **_: Any) -> tuple[bool, str]:
     """Whether the kernels take this call, from device and dtype alone, and why not."""
-    if labels is not None:
-        return False, "it takes no labels"
     return _compiled.supports(audio, "cpu", _DTYPES)
 
 
-def run(*, audio: Tensor, text: Tensor, labels: None = None, **rest: Any) -> Tensor:
+def run(*, audio: Tensor, text: Tensor, **rest: Any) -> Tensor:
     """The loss by the kernels."""
     return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,31 @@ from musiclm_fast._wording import plural
 
 Labels = tuple[Tensor, Tensor]  # of audio and of text, (B,) int64 each
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Labels as the kernels compare them, and a row's weight."""
+
+    audio: Tensor  # (B,) int32, from 0; equal where labels are
+    text: Tensor  # (B,) likewise
+    # (B,): the mean of a row's positives averaged with a column's weighs each positive pair by
+    # (1 / |P_i| + 1 / |P_j|) / 2. Both counts follow from the label alone, which the pair shares.
+    weight: Tensor
+
+
+def positives(labels: Labels, dtype: torch.dtype) -> Positives:
+    """Numbers labels by their place in the sorted list of all: any device, no synchronisation."""
+    audio, text = labels
+    ordered = torch.cat(labels).sort().values
+    per_row, per_column = (
+        0.5 / count(audio, side).clamp(min=1).to(dtype) for side in (text, audio)
+    )
+    return Positives(
+        torch.searchsorted(ordered, audio, out_int32=True),
+        torch.searchsorted(ordered, text, out_int32=True),
+        per_row + per_column,
+    )
 
 
 def check_labels(labels: Any, audio: Tensor) -> Labels | None:

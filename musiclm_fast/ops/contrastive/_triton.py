@@ -345,7 +345,7 @@ def supports(*, audio: Tensor, labels: Any = None, **_: Any) -> tuple[bool, str]
 
 def run(*, audio: Tensor, text: Tensor, labels: None = None, **rest: Any) -> Tensor:
     """The loss by the kernels."""
-    return _autograd.loss(kernels, prepare(audio), prepare(text), **rest)
+    return _autograd.loss(kernels, prepare(audio), prepare(text), labels=None, **rest)
 
 
 def prepare(latents: Tensor) -> Tensor:

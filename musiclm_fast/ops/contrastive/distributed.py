@@ -204,7 +204,7 @@ class _GlobalLoss(torch.autograd.Function):
             ctx.has_bias = bias is not None
         else:
             row, column, positive, *kept = moves.statistics(audio, text, temperature)
-            total = _autograd.per_pair(row, column, positive, kind).sum()
+            total = _autograd.per_pair(row, column, positive, kind, None).sum()
             ctx.save_for_backward(audio, temperature, row, column, positive, *kept)
             ctx.bias_shape = None if bias is None else bias.shape
         with ranks.expect("adding up the loss"):
@@ -220,7 +220,7 @@ class _GlobalLoss(torch.autograd.Function):
             d_bias = d_bias * scale if ctx.has_bias else None
         else:
             audio, temperature, row, column, positive, *kept = ctx.saved_tensors
-            weights = _autograd.per_pair_gradients(row, column, positive, ctx.kind)
+            weights = _autograd.per_pair_gradients(row, column, positive, ctx.kind, None)
             d_audio, d_text, d_temperature = ctx.moves.statistics_backward(
                 weights, audio, temperature, row, column, kept
             )
