@@ -29,7 +29,6 @@ INTERPRETED = _triton_target.INTERPRET
 TEMPERATURES = [39.0, math.exp(7)] if INTERPRETED else [1e-3, 39.0, 41.0, 100.0, math.exp(7)]
 triton = pytest.param("triton", marks=pytest.mark.gpu)
 KERNELS = [triton] if INTERPRETED else [pytest.param("cpp", marks=cpp), triton]
-LABELLED = [pytest.param("cpp", marks=cpp)]
 GRAD = 1.5  # of the loss
 
 
@@ -112,7 +111,7 @@ def plain_loss(s: list[list[float]], kind: str, audio: list[int], text: list[int
     return total / (2 * len(s))
 
 
-@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("audio", "text"),
@@ -136,7 +135,7 @@ def test_labels_by_plain_loops(
     assert abs(contrastive_loss(**inputs, kind=kind, backend=backend).item() - expected) > 0.1
 
 
-@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("batch", "depth", "layers", "temperature"),
@@ -158,7 +157,7 @@ def test_labels(
     check_against_oracle(inputs, kind, backend, testing.contrastive_labels(batch, device))
 
 
-@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_labels_in_half_precision(dtype: torch.dtype, kind: str, backend: str, device: str) -> None:
@@ -166,7 +165,7 @@ def test_labels_in_half_precision(dtype: torch.dtype, kind: str, backend: str, d
     check_against_oracle(inputs, kind, backend, testing.contrastive_labels(130, device))
 
 
-@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_label_for_each_pair_changes_nothing(kind: str, backend: str, device: str) -> None:
     inputs = testing.contrastive_inputs(70, 24, 2, device=device)
@@ -182,7 +181,7 @@ def test_a_label_for_each_pair_changes_nothing(kind: str, backend: str, device: 
         )
 
 
-@pytest.mark.parametrize("backend", ["torch", *LABELLED])
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_unread_labels_without_a_positive(kind: str, backend: str, device: str) -> None:
     """Such a row's positive term is 0, and all others are as they were."""
@@ -471,7 +470,7 @@ def kernels_of(backend: str) -> Any:
 
 # At temperature 200 an error of the similarities shows 200 times: only a large block has enough of
 # them for the torch path's largest error to be a measure.
-@pytest.mark.parametrize("backend", LABELLED)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("case", BLOCK_LABELS)
 @pytest.mark.parametrize(
     ("m", "n", "offset", "temperature"),
