@@ -165,6 +165,22 @@ def test_labels_in_half_precision(dtype: torch.dtype, kind: str, backend: str, d
     check_against_oracle(inputs, kind, backend, testing.contrastive_labels(130, device))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [20, 300])
+def test_labels_of_stripes(
+    depth: int, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches run in stripes of rows: here of a block each."""
+    from musiclm_fast.ops.contrastive import _triton
+
+    monkeypatch.setattr(_triton, "SUMS_BYTES", 1)
+    monkeypatch.setattr(_triton, "DS_BYTES", 1)
+    inputs = testing.contrastive_inputs(150, depth, device=device)
+    check_against_oracle(inputs, kind, "triton", testing.contrastive_labels(150, device))
+    check_against_oracle(inputs, kind, "triton")
+
+
 @pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_label_for_each_pair_changes_nothing(kind: str, backend: str, device: str) -> None:

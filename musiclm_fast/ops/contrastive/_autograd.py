@@ -62,8 +62,8 @@ def loss(
     given: tuple[Any, ...] = ()
     weight = None
     if labels is not None:
-        found = positives(labels, torch.float32)
-        given, weight = (found.audio, found.text, kind == "softmax"), found.weight
+        found = positives(labels, kind, torch.float32)
+        given, weight = found.block(), found.weight
     temperature = temperature.float()
     bias = None if bias is None else bias.float()
     if kind == "sigmoid":

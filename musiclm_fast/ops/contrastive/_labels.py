@@ -23,16 +23,23 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Positives:
-    """Labels as the kernels compare them, and a row's weight."""
+    """Labels as the kernels compare them, a row's weight, and whether a loss sums positives."""
 
     audio: Tensor  # (B,) int32, from 0; equal where labels are
     text: Tensor  # (B,) likewise
     # (B,): the mean of a row's positives averaged with a column's weighs each positive pair by
     # (1 / |P_i| + 1 / |P_j|) / 2. Both counts follow from the label alone, which the pair shares.
     weight: Tensor
+    inclusive: bool
+
+    def block(
+        self, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> tuple[Tensor, Tensor, bool]:
+        """The last arguments of a block's kernel."""
+        return self.audio[rows], self.text[columns], self.inclusive
 
 
-def positives(labels: Labels, dtype: torch.dtype) -> Positives:
+def positives(labels: Labels, kind: str, dtype: torch.dtype) -> Positives:
     """Numbers labels by their place in the sorted list of all: any device, no synchronisation."""
     audio, text = labels
     ordered = torch.cat(labels).sort().values
@@ -43,6 +50,7 @@ def positives(labels: Labels, dtype: torch.dtype) -> Positives:
         torch.searchsorted(ordered, audio, out_int32=True),
         torch.searchsorted(ordered, text, out_int32=True),
         per_row + per_column,
+        kind == "softmax",
     )
 
 
