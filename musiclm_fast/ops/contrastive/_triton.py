@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,6 +130,10 @@ class _Side:
         self.block_d = PIECE[x.dtype] if self.deep else padded(self.depth)
         self.target = _triton_target.target(x.device)
         self.config = configs(self.target, padded(self.depth), x.dtype)[part]
+        if labels[0] is not None and self.config.max_registers is not None:
+            # A masked sigmoid tile in float32 spills 8 bytes at 128 (sm_100, Triton 3.6).
+            limit = max(self.config.max_registers, 160)
+            self.config = replace(self.config, max_registers=limit)
         self.blocks = self.layers * -(-self.rows // self.config.block_m)
 
     def splits(self, row_bytes: int) -> int:
