@@ -424,17 +424,21 @@ def test_latents_wider_than_a_slice(kind: str) -> None:
 def test_every_simd_level(kind: str, simd_level: str) -> None:
     check_against_oracle(testing.contrastive_inputs(131, 40, 2), kind, "cpp")
     check_against_oracle(testing.contrastive_inputs(67, 21, temperature=300.0), kind, "cpp")
+    labels = testing.contrastive_labels(131)
+    check_against_oracle(testing.contrastive_inputs(131, 40, 2), kind, "cpp", labels)
 
 
 @cpp
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_do_not_depend_on_threads(kind: str) -> None:
+def test_bits_do_not_depend_on_threads(kind: str, labelled: bool) -> None:
+    labels = testing.contrastive_labels(700) if labelled else None
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         inputs = testing.contrastive_inputs(700, 32, 2)
-        loss = contrastive_loss(**inputs, kind=kind, backend="cpp")
+        loss = contrastive_loss(**inputs, kind=kind, labels=labels, backend="cpp")
         results.append([loss, *testing.gradients(loss, inputs, torch.tensor(1.0)).values()])
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -637,16 +641,20 @@ def test_compiles_without_graph_breaks(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind: str, backend: str, device: str) -> None:
+def test_autocast(kind: str, labelled: bool, backend: str, device: str) -> None:
     """On CUDA it is the loss of rounded latents, to the last bit; on the CPU it changes nothing."""
     inputs = testing.contrastive_inputs(50, 32, device=device)
     outside = dict(inputs)
     if device == "cuda":
         outside.update({n: inputs[n].bfloat16() for n in ("audio", "text")})
-    expected = contrastive_loss(**outside, kind=kind, backend=backend)
+    options: dict[str, Any] = dict(kind=kind, backend=backend)
+    if labelled:
+        options["labels"] = testing.contrastive_labels(50, device)
+    expected = contrastive_loss(**outside, **options)
     with torch.autocast(device, dtype=torch.bfloat16):
-        inside = contrastive_loss(**inputs, kind=kind, backend=backend)
+        inside = contrastive_loss(**inputs, **options)
     assert torch.equal(inside, expected)
     grads = testing.gradients(inside, inputs, torch.ones_like(inside))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
