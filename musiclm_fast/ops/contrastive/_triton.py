@@ -160,7 +160,7 @@ class _Side:
         _triton_target.launch(_kernel(name), self.blocks * splits, arguments, self.config.options)
 
 
-def _of_stripe(labels: Labels, first: int, rows: int) -> Labels:
+def _labels_of_stripe(labels: Labels, first: int, rows: int) -> Labels:
     mine, others = labels
     return None if mine is None else mine[first : first + rows], others
 
@@ -180,7 +180,7 @@ def logsumexp(
         for first in range(0, max(whole.rows, 1), step):
             side = _Side(
                 audio[:, first : first + step], text, temperature, offset + first,
-                _of_stripe(labels, first, step), 0,
+                _labels_of_stripe(labels, first, step), 0,
             )  # fmt: skip
             splits = side.splits(8)
             lse, positive = (side.empty(splits, side.layers, side.rows) for _ in range(2))
@@ -262,7 +262,7 @@ def logsumexp_backward(
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
     def of_stripe(x: Tensor, first: int, ds: Tensor) -> None:
-        labels = _of_stripe((audio_labels, text_labels), first, x.shape[1])
+        labels = _labels_of_stripe((audio_labels, text_labels), first, x.shape[1])
         side = _Side(x, text, temperature, offset + first, labels, 1)
         mine = [t[:, first : first + side.rows].contiguous() for t in rows]
         launch(side, side.splits(4), mine, columns, ds)
@@ -303,7 +303,7 @@ def sigmoid(
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
     def of_stripe(x: Tensor, first: int, ds: Tensor | None) -> None:
-        labels = _of_stripe((audio_labels, text_labels), first, x.shape[1])
+        labels = _labels_of_stripe((audio_labels, text_labels), first, x.shape[1])
         side = _Side(x, text, temperature, offset + first, labels, 2)
         launch(side, side.splits(4), True, ds)
 
