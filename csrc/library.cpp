@@ -26,18 +26,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(musiclm_fast, m) {
       " bool center, int pad_mode, bool magnitude, float? log_offset, float mean, float std,"
       " float mask_value, int crop_bands, int crop_frames) -> Tensor");
   // contrastive: one block of pairs, m rows of audio (L, m, d) by n columns of text (L, n, d); row i's
-  // positive is column i + offset. Statistics and gradients are float32.
+  // positive is column i + offset or, with int32 labels (m,) and (n,), every column of its label. Sums
+  // of exponentials have positives if inclusive (labels alone). Statistics and gradients are float32.
   m.def(
-      "contrastive_logsumexp(Tensor audio, Tensor text, Tensor temperature, int offset) "
+      "contrastive_logsumexp(Tensor audio, Tensor text, Tensor temperature, int offset, "
+      "Tensor? audio_labels=None, Tensor? text_labels=None, bool inclusive=False) "
       "-> (Tensor row_lse, Tensor column_lse, Tensor positive)");
   m.def(
       "contrastive_logsumexp_backward(Tensor grad_row, Tensor grad_column, Tensor grad_positive, "
-      "Tensor audio, Tensor text, Tensor temperature, Tensor row_lse, Tensor column_lse, int offset) "
+      "Tensor audio, Tensor text, Tensor temperature, Tensor row_lse, Tensor column_lse, int offset, "
+      "Tensor? audio_labels=None, Tensor? text_labels=None, bool inclusive=False) "
       "-> (Tensor d_audio, Tensor d_text, Tensor d_temperature)");
   m.def(
       "contrastive_sigmoid(Tensor audio, Tensor text, Tensor temperature, Tensor? bias, int offset, "
-      "bool gradients) -> (Tensor loss, Tensor d_audio, Tensor d_text, Tensor d_temperature, "
-      "Tensor d_bias)");
+      "bool gradients, Tensor? audio_labels=None, Tensor? text_labels=None) "
+      "-> (Tensor loss, Tensor d_audio, Tensor d_text, Tensor d_temperature, Tensor d_bias)");
   // decode: sizes are depth, dim, heads, dim_head, hidden, streams, null keys, and as 0 or 1 cross
   // attention, norm of the self attention's context, value residual.
   m.def("decode_pack(Tensor[] parameters, int[] sizes) -> Tensor");

@@ -13,7 +13,11 @@ import torch
 
 from musiclm_fast._oracle import FLOOR_ULPS, assert_close_to_oracle, gradients, to_float64
 from musiclm_fast.ops.attention._parity import attention_inputs, attention_rounding
-from musiclm_fast.ops.contrastive._parity import contrastive_inputs, contrastive_rounding
+from musiclm_fast.ops.contrastive._parity import (
+    contrastive_inputs,
+    contrastive_labels,
+    contrastive_rounding,
+)
 from musiclm_fast.ops.geglu_norm._parity import geglu_norm_inputs
 from musiclm_fast.ops.hyper_connection._parity import hyper_connection_inputs
 
@@ -23,6 +27,7 @@ __all__ = [
     "attention_inputs",
     "attention_rounding",
     "contrastive_inputs",
+    "contrastive_labels",
     "contrastive_rounding",
     "geglu_norm_inputs",
     "gradients",

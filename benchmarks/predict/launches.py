@@ -29,7 +29,11 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's name, with the requested outputs of kernels that have several."""
-        ends = {"sigmoid_kernel": ["LOSS", "GRADIENT"]}
+        ends = {
+            "logsumexp_kernel": ["INCLUSIVE"],
+            "gradient_kernel": ["INCLUSIVE", "y_positive"],
+            "sigmoid_kernel": ["LOSS", "GRADIENT"],
+        }
         name = self.kernel.__name__
         asked = [
             end

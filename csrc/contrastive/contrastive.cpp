@@ -25,10 +25,12 @@ int64_t tile_size(int64_t count, int64_t depth) {
   return std::min(by_count, by_depth);
 }
 
-// Both sides of a block of similarities, packed, for all layers.
+// Both sides of a block of similarities, packed, for all layers; labels of both sides, or null.
 class Packed {
  public:
-  Packed(const Tensor& audio, const Tensor& text, const Tensor& temperature, int64_t offset)
+  Packed(const Tensor& audio, const Tensor& text, const Tensor& temperature, int64_t offset,
+         const std::optional<Tensor>& audio_labels, const std::optional<Tensor>& text_labels,
+         bool inclusive)
       : layers(audio.size(0)),
         m(audio.size(1)),
         n(text.size(1)),
@@ -39,11 +41,24 @@ class Packed {
         column_tile(tile_size(n, depth)),
         row_tiles(divide_up(m, row_tile)),
         column_tiles(divide_up(n, column_tile)),
+        inclusive_(inclusive),
         temperature_(temperature.const_data_ptr<float>()),
+        row_labels_(audio_labels.has_value()
+                        ? cpu_data<int32_t>(*audio_labels, "audio_labels", {m})
+                        : nullptr),
+        column_labels_(text_labels.has_value() ? round_up(n, kPanel) : 0),
         rows_(layers * m * ld),
         columns_(layers * n * ld),
         panels_(layers * divide_up(n, kPanel) * kPanel * depth),
         bounded_(std::make_unique<bool[]>(layers)) {
+    STD_TORCH_CHECK(audio_labels.has_value() == text_labels.has_value(),
+                    "text_labels: expected labels of both sides, or of none");
+    STD_TORCH_CHECK(audio_labels.has_value() || !inclusive, "inclusive: expected labels");
+    if (text_labels.has_value()) {
+      const int32_t* from = cpu_data<int32_t>(*text_labels, "text_labels", {n});
+      std::fill(std::copy_n(from, n, column_labels_.get()),
+                column_labels_.get() + round_up(n, kPanel), -1);
+    }
     const int64_t row_parts = divide_up(m, kPanel), column_parts = divide_up(n, kPanel);
     Buffer<float> row_norm(layers * row_parts), column_norm(layers * column_parts);
     dispatch<float, BFloat16>(audio.scalar_type(), "audio", [&](auto zero) {
@@ -116,6 +131,9 @@ class Packed {
           tile.depth = depth;
           tile.ld = ld;
           tile.positive = row + offset - column;
+          tile.row_labels = row_labels_ == nullptr ? nullptr : row_labels_ + row;
+          tile.column_labels = column_labels_.get() + column;
+          tile.inclusive = inclusive_;
           tile.temperature = temperature_[layer];
           tile.similarities = similarities.get();
           tile.scratch = scratch.get();
@@ -138,7 +156,10 @@ class Packed {
     return result;
   }
 
+  const bool inclusive_;
   const float* const temperature_;
+  const int32_t* const row_labels_;
+  const Buffer<int32_t> column_labels_;  // -1 after the last
   const Buffer<float> rows_, columns_, panels_;
   const std::unique_ptr<bool[]> bounded_;
 };
@@ -215,13 +236,14 @@ void check_block(const Tensor& audio, const Tensor& text, const Tensor& temperat
   cpu_data<float>(temperature, "temperature", {audio.size(0)});
 }
 
-// Log-sum-exp of the similarities of every row and column, without the positives, and the positives'
-// similarities (0 for a row that has none in this block).
-std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp(const Tensor& audio, const Tensor& text,
-                                                         const Tensor& temperature,
-                                                         int64_t offset) {
+// Log-sum-exp of the similarities of every row and column, with the positives if `inclusive`, and
+// the sum of each row's positives (0 for a row that has none in this block).
+std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp(
+    const Tensor& audio, const Tensor& text, const Tensor& temperature, int64_t offset,
+    const std::optional<Tensor>& audio_labels, const std::optional<Tensor>& text_labels,
+    bool inclusive) {
   check_block(audio, text, temperature);
-  const Packed packed(audio, text, temperature, offset);
+  const Packed packed(audio, text, temperature, offset, audio_labels, text_labels, inclusive);
   const int64_t layers = packed.layers, m = packed.m, n = packed.n;
   Tensor row_result = empty_as(audio, {layers, m}, ScalarType::Float);
   Tensor column_result = empty_as(audio, {layers, n}, ScalarType::Float);
@@ -260,9 +282,10 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp(const Tensor& audio, co
 std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp_backward(
     const Tensor& grad_row, const Tensor& grad_column, const Tensor& grad_positive,
     const Tensor& audio, const Tensor& text, const Tensor& temperature, const Tensor& row_lse,
-    const Tensor& column_lse, int64_t offset) {
+    const Tensor& column_lse, int64_t offset, const std::optional<Tensor>& audio_labels,
+    const std::optional<Tensor>& text_labels, bool inclusive) {
   check_block(audio, text, temperature);
-  const Packed packed(audio, text, temperature, offset);
+  const Packed packed(audio, text, temperature, offset, audio_labels, text_labels, inclusive);
   const int64_t layers = packed.layers, m = packed.m, n = packed.n;
   const float* row_grad = cpu_data<float>(grad_row, "grad_row", {layers, m});
   const float* column_grad = cpu_data<float>(grad_column, "grad_column", {layers, n});
@@ -306,11 +329,12 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_logsumexp_backward(
 // temperature and bias, in float32, from the same pass (else of shape (0,)).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_sigmoid(
     const Tensor& audio, const Tensor& text, const Tensor& temperature,
-    const std::optional<Tensor>& bias, int64_t offset, bool gradients) {
+    const std::optional<Tensor>& bias, int64_t offset, bool gradients,
+    const std::optional<Tensor>& audio_labels, const std::optional<Tensor>& text_labels) {
   check_block(audio, text, temperature);
   const float* biases =
       bias.has_value() ? cpu_data<float>(*bias, "bias", {audio.size(0)}) : nullptr;
-  const Packed packed(audio, text, temperature, offset);
+  const Packed packed(audio, text, temperature, offset, audio_labels, text_labels, false);
   const int64_t layers = packed.layers, m = packed.m, n = packed.n;
   const Buffer<float> row_loss(layers * m);
   std::fill_n(row_loss.get(), layers * m, 0.0f);

@@ -26,12 +26,17 @@ struct ContrastiveTile {
   const float* panels;   // (ceil(n / kPanel), depth, kPanel)
   int64_t m, n, depth, ld;
   int64_t positive;     // column of row 0's positive in this tile; row i's is positive + i
+  // Not null: pairs with equal labels are the positives instead. (m) and (round_up(n, kPanel)), -1
+  // in columns beyond n, else not below 0.
+  const int32_t* row_labels;
+  const int32_t* column_labels;
+  bool inclusive;  // with labels: whether the softmax sums include the positives
   float temperature;
   float* similarities;  // workspace (m, round_up(n, kPanel))
   float* scratch;       // workspace of 4 * (m + round_up(n, kPanel))
 };
 
-// Running sums of e^(s - shift) over the pairs that are not positives.
+// Running sums of e^(s - shift) over the pairs that are not positives, or all if tile.inclusive.
 struct ContrastiveSums {
   float* shift;
   float* sum;
@@ -49,13 +54,15 @@ MUSICLM_FAST_DECLARE_SIMD(
     void contrastive_panel(const float* columns, int64_t count, int64_t depth, int64_t ld,
                            float* panel))
 MUSICLM_FAST_DECLARE_SIMD(
-    // Adds the tile to the sums of its m rows and n columns; writes the positives it holds.
+    // Adds the tile to the sums of its m rows and n columns; writes the positives it holds, or with
+    // labels adds them.
     void contrastive_stats(const ContrastiveTile& tile, bool bounded, ContrastiveSums of_rows,
                            ContrastiveSums of_columns, float* positive))
 MUSICLM_FAST_DECLARE_SIMD(
-    // ds = row_weight_i e^(s - row_shift_i) + column_weight_j e^(s - column_shift_j), and
-    // positive_grad_i at the positives. Adds ds @ columns to d_rows (m, ld) and ds^T @ rows to
-    // d_columns (n, ld). Where `bounded`, shifts are not read: the weights hold them.
+    // ds = row_weight_i e^(s - row_shift_i) + column_weight_j e^(s - column_shift_j). At the
+    // positives positive_grad_i takes its place, or is added if tile.inclusive. Adds ds @ columns
+    // to d_rows (m, ld) and ds^T @ rows to d_columns (n, ld). Where `bounded`, shifts are not read:
+    // the weights hold them.
     void contrastive_grad(const ContrastiveTile& tile, bool bounded, const float* row_weight,
                           const float* row_shift, const float* column_weight,
                           const float* column_shift, const float* positive_grad, float* d_rows,

@@ -106,9 +106,16 @@ Range positives(const ContrastiveTile& t) {
   return {begin, end};
 }
 
-// Fills t.similarities. Padding columns and the positives become -inf, whose exp is 0, so that
-// nothing after this has to mask; the positives go to positive[row] if that is not null.
-void similarities(const ContrastiveTile& t, float* positive) {
+// With labels: -1 in the lanes of columns [j, j + kWidth) that are positives of row i.
+MUSICLM_FAST_INLINE vint same_label(const ContrastiveTile& t, int64_t i, int64_t j) {
+  vint labels;
+  std::memcpy(&labels, t.column_labels + j, sizeof labels);
+  return labels == vint{} + t.row_labels[i];
+}
+
+// Fills t.similarities. Padding columns become -inf, whose exp is 0, so that nothing after this has
+// to mask.
+void fill(const ContrastiveTile& t) {
   const int64_t stride = padded(t.n);
   for (int64_t j = 0; j < stride; j += kPanel) {
     const float* panel = t.panels + j * t.depth;
@@ -126,6 +133,28 @@ void similarities(const ContrastiveTile& t, float* positive) {
     for (int64_t i = 0; i < t.m; ++i) {
       for (int64_t j = t.n; j < stride; ++j) t.similarities[i * stride + j] = -kInfinity;
     }
+  }
+}
+
+// Fills t.similarities; the positives become -inf, too, unless t.inclusive. They go to positive[row]
+// if that is not null; with labels their sum is added.
+void similarities(const ContrastiveTile& t, float* positive) {
+  fill(t);
+  const int64_t stride = padded(t.n);
+  if (t.row_labels != nullptr) {
+    if (positive == nullptr && t.inclusive) return;
+    for (int64_t i = 0; i < t.m; ++i) {
+      float* s = t.similarities + i * stride;
+      vfloat sum = vzero();
+      for (int64_t j = 0; j < stride; j += kWidth) {
+        const vint same = same_label(t, i, j);
+        const vfloat x = vload(s + j);
+        sum += same ? x : vzero();
+        if (!t.inclusive) vstore(s + j, same ? vset(-kInfinity) : x);
+      }
+      if (positive != nullptr) positive[i] += vsum(sum);
+    }
+    return;
   }
   const Range range = positives(t);
   for (int64_t i = range.begin; i < range.end; ++i) {
@@ -230,6 +259,45 @@ MUSICLM_FAST_INLINE vfloat softplus(vfloat s, vfloat* sigmoid) {
   return positive + z * twice_atanh_over(z * z);
 }
 
+// Losses and ds of the rows; with labels from all similarities, else from those without positives,
+// which lie in `positive`.
+template <bool kLabelled>
+void sigmoid_rows(const ContrastiveTile& t, const float* positive, float bias, float* row_loss,
+                  float* row_grad) {
+  const int64_t stride = padded(t.n);
+  for (int64_t i = 0; i < t.m; ++i) {
+    float* s = t.similarities + i * stride;
+    vfloat loss = vzero(), grad = vzero(), sigmoid;
+    for (int64_t j = 0; j < stride; j += kWidth) {
+      vfloat x = vload(s + j) + bias;
+      vint same{};
+      if constexpr (kLabelled) {
+        same = same_label(t, i, j);
+        x = same ? -x : x;
+      }
+      loss += softplus(x, &sigmoid);
+      if (row_grad != nullptr) {
+        if constexpr (kLabelled) sigmoid = same ? -sigmoid : sigmoid;
+        grad += sigmoid;
+        vstore(s + j, sigmoid);
+      }
+    }
+    float loss_sum = vsum(loss), grad_sum = vsum(grad);
+    if constexpr (!kLabelled) {
+      const int64_t own = t.positive + i;
+      if (own >= 0 && own < t.n) {
+        loss_sum += softplus(vset(-positive[i] - bias), &sigmoid)[0];
+        if (row_grad != nullptr) {
+          grad_sum -= sigmoid[0];
+          s[own] = -sigmoid[0];
+        }
+      }
+    }
+    row_loss[i] += loss_sum;
+    if (row_grad != nullptr) row_grad[i] += grad_sum;
+  }
+}
+
 template <typename T>
 float pack(const T* x, int64_t count, int64_t depth, int64_t stride, int64_t ld,
            float* out) {
@@ -306,6 +374,18 @@ void contrastive_grad(const ContrastiveTile& tile, bool bounded, const float* ro
       }
     }
   }
+  if (tile.row_labels != nullptr) {
+    for (int64_t i = 0; i < tile.m; ++i) {
+      float* ds = tile.similarities + i * stride;
+      const vfloat own = vset(positive_grad[i]);
+      for (int64_t j = 0; j < stride; j += kWidth) {
+        // Positives that are left out have e^-inf = 0 there.
+        vstore(ds + j, vload(ds + j) + (same_label(tile, i, j) ? own : vzero()));
+      }
+    }
+    push(tile, d_rows, d_columns);
+    return;
+  }
   const Range range = positives(tile);
   for (int64_t i = range.begin; i < range.end; ++i) {
     tile.similarities[i * stride + tile.positive + i] = positive_grad[i];
@@ -315,30 +395,13 @@ void contrastive_grad(const ContrastiveTile& tile, bool bounded, const float* ro
 
 void contrastive_sigmoid(const ContrastiveTile& tile, float bias, float* row_loss, float* row_grad,
                          float* d_rows, float* d_columns) {
-  float* positive = tile.scratch;
-  similarities(tile, positive);
-  const int64_t stride = padded(tile.n);
-  for (int64_t i = 0; i < tile.m; ++i) {
-    float* s = tile.similarities + i * stride;
-    vfloat loss = vzero(), grad = vzero(), sigmoid;
-    for (int64_t j = 0; j < stride; j += kWidth) {
-      loss += softplus(vload(s + j) + bias, &sigmoid);
-      if (d_rows != nullptr) {
-        grad += sigmoid;
-        vstore(s + j, sigmoid);
-      }
-    }
-    float loss_sum = vsum(loss), grad_sum = vsum(grad);
-    const int64_t own = tile.positive + i;
-    if (own >= 0 && own < tile.n) {
-      loss_sum += softplus(vset(-positive[i] - bias), &sigmoid)[0];
-      if (d_rows != nullptr) {
-        grad_sum -= sigmoid[0];
-        s[own] = -sigmoid[0];
-      }
-    }
-    row_loss[i] += loss_sum;
-    if (d_rows != nullptr) row_grad[i] += grad_sum;
+  if (tile.row_labels != nullptr) {
+    fill(tile);
+    sigmoid_rows<true>(tile, nullptr, bias, row_loss, row_grad);
+  } else {
+    float* positive = tile.scratch;
+    similarities(tile, positive);
+    sigmoid_rows<false>(tile, positive, bias, row_loss, row_grad);
   }
   if (d_rows != nullptr) push(tile, d_rows, d_columns);
 }

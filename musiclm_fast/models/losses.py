@@ -16,6 +16,8 @@ from musiclm_fast.nn.transformer import LayerNorm
 from musiclm_fast.ops import distributed_contrastive_loss
 from musiclm_fast.ops.contrastive.distributed import STRATEGIES
 
+Labels = Tensor | tuple[Tensor, Tensor]
+
 
 class _CapFromAbove(torch.autograd.Function):
     """min(x, cap), whose gradient still flows where it leads back below the cap."""
@@ -64,8 +66,9 @@ class _ContrastiveLearning(nn.Module):
         return self.temperatures.device
 
     def _loss(
-        self, audio: Tensor, text: Tensor, kind: str, parameters: Mapping[str, Tensor] | None
-    ) -> Tensor:
+        self, audio: Tensor, text: Tensor, kind: str, parameters: Mapping[str, Tensor] | None,
+        labels: Labels | None,
+    ) -> Tensor:  # fmt: skip
         if parameters is None:
             parameters = dict(self.named_parameters())
         logarithm = parameters["temperatures"].flatten()
@@ -74,7 +77,7 @@ class _ContrastiveLearning(nn.Module):
             logarithm = _CapFromAbove.apply(logarithm, math.log(self.max_temperature))
         loss: Tensor = distributed_contrastive_loss(
             audio, text, logarithm.exp(), bias,
-            kind=kind, strategy=self.strategy, group=self.process_group,
+            kind=kind, labels=labels, strategy=self.strategy, group=self.process_group,
         )  # fmt: skip
         return loss
 
@@ -112,12 +115,13 @@ class SoftmaxContrastiveLearning(_ContrastiveLearning):
         text_latents: Tensor,
         *,
         parameters: Mapping[str, Tensor] | None = None,
+        labels: Labels | None = None,
     ) -> Tensor:
         """Loss of l2-normed latents ``(B, d)`` or ``(layers, B, d)``; see
-        :func:`musiclm_fast.ops.contrastive_loss`. ``parameters`` by name stand in for the module's
-        own, as gradient caching wants it."""
+        :func:`musiclm_fast.ops.contrastive_loss`, also for ``labels``. ``parameters`` by name stand
+        in for the module's own, as gradient caching wants it."""
         kind = "decoupled" if self.decoupled_contrastive_learning else "softmax"
-        return self._loss(audio_latents, text_latents, kind, parameters)
+        return self._loss(audio_latents, text_latents, kind, parameters, labels)
 
 
 class SigmoidContrastiveLearning(_ContrastiveLearning):
@@ -151,11 +155,12 @@ class SigmoidContrastiveLearning(_ContrastiveLearning):
         text_latents: Tensor,
         *,
         parameters: Mapping[str, Tensor] | None = None,
+        labels: Labels | None = None,
     ) -> Tensor:
         """Loss of l2-normed latents ``(B, d)`` or ``(layers, B, d)``; see
-        :func:`musiclm_fast.ops.contrastive_loss`. ``parameters`` by name stand in for the module's
-        own, as gradient caching wants it."""
-        return self._loss(audio_latents, text_latents, "sigmoid", parameters)
+        :func:`musiclm_fast.ops.contrastive_loss`, also for ``labels``. ``parameters`` by name stand
+        in for the module's own, as gradient caching wants it."""
+        return self._loss(audio_latents, text_latents, "sigmoid", parameters, labels)
 
 
 def make_contrastive_loss(
@@ -216,12 +221,19 @@ class MultiLayerContrastiveLoss(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, *, audio_layers: Tensor, text_layers: Tensor, audio_tokens: Tensor | None = None
+        self,
+        *,
+        audio_layers: Tensor,
+        text_layers: Tensor,
+        audio_tokens: Tensor | None = None,
+        labels: Labels | None = None,
     ) -> Tensor:
         """Loss of ``audio_layers (layers, B, n, audio_dim)``, which are averaged over n, and
         ``text_layers (layers, B, 1 + m, text_dim)``, whose first token is read. Of the n, a clip's
-        own are the first ``audio_tokens (B,)``, where given, and zeros follow."""
-        loss: Tensor = self.contrast(*self.latents(audio_layers, text_layers, audio_tokens))
+        own are the first ``audio_tokens (B,)``, where given, and zeros follow. ``labels`` as for
+        :func:`musiclm_fast.ops.contrastive_loss`."""
+        latents = self.latents(audio_layers, text_layers, audio_tokens)
+        loss: Tensor = self.contrast(*latents, labels=labels)
         return loss
 
     def latents(

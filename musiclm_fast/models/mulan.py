@@ -324,8 +324,16 @@ class MuLaN(Pretrained, nn.Module):
         input_sample_hz: int | None = None,
         return_loss_latents: bool = False,
         audio_draws: AudioDraws | None = None,
+        labels: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Contrastive loss of B pairs, or what one of the flags asks for.
+
+        Several captions of one clip may be in a batch, each with the clip. With the clip's number
+        as label they are positives of one another, which they would be negatives of without::
+
+            wavs = torch.stack([piano, piano, drums])
+            texts = ["a piano piece", "a slow solo", "loud drums"]
+            loss = mulan(wavs, raw_texts=texts, labels=torch.tensor([0, 0, 1]))
 
         Args:
             wavs: ``(B, samples)``, a list of B clips ``(samples,)``, or spectrograms where the
@@ -342,10 +350,13 @@ class MuLaN(Pretrained, nn.Module):
                 forward returns, as DistributedDataParallel and fully_shard want it.
             audio_draws: what the audio tower's ``draw`` made for these clips, in place of new
                 draws.
+            labels: ``(B,)`` integers, the clip of each pair, or a tuple ``(clips', texts')``; the
+                pairs of clips and texts with equal labels are positives, on all ranks. See
+                :func:`musiclm_fast.ops.contrastive_loss`.
 
         Raises:
-            ValueError, TypeError: see the towers; batches of different sizes; both or none of
-                texts and raw_texts.
+            ValueError, TypeError: see the towers and the loss; batches of different sizes; both or
+                none of texts and raw_texts; labels with a flag that asks for no loss.
         """
         if not isinstance(wavs, (list, tuple)):
             check_tensor("wavs", wavs)
@@ -356,9 +367,10 @@ class MuLaN(Pretrained, nn.Module):
         if not return_pairwise_similarities and count != len(wavs):
             found = describe(wavs) if isinstance(wavs, Tensor) else plural(len(wavs), "clip")
             fail("wavs", found, f"as many clips as there are texts ({count})")
-        wants_layers = self.multi_layer_contrastive_learning is not None and not (
-            return_latents or return_similarities or return_pairwise_similarities
-        )
+        others = return_latents, return_similarities, return_pairwise_similarities
+        if labels is not None and (return_loss_latents or any(others)):
+            fail("labels", describe(labels), "None: a flag asks for something else than the loss")
+        wants_layers = self.multi_layer_contrastive_learning is not None and not any(others)
         audio, audio_layers, audio_tokens = self._audio_latents(
             wavs, wants_layers, lengths, input_sample_hz, audio_draws
         )
@@ -383,7 +395,7 @@ class MuLaN(Pretrained, nn.Module):
                 audio_tokens,
             )
         if not return_loss_latents:
-            return self.loss_of_latents(*latents)
+            return self.loss_of_latents(*latents, labels=labels)
         # Times one: what leaves forward may not be a weight that a wrapper frees afterwards.
         parameters = {
             f"{name}.{own}": parameter * 1.0
@@ -407,6 +419,7 @@ class MuLaN(Pretrained, nn.Module):
         layer_text: Tensor | None = None,
         *,
         parameters: Mapping[str, Tensor] | None = None,
+        labels: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Contrastive loss of unit vectors ``(B, dim_latent)``.
 
@@ -416,6 +429,7 @@ class MuLaN(Pretrained, nn.Module):
                 where MuLaN has the hierarchical loss.
             parameters: temperatures and biases by name, in place of the losses' own: forward
                 returns them with ``return_loss_latents``.
+            labels: as in forward, of all layers.
         """
         losses = []
         sides = ((audio, text), (layer_audio, layer_text))
@@ -423,7 +437,7 @@ class MuLaN(Pretrained, nn.Module):
             own = None
             if parameters is not None:
                 own = {n: parameters[f"{name}.{n}"] for n, _ in module.named_parameters()}
-            losses.append(module(*pair, parameters=own))
+            losses.append(module(*pair, parameters=own, labels=labels))
         total: Tensor = losses[0] if len(losses) == 1 else losses[0] + losses[1]
         return total
 

@@ -34,6 +34,7 @@ def cached_step(
     input_sample_hz: int | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Loss of a batch, with its gradients added to the parameters', in the memory of a chunk.
 
@@ -59,6 +60,7 @@ def cached_step(
             with ``lambda loss: scaler.scale(loss / accumulation_steps).backward()``.
         autocast: makes the context of the loss, where the model brings its own for the towers, as
             accelerate's wrappers do: ``accelerator.autocast``.
+        labels: of the whole batch, as for MuLaN: positives may lie in different chunks.
 
     Returns:
         The loss, a detached scalar.
@@ -117,7 +119,7 @@ def cached_step(
     del part, parts
     # All that the loss depends on is a leaf: no gradient goes past a wrapper here.
     with autocast():
-        loss = inner.loss_of_latents(*latents, parameters=parameters)
+        loss = inner.loss_of_latents(*latents, parameters=parameters, labels=labels)
     (Tensor.backward if backward is None else backward)(loss)
     if latents[0].grad is None:
         fail("backward", "a function that made no gradients", "one that calls loss.backward()")

@@ -26,8 +26,13 @@ struct Problem {
   int64_t ld;
   Floats rows, columns;  // (m or n, ld)
   Doubles s;             // (m, n)
+  bool labelled, inclusive;
 
-  bool positive(int64_t i, int64_t j) const { return j == z.offset + i; }
+  static int32_t row_label(int64_t i) { return static_cast<int32_t>(i * i % 5); }
+  static int32_t column_label(int64_t j) { return static_cast<int32_t>(j % 7); }
+  bool positive(int64_t i, int64_t j) const {
+    return labelled ? row_label(i) == column_label(j) : j == z.offset + i;
+  }
 
   // f(tile, its first column) for both tiles
   template <typename F>
@@ -41,9 +46,13 @@ struct Problem {
                                std::min(kPanel, n - j), z.depth, ld, &panels[j * z.depth]);
       }
       Floats similarities = poisoned(z.m * wide), scratch = poisoned(4 * (z.m + wide));
+      std::vector<int32_t> row_labels(z.m), column_labels(wide, -1);
+      for (int64_t i = 0; i < z.m; ++i) row_labels[i] = row_label(i);
+      for (int64_t j = 0; j < n; ++j) column_labels[j] = column_label(begin + j);
       const ContrastiveTile tile{rows.data(), &columns[begin * ld], panels.data(), z.m, n, z.depth,
-                                 ld, z.offset - begin, temperature, similarities.data(),
-                                 scratch.data()};
+                                 ld, z.offset - begin, labelled ? row_labels.data() : nullptr,
+                                 labelled ? column_labels.data() : nullptr, inclusive,
+                                 temperature, similarities.data(), scratch.data()};
       f(tile, begin);
     }
   }
@@ -85,8 +94,10 @@ Floats packed(const Problem& p, int64_t count, const std::vector<T>& x) {
   return out;
 }
 
-Problem make_problem(const Sizes& z, float temperature) {
-  Problem p{z, temperature, round_up(z.depth, kAlign), {}, {}, Doubles(z.m * z.n, 0.0)};
+Problem make_problem(const Sizes& z, float temperature, bool labelled = false,
+                     bool inclusive = false) {
+  Problem p{z,  temperature, round_up(z.depth, kAlign), {}, {}, Doubles(z.m * z.n, 0.0),
+            labelled, inclusive};
   const float scale = std::sqrt(3.0f / static_cast<float>(z.depth));  // norms of about 1
   p.rows = packed(p, z.m, values(z.m * z.depth, 1, scale));
   std::vector<bf16> half;
@@ -117,9 +128,8 @@ void test_softmax(const std::string& name, const Problem& p, bool bounded) {
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       const double s = p.s[i * n + j];
-      if (p.positive(i, j)) {
-        positives[i] = s;
-      } else {
+      if (p.positive(i, j)) positives[i] += s;
+      if (!p.positive(i, j) || p.inclusive) {
         sums[i] += std::exp(s);
         sums[m + j] += std::exp(s);
       }
@@ -143,11 +153,13 @@ void test_softmax(const std::string& name, const Problem& p, bool bounded) {
                            &weight[m + begin], &lse[m + begin], positive_grad.data(),
                            d_rows.data(), &d_columns[begin * p.ld]);
   });
-  Doubles ds(m * n);
+  Doubles ds(m * n, 0.0);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      ds[i * n + j] = p.positive(i, j) ? positive_grad[i]
-                                       : std::exp(p.s[i * n + j]) * (factor[i] + factor[m + j]);
+      if (!p.positive(i, j) || p.inclusive) {
+        ds[i * n + j] = std::exp(p.s[i * n + j]) * (factor[i] + factor[m + j]);
+      }
+      if (p.positive(i, j)) ds[i * n + j] += positive_grad[i];
     }
   }
   close(name + "gradient of rows", d_rows, p.pushed(ds, true), 1e-5);
@@ -187,6 +199,12 @@ int main() {
       test_softmax(name + "bounded, ", make_problem(z, 5.0f), true);
       test_softmax(name + "shifted, ", make_problem(z, 60.0f), false);
       test_sigmoid(name, make_problem(z, 2.0f));
+      for (const bool inclusive : {false, true}) {
+        const std::string labels = name + (inclusive ? "labels, inclusive, " : "labels, ");
+        test_softmax(labels + "bounded, ", make_problem(z, 5.0f, true, inclusive), true);
+        test_softmax(labels + "shifted, ", make_problem(z, 60.0f, true, inclusive), false);
+      }
+      test_sigmoid(name + "labels, ", make_problem(z, 2.0f, true));
     }
   });
 }

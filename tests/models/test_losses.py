@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
-from musiclm_fast.models.losses import SigmoidContrastiveLearning, SoftmaxContrastiveLearning
+from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer, testing
+from musiclm_fast.models.losses import (
+    MultiLayerContrastiveLoss,
+    SigmoidContrastiveLearning,
+    SoftmaxContrastiveLearning,
+)
 from musiclm_fast.ops import contrastive_loss
 
 
@@ -51,6 +55,59 @@ def test_off_by_default_and_not_in_the_state_dict() -> None:
     torch.testing.assert_close(module(audio, text), expected)
     assert set(module.state_dict()) == {"temperatures"}
     assert set(SigmoidContrastiveLearning().state_dict()) == {"temperatures", "bias"}
+
+
+@pytest.mark.parametrize("kind", ["softmax", "decoupled", "sigmoid"])
+def test_labels_reach_the_op(kind: str) -> None:
+    audio, text = latents()
+    labels = testing.contrastive_labels(9)
+    module: Any
+    if kind == "sigmoid":
+        module = SigmoidContrastiveLearning(layers=2)
+    else:
+        module = SoftmaxContrastiveLearning(
+            layers=2, decoupled_contrastive_learning=kind == "decoupled"
+        )
+    bias = torch.full((2,), -10.0) if kind == "sigmoid" else None
+    arguments = (audio, text, torch.full((2,), 10.0), bias)
+    for given in (labels, labels[0]):
+        expected = contrastive_loss(*arguments, kind=kind, labels=given)
+        torch.testing.assert_close(module(audio, text, labels=given), expected)
+        assert abs(expected - contrastive_loss(*arguments, kind=kind)) > 0.1
+
+
+def test_labels_reach_the_losses_of_all_layers() -> None:
+    torch.manual_seed(0)
+    module = MultiLayerContrastiveLoss(audio_dim=8, text_dim=8, dim_latent=4, layers=2)
+    layers = dict(audio_layers=torch.randn(2, 9, 3, 8), text_layers=torch.randn(2, 9, 4, 8))
+    labels = testing.contrastive_labels(9)
+    expected = module.contrast(*module.latents(**layers), labels=labels)
+    assert torch.equal(module(**layers, labels=labels), expected)
+    assert abs(module(**layers) - expected) > 0.1
+
+
+def test_labels_of_mulan() -> None:
+    """Two captions of one clip among four pairs, with the hierarchical loss."""
+    torch.manual_seed(0)
+    size = dict(dim=32, depth=3, heads=2, dim_head=16)
+    towers = [
+        AudioSpectrogramTransformer(**size, spec_n_fft=64, spec_win_length=24),
+        TextTransformer(num_tokens=50, **size),
+    ]
+    mulan = MuLaN(*towers, hierarchical_contrastive_loss=True).eval()
+    wavs, texts = torch.randn(3, 1500)[[0, 0, 1, 2]], torch.randint(1, 50, (4, 7))
+    labels = torch.tensor([0, 0, 1, 2])
+    loss = mulan(wavs, texts, labels=labels)
+    parts, parameters = mulan(wavs, texts, return_loss_latents=True)
+    found = mulan.loss_of_latents(*parts, parameters=parameters, labels=labels)
+    torch.testing.assert_close(found, loss)
+    expected = mulan.contrast(*parts[:2], labels=labels)
+    expected = expected + mulan.multi_layer_contrastive_learning.contrast(*parts[2:], labels=labels)
+    torch.testing.assert_close(loss, expected)
+    assert abs(mulan(wavs, texts) - loss) > 1e-3
+    for flag in ("latents", "similarities", "pairwise_similarities", "loss_latents"):
+        with pytest.raises(ValueError, match="labels"):
+            mulan(wavs, texts, labels=labels, **{f"return_{flag}": True})
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,16 @@ KERNELS = [triton] if INTERPRETED else [pytest.param("cpp", marks=cpp), triton]
 GRAD = 1.5  # of the loss
 
 
-def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> None:
+Labels = tuple[Tensor, Tensor] | None
+
+
+def check_against_oracle(
+    inputs: dict[str, Any], kind: str, backend: str, labels: Labels = None
+) -> None:
     """Loss and every gradient, in poisoned memory, by the tolerance rule."""
 
     def run(arguments: dict[str, Any], name: str) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = contrastive_loss(**arguments, kind=kind, backend=name)
+        loss = contrastive_loss(**arguments, kind=kind, labels=labels, backend=name)
         return loss, testing.gradients(loss, arguments, torch.tensor(GRAD, device=loss.device))
 
     with testing.poisoned_memory():
@@ -45,7 +50,7 @@ def check_against_oracle(inputs: dict[str, Any], kind: str, backend: str) -> Non
     oracle, oracle_grads = run(testing.to_float64(inputs), "torch")
     # Triton's ds enters its product in the latents' dtype, the C++ kernels' in float32.
     dtype = inputs["audio"].dtype if backend == "triton" else torch.float32
-    rounding = testing.contrastive_rounding(inputs, kind, dtype)
+    rounding = testing.contrastive_rounding(inputs, kind, dtype, labels)
     assert loss.dtype == torch.float32 and loss.shape == ()
     rule: dict[str, Any] = dict(dtype=dtype if backend == "triton" else None)
     testing.assert_close_to_oracle("loss", loss, same, oracle, rounding=rounding["loss"], **rule)
@@ -80,6 +85,184 @@ def test_loss_and_gradients(
         pytest.skip("an error, see test_bad_input")
     inputs = testing.contrastive_inputs(batch, depth, layers, device=device)
     check_against_oracle(inputs, kind, backend)
+
+
+def plain_loss(s: list[list[float]], kind: str, audio: list[int], text: list[int]) -> float:
+    """A layer's loss from its similarities, pair by pair."""
+    size = range(len(s))
+    if kind == "sigmoid":
+        signs = [[1 if audio[i] == text[j] else -1 for j in size] for i in size]
+        terms = [math.log1p(math.exp(-signs[i][j] * s[i][j])) for i in size for j in size]
+        return sum(terms) / len(s)
+    total = 0.0
+    for i in size:
+        for mine, others, scores in (
+            (audio[i], text, s[i]),
+            (text[i], audio, [row[i] for row in s]),
+        ):
+            positives = [x for x, label in zip(scores, others, strict=True) if label == mine]
+            every = [
+                x
+                for x, label in zip(scores, others, strict=True)
+                if kind == "softmax" or label != mine
+            ]
+            total -= sum(positives) / len(positives)
+            total += math.log(sum(math.exp(x) for x in every))
+    return total / (2 * len(s))
+
+
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("audio", "text"),
+    [
+        pytest.param([7, 7, -1, 3, -1, 7], None, id="one-tensor"),
+        pytest.param([1 << 40, 2, 3, 2, 3, 1], [2, 2, 3, 1, 1 << 40, 3], id="tuple"),
+    ],
+)
+def test_labels_by_plain_loops(
+    audio: list[int], text: list[int] | None, kind: str, backend: str, device: str
+) -> None:
+    inputs = testing.contrastive_inputs(6, 8, 2, device=device)
+    sims = inputs["audio"] @ inputs["text"].transpose(1, 2) * inputs["temperature"][:, None, None]
+    if kind == "sigmoid":
+        sims = sims + inputs["bias"][:, None, None]
+    expected = sum(plain_loss(s, kind, audio, text or audio) for s in sims.tolist())
+    labels = tuple(torch.tensor(x, device=device) for x in (audio, text) if x is not None)
+    given: Any = labels if len(labels) == 2 else labels[0]
+    loss = contrastive_loss(**inputs, kind=kind, labels=given, backend=backend)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert abs(contrastive_loss(**inputs, kind=kind, backend=backend).item() - expected) > 0.1
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("batch", "depth", "layers", "temperature"),
+    [
+        pytest.param(2, 3, 2, 10.0, id="two-narrow"),
+        pytest.param(65, 100, 3, 10.0, id="padded-layers"),
+        pytest.param(150 if INTERPRETED else 600, 20, 2, 10.0, id="many-tiles"),
+        pytest.param(70, 200, None, 100.0, id="wide-hot"),
+        pytest.param(40, 300, None, 10.0, id="deep"),
+    ],
+)
+def test_labels(
+    batch: int, depth: int, layers: int | None, temperature: float, kind: str, backend: str,
+    device: str,
+) -> None:  # fmt: skip
+    inputs = testing.contrastive_inputs(
+        batch, depth, layers, temperature=temperature, device=device
+    )
+    check_against_oracle(inputs, kind, backend, testing.contrastive_labels(batch, device))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_labels_in_half_precision(dtype: torch.dtype, kind: str, backend: str, device: str) -> None:
+    inputs = testing.contrastive_inputs(130, 48, 2, dtype=dtype, device=device)
+    check_against_oracle(inputs, kind, backend, testing.contrastive_labels(130, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [20, 300])
+def test_labels_of_stripes(
+    depth: int, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches run in stripes of rows: here of a block each."""
+    from musiclm_fast.ops.contrastive import _triton
+
+    monkeypatch.setattr(_triton, "SUMS_BYTES", 1)
+    monkeypatch.setattr(_triton, "DS_BYTES", 1)
+    inputs = testing.contrastive_inputs(150, depth, device=device)
+    check_against_oracle(inputs, kind, "triton", testing.contrastive_labels(150, device))
+    check_against_oracle(inputs, kind, "triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_for_each_pair_changes_nothing(kind: str, backend: str, device: str) -> None:
+    inputs = testing.contrastive_inputs(70, 24, 2, device=device)
+    rounding = testing.contrastive_rounding(inputs, kind)
+    results = []
+    for labels in (None, torch.arange(70, device=device).flip(0) * 1000):
+        loss = contrastive_loss(**inputs, kind=kind, labels=labels, backend=backend)
+        results.append({"loss": loss, **testing.gradients(loss, inputs, torch.ones_like(loss))})
+    for name, plain in results[0].items():
+        # both are rounded; the softmax loss adds its positive in another place
+        torch.testing.assert_close(
+            results[1][name], plain, rtol=1e-5, atol=4 * rounding[name], msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unread_labels_without_a_positive(kind: str, backend: str, device: str) -> None:
+    """Such a row's positive term is 0, and all others are as they were."""
+    inputs = testing.contrastive_inputs(6, 8, device=device)
+    audio = torch.tensor([0, 0, 1, 1, 5, 2], device=device)
+    text = torch.tensor([1, 0, 0, 1, 2, 6], device=device)
+    options: dict[str, Any] = dict(kind=kind, labels=(audio, text), check_values=False)
+    loss = contrastive_loss(**inputs, **options, backend=backend)
+    grads = testing.gradients(loss, inputs, torch.ones_like(loss))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads.values())
+    sims = inputs["temperature"] * inputs["audio"] @ inputs["text"].t()
+    if kind == "sigmoid":
+        sims = sims + inputs["bias"]
+        sign = torch.where(audio[:, None] == text, 1.0, -1.0)
+        expected = F.softplus(-sign * sims).sum() / 6
+    else:
+        same = audio[:, None] == text
+        shown = sims if kind == "softmax" else sims.masked_fill(same, -torch.inf)
+        total = (shown.logsumexp(0) + shown.logsumexp(1)).sum()
+        for side in (0, 1):
+            means = (sims * same).sum(side)[same.any(side)] / same.sum(side)[same.any(side)]
+            total = total - means.sum()
+        expected = total / 12
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        ([0, 1, 2, 3], TypeError, r"labels: .*\(list\).*a tuple of two"),
+        (torch.zeros(4, 1, dtype=torch.long), ValueError, r"labels: .*\(4, 1\).*\(B,\) = \(4,\)"),
+        (torch.zeros(4), TypeError, "labels: .*float32.*int64"),
+        (torch.zeros(4, dtype=torch.bool), TypeError, "labels: .*bool.*int64"),
+        (torch.zeros(4, dtype=torch.long, device="meta"), ValueError, "labels: .*device cpu"),
+        ((torch.arange(4),), ValueError, "labels: got a tuple of 1"),
+        ((torch.arange(4), None), TypeError, r"labels\[1\]: got None"),
+        ((torch.arange(4), torch.arange(5)), ValueError, r"labels\[1\]: .*\(5,\)"),
+        (
+            (torch.tensor([0, 9, 8, 9]), torch.tensor([0, 0, 0, 0])),
+            ValueError,
+            r"labels: got 2 audio labels without text \(8, 9\)",
+        ),
+        (
+            (torch.zeros(4, dtype=torch.long), torch.arange(-3, 1)),
+            ValueError,
+            r"labels: got 3 text labels without audio \(-3, -2, -1\)",
+        ),
+    ],
+    ids=lambda value: "" if not isinstance(value, type) else value.__name__,
+)
+def test_bad_labels(labels: Any, error: type[Exception], words: str) -> None:
+    latents = torch.zeros(4, 8)
+    for kind in KINDS:
+        with pytest.raises(error, match=words):
+            contrastive_loss(latents, latents, torch.ones(1), kind=kind, labels=labels)
+
+
+def test_decoupled_needs_a_negative() -> None:
+    latents = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"audio label 5 for every text.*no negatives"):
+        contrastive_loss(
+            latents, latents, torch.ones(1), kind="decoupled", labels=torch.full((3,), 5)
+        )
+    loss = contrastive_loss(latents, latents, torch.ones(1), labels=torch.full((3,), 5))
+    assert loss.item() == pytest.approx(math.log(3))
 
 
 @cpp
@@ -241,17 +424,21 @@ def test_latents_wider_than_a_slice(kind: str) -> None:
 def test_every_simd_level(kind: str, simd_level: str) -> None:
     check_against_oracle(testing.contrastive_inputs(131, 40, 2), kind, "cpp")
     check_against_oracle(testing.contrastive_inputs(67, 21, temperature=300.0), kind, "cpp")
+    labels = testing.contrastive_labels(131)
+    check_against_oracle(testing.contrastive_inputs(131, 40, 2), kind, "cpp", labels)
 
 
 @cpp
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_do_not_depend_on_threads(kind: str) -> None:
+def test_bits_do_not_depend_on_threads(kind: str, labelled: bool) -> None:
+    labels = testing.contrastive_labels(700) if labelled else None
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         inputs = testing.contrastive_inputs(700, 32, 2)
-        loss = contrastive_loss(**inputs, kind=kind, backend="cpp")
+        loss = contrastive_loss(**inputs, kind=kind, labels=labels, backend="cpp")
         results.append([loss, *testing.gradients(loss, inputs, torch.tensor(1.0)).values()])
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -272,6 +459,21 @@ def block_inputs(
     return audio.to(device), text.to(device), factor.to(device)
 
 
+BLOCK_LABELS = ("none", "inclusive", "left out")
+
+
+def block_labels(case: str, m: int, n: int, device: str = "cpu") -> tuple[Any, ...]:
+    """A block op's last arguments: labels of a few rows and columns, and ``inclusive``."""
+    if case == "none":
+        return ()
+    generator = torch.Generator().manual_seed(m + n)
+    clips = max(m, n) // 3 + 2
+    audio, text = (
+        torch.randint(clips, (size,), generator=generator, dtype=torch.int32) for size in (m, n)
+    )
+    return audio.to(device), text.to(device), case == "inclusive"
+
+
 def compare(names: str, ours: Any, same: Any, oracle: Any) -> None:
     for name, a, b, c in zip(names.split(), ours, same, oracle, strict=True):
         infinite = c.isinf()  # a row or column without negatives
@@ -289,38 +491,40 @@ def kernels_of(backend: str) -> Any:
 # At temperature 200 an error of the similarities shows 200 times: only a large block has enough of
 # them for the torch path's largest error to be a measure.
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", BLOCK_LABELS)
 @pytest.mark.parametrize(
     ("m", "n", "offset", "temperature"),
     [(*block, 10.0) for block in BLOCKS] + [(130, 200, 60, 200.0), (140, 90, -10, 200.0)],
 )
 def test_rectangular_blocks(
-    m: int, n: int, offset: int, temperature: float, backend: str, device: str
+    m: int, n: int, offset: int, temperature: float, case: str, backend: str, device: str
 ) -> None:
+    given = block_labels(case, m, n, device)
     kernels = kernels_of(backend)
     audio, text, factor = block_inputs(m, n, temperature, device=device)
     wide = (audio.double(), text.double(), factor.double())
     with testing.poisoned_memory():
-        stats = kernels.logsumexp(audio, text, factor, offset)
-    oracle = reference.block_logsumexp(*wide, offset)
-    same = reference.block_logsumexp(audio, text, factor, offset)
+        stats = kernels.logsumexp(audio, text, factor, offset, *given)
+    oracle = reference.block_logsumexp(*wide, offset, *given)
+    same = reference.block_logsumexp(audio, text, factor, offset, *given)
     compare("row column positive", stats, same, oracle)
 
     weights = [torch.rand_like(s) for s in same]
     shifts = [s.masked_fill(s.isinf(), 0.0) for s in same[:2]]
     shifts[0] = shifts[0] + 1.0  # as if the rows had more columns elsewhere
-    grads = (*weights, audio, text, factor, *shifts, offset)
+    grads = (*weights, audio, text, factor, *shifts, offset, *given)
     with testing.poisoned_memory():
         ours = kernels.logsumexp_backward(*grads)
     oracle = reference.block_logsumexp_backward(
-        *(t.double() for t in weights), *wide, *(t.double() for t in shifts), offset
+        *(t.double() for t in weights), *wide, *(t.double() for t in shifts), offset, *given
     )
     compare("audio text temperature", ours, reference.block_logsumexp_backward(*grads), oracle)
 
     bias = torch.tensor([-4.0, 1.0], device=device)
     with testing.poisoned_memory():
-        ours = kernels.sigmoid(audio, text, factor, bias, offset, True)
-    oracle = reference.block_sigmoid(*wide, bias.double(), offset, True)
-    same = reference.block_sigmoid(audio, text, factor, bias, offset, True)
+        ours = kernels.sigmoid(audio, text, factor, bias, offset, True, *given[:2])
+    oracle = reference.block_sigmoid(*wide, bias.double(), offset, True, *given[:2])
+    same = reference.block_sigmoid(audio, text, factor, bias, offset, True, *given[:2])
     compare("loss audio text temperature bias", ours, same, oracle)
 
 
@@ -357,15 +561,19 @@ def test_bits_of_200_triton_runs(kind: str, dtype: torch.dtype, device: str) -> 
             assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)), run
 
 
-def test_block_definitions_have_the_gradients_of_autograd() -> None:
+@pytest.mark.parametrize("case", BLOCK_LABELS)
+def test_block_definitions_have_the_gradients_of_autograd(case: str) -> None:
     audio, text, factor = (t.double().requires_grad_() for t in block_inputs(7, 9, 3.0))
     bias = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    stats = reference.block_logsumexp(audio, text, factor, 1)
+    given = block_labels(case, 7, 9)
+    stats = reference.block_logsumexp(audio, text, factor, 1, *given)
     weights = [torch.rand_like(s) for s in stats]
     expected = torch.autograd.grad(stats, (audio, text, factor), weights)
-    found = reference.block_logsumexp_backward(*weights, audio, text, factor, stats[0], stats[1], 1)
+    found = reference.block_logsumexp_backward(
+        *weights, audio, text, factor, stats[0], stats[1], 1, *given
+    )
     torch.testing.assert_close(found, expected)
-    loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True)
+    loss, *found = reference.block_sigmoid(audio, text, factor, bias, 1, True, *given[:2])
     expected = torch.autograd.grad(loss, (audio, text, factor, bias))
     torch.testing.assert_close(tuple(found), expected)
 
@@ -375,6 +583,11 @@ def test_gradcheck_of_the_definition(kind: str) -> None:
     inputs = testing.to_float64(testing.contrastive_inputs(5, 4, 2, temperature=2.0))
     assert torch.autograd.gradcheck(
         lambda *a: contrastive_loss(*a, kind=kind, backend="torch"), tuple(inputs.values())
+    )
+    labels = testing.contrastive_labels(5)
+    assert torch.autograd.gradcheck(
+        lambda *a: contrastive_loss(*a, kind=kind, labels=labels, backend="torch"),
+        tuple(inputs.values()),
     )
 
 
@@ -391,16 +604,30 @@ def test_opcheck() -> None:
     )
     torch.library.opcheck(ops.contrastive_sigmoid, (*needed, bias, 2, True))
     torch.library.opcheck(ops.contrastive_sigmoid, (audio, text, factor, None, 2, False))
+    for case in BLOCK_LABELS[1:]:
+        given = block_labels(case, 6, 9)
+        torch.library.opcheck(ops.contrastive_logsumexp, (*needed, 2, *given))
+        torch.library.opcheck(
+            ops.contrastive_logsumexp_backward,
+            (*stats, audio, text, factor, *stats[:2], 2, *given),
+        )
+    torch.library.opcheck(ops.contrastive_sigmoid, (*needed, bias, 2, True, *given[:2]))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.skipif(INTERPRETED, reason="nothing here depends on the kernels' inside")
-def test_compiles_without_graph_breaks(kind: str, backend: str, device: str) -> None:
+def test_compiles_without_graph_breaks(
+    labelled: bool, kind: str, backend: str, device: str
+) -> None:
     inputs = testing.contrastive_inputs(20, 16, 2, device=device)
+    labels = testing.contrastive_labels(20, device) if labelled else None
 
     def run(audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor) -> Tensor:
-        return contrastive_loss(audio, text, temperature, bias, kind=kind, backend=backend)
+        return contrastive_loss(
+            audio, text, temperature, bias, kind=kind, labels=labels, backend=backend
+        )
 
     eager = run(*inputs.values())
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs.values())
@@ -414,16 +641,20 @@ def test_compiles_without_graph_breaks(kind: str, backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind: str, backend: str, device: str) -> None:
+def test_autocast(kind: str, labelled: bool, backend: str, device: str) -> None:
     """On CUDA it is the loss of rounded latents, to the last bit; on the CPU it changes nothing."""
     inputs = testing.contrastive_inputs(50, 32, device=device)
     outside = dict(inputs)
     if device == "cuda":
         outside.update({n: inputs[n].bfloat16() for n in ("audio", "text")})
-    expected = contrastive_loss(**outside, kind=kind, backend=backend)
+    options: dict[str, Any] = dict(kind=kind, backend=backend)
+    if labelled:
+        options["labels"] = testing.contrastive_labels(50, device)
+    expected = contrastive_loss(**outside, **options)
     with torch.autocast(device, dtype=torch.bfloat16):
-        inside = contrastive_loss(**inputs, kind=kind, backend=backend)
+        inside = contrastive_loss(**inputs, **options)
     assert torch.equal(inside, expected)
     grads = testing.gradients(inside, inputs, torch.ones_like(inside))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_fast import _extension
+from musiclm_fast import _extension, testing
 from musiclm_fast.ops import contrastive_loss, distributed_contrastive_loss
 from musiclm_fast.ops.contrastive import _ring
 
@@ -37,6 +37,10 @@ def cases() -> list[tuple[int, tuple[int, ...], str, str, str]]:
     """(world, batch sizes, kind, strategy, backend)."""
     sizes = [(w, s) for table in (SIZES, EVEN, WITH_EMPTY) for w, s in table.items()]
     return [(*a, k, s, b) for a, k, s, b in itertools.product(sizes, KINDS, STRATEGIES, BACKENDS)]
+
+
+def labelled_cases() -> list[tuple[int, tuple[int, ...], str, str, str]]:
+    return [case for case in cases() if case[0] < 4 and case[1] != EVEN[2]]
 
 
 class Encoders(nn.Module):
@@ -62,6 +66,18 @@ class Encoders(nn.Module):
 def data(total: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(total)
     return torch.randn(total, 6, generator=generator), torch.randn(total, 5, generator=generator)
+
+
+def labels_of(total: int, kind: str) -> Any:
+    """Of the global batch; the sigmoid loss gets one tensor for both sides."""
+    sides = testing.contrastive_labels(total)
+    return sides[0] if kind == "sigmoid" else sides
+
+
+def part_of(labels: Any, start: int, size: int) -> Any:
+    if isinstance(labels, tuple):
+        return tuple(part_of(side, start, size) for side in labels)
+    return labels[start : start + size]
 
 
 def loss_and_gradients(model: nn.Module, *arguments: Any) -> dict[str, Tensor]:
@@ -139,22 +155,25 @@ def worker(rank: int, folder: str) -> None:
     )  # fmt: skip
     groups = {world: dist.new_group(list(range(world))) for world in (2, 3)}
     results: dict[Any, Any] = {}
-    for world, sizes, kind, strategy, backend in cases():
+    every = [(False, *case) for case in cases()] + [(True, *case) for case in labelled_cases()]
+    for labelled, world, sizes, kind, strategy, backend in every:
         if rank >= world:
             continue
         group = groups.get(world)
-        options = dict(kind=kind, strategy=strategy, backend=backend, group=group)
+        start = sum(sizes[:rank])
+        options: dict[str, Any] = dict(kind=kind, strategy=strategy, backend=backend, group=group)
         if backend == "cpp":
             options["batch_sizes"] = sizes
+        if labelled:
+            options["labels"] = part_of(labels_of(sum(sizes), kind), start, sizes[rank])
         model = Encoders(options)
-        start = sum(sizes[:rank])
         mine = [x[start : start + sizes[rank]] for x in data(sum(sizes))]
         found = loss_and_gradients(model, *mine, distributed_contrastive_loss)
         for name, value in found.items():
             if name != "loss":  # data parallelism's mean
                 dist.all_reduce(value, group=group)
                 value /= world
-        results[world, sizes, kind, strategy, backend] = found
+        results[labelled, world, sizes, kind, strategy, backend] = found
 
     # DistributedDataParallel itself, bfloat16 latents, and the default group.
     sizes = SIZES[4]
@@ -183,6 +202,26 @@ def worker(rank: int, folder: str) -> None:
     )
     results["kind differs"] = error_of(
         lambda: distributed_contrastive_loss(eye, eye, one, kind=KINDS[rank % 2])
+    )
+    results["labels on some ranks"] = [
+        error_of(
+            lambda s=strategy: distributed_contrastive_loss(
+                eye, eye, one, strategy=s, labels=torch.arange(4) if rank % 2 else None
+            )
+        )
+        for strategy in STRATEGIES
+    ]
+    results["a label of its own"] = error_of(
+        lambda: distributed_contrastive_loss(
+            eye, eye, one, labels=(torch.arange(4), torch.tensor([0, 1, 2, 3 + rank]))
+        )
+    )
+    # Each rank has positives of its own alone, and negatives on the other ranks.
+    results["one clip a rank"] = distributed_contrastive_loss(
+        eye, eye * 2, one, kind="decoupled", labels=torch.full((4,), rank)
+    )
+    results["local, labels"] = distributed_contrastive_loss(
+        eye, eye * rank, one, strategy="local", labels=torch.tensor([0, 0, 1, 1])
     )
     results["wrong sizes"] = error_of(
         lambda: distributed_contrastive_loss(eye, eye, one, batch_sizes=[4, 4])
@@ -237,9 +276,10 @@ def results(folder: Path) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-def one_process(total: int, kind: str) -> dict[str, Tensor]:
+def one_process(total: int, kind: str, labelled: bool = False) -> dict[str, Tensor]:
     """The truth: one process with the global batch, in float64."""
-    model = Encoders(dict(kind=kind, backend="torch")).double()
+    labels = labels_of(total, kind) if labelled else None
+    model = Encoders(dict(kind=kind, labels=labels, backend="torch")).double()
     return loss_and_gradients(model, *(x.double() for x in data(total)), contrastive_loss)
 
 
@@ -262,7 +302,22 @@ def test_ranks_together_equal_one_process(
             continue
         expected = one_process(sum(sizes), kind)
         for rank in range(world):
-            check(results[rank][world, sizes, kind, strategy, backend], expected)
+            check(results[rank][False, world, sizes, kind, strategy, backend], expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_labels_mean_the_same_on_all_ranks(
+    results: list[dict[Any, Any]], world: int, kind: str, strategy: str
+) -> None:
+    for case_world, sizes, case_kind, case_strategy, backend in labelled_cases():
+        if (case_world, case_kind, case_strategy) != (world, kind, strategy):
+            continue
+        expected = one_process(sum(sizes), kind, labelled=True)
+        assert abs(expected["loss"] - one_process(sum(sizes), kind)["loss"]) > 0.1
+        for rank in range(world):
+            check(results[rank][True, world, sizes, kind, strategy, backend], expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -325,8 +380,23 @@ def test_local_losses_see_their_own_pairs_alone(results: list[dict[Any, Any]]) -
         torch.testing.assert_close(results[rank]["local"], expected)
 
 
+def test_labels_of_one_clip_a_rank(results: list[dict[Any, Any]]) -> None:
+    eye = torch.eye(4).repeat(4, 1)
+    labels = torch.arange(4).repeat_interleave(4)
+    expected = contrastive_loss(eye, eye * 2, torch.ones(1), kind="decoupled", labels=labels)
+    for rank in range(4):
+        torch.testing.assert_close(results[rank]["one clip a rank"], expected)
+        local = contrastive_loss(
+            eye[:4], eye[:4] * rank, torch.ones(1), labels=torch.tensor([0, 0, 1, 1])
+        )
+        torch.testing.assert_close(results[rank]["local, labels"], local)
+
+
 def test_ranks_that_disagree_say_so(results: list[dict[Any, Any]]) -> None:
     for result in results:
+        for message in result["labels on some ranks"]:
+            assert message.startswith("ValueError") and "another presence of labels" in message
+        assert "labels: got 3 text labels without audio (4, 5, 6)" in result["a label of its own"]
         assert (
             result["width differs"].startswith("ValueError") and "width" in result["width differs"]
         )

@@ -123,7 +123,7 @@ def test_few_rows_are_cut_into_splits() -> None:
         x, y = (
             torch.empty(1, n, 128, dtype=torch.bfloat16, device="meta") for n in (rows, columns)
         )
-        side = _triton._Side(x, y, torch.empty(1), 0, 1)
+        side = _triton._Side(x, y, torch.empty(1), 0, (None, None), 1)
         splits = side.splits(4 * 128)
         tiles = -(-columns // side.config.block_n)
         assert 1 <= splits <= max(tiles, 1)

@@ -116,15 +116,17 @@ class Attention:
 
 @dataclass(frozen=True)
 class Contrastive:
-    """The latents of a call."""
+    """The latents of a call, and whether it has labels."""
 
     depth: int = 128
     dtype: torch.dtype = torch.bfloat16
     batch: int = 65536
+    labels: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"contrastive B={self.batch:,} d={self.depth} {dtype}"
+        labels = " labels" if self.labels else ""
+        return f"contrastive B={self.batch:,} d={self.depth} {dtype}{labels}"
 
     def call(self) -> None:
         """Forward and backward of every loss on meta tensors."""
@@ -132,10 +134,16 @@ class Contrastive:
 
         latents = torch.empty((1, self.batch, self.depth), dtype=self.dtype, device="meta")
         factor = torch.empty(1, device="meta")
-        stats = _triton.logsumexp(latents, latents, factor, 0)
-        _triton.logsumexp_backward(*stats, latents, latents, factor, *stats[:2], 0)
+        labels: tuple[torch.Tensor, ...] = ()
+        if self.labels:
+            labels = (torch.empty(self.batch, dtype=torch.int32, device="meta"),) * 2
+        for inclusive in ((True,), (False,)) if self.labels else ((),):  # softmax, decoupled
+            stats = _triton.logsumexp(latents, latents, factor, 0, *labels, *inclusive)
+            _triton.logsumexp_backward(
+                *stats, latents, latents, factor, *stats[:2], 0, *labels, *inclusive
+            )
         for gradients in (True, False):
-            _triton.sigmoid(latents, latents, factor, factor, 0, gradients)
+            _triton.sigmoid(latents, latents, factor, factor, 0, gradients, *labels)
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,11 @@ def every_variant(op: str) -> list[Variant]:
             *(Contrastive(depth) for depth in (128, 64, 256, 768)),
             Contrastive(dtype=half),
             *(Contrastive(depth, full) for depth in (64, 128, 256, 768)),
+            *(
+                Contrastive(depth, dtype, labels=True)
+                for dtype, depths in ((torch.bfloat16, (128, 256, 768)), (full, (32,)))
+                for depth in depths
+            ),
         ]
     if op == "geglu_norm":
         return [
@@ -307,13 +320,13 @@ def problems(variant: Variant, found: Resources) -> list[str]:
     return [f"{variant}: {found.kernel} on {found.target}: {problem}" for problem in broken]
 
 
-HEADER = f"{'kernel':28}{'target':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'warps':>7}{'stages':>8}"
+HEADER = f"{'kernel':37}{'target':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'warps':>7}{'stages':>8}"
 
 
 def line(r: Resources) -> str:
     """One row under ``HEADER``."""
     return (
-        f"{r.kernel:28}{r.target:>8}{r.registers:6}{r.spilled_bytes:7}"
+        f"{r.kernel:37}{r.target:>8}{r.registers:6}{r.spilled_bytes:7}"
         f"{r.shared_bytes:9}{r.num_warps:7}{r.num_stages:8}"
     )
 

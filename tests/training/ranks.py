@@ -19,6 +19,7 @@ from torch import Tensor, nn
 SIZES = (7, 4)
 LOSSES: dict[str, dict[str, Any]] = {
     "decoupled": {},
+    "decoupled, labels": {},
     "sigmoid, hierarchical": dict(
         sigmoid_contrastive_loss=True, hierarchical_contrastive_loss=True
     ),
@@ -46,6 +47,11 @@ def inputs() -> tuple[Tensor, Tensor]:
     return wavs, torch.randint(1, 50, (sum(SIZES), 7), generator=generator)
 
 
+def labels(loss: str) -> Tensor | None:
+    """Of the global batch, for the losses that have them: equal ones on both ranks."""
+    return torch.arange(sum(SIZES)) % 5 if loss.endswith("labels") else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
@@ -66,6 +72,9 @@ def results(accelerator: Any) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     for case in CASES:
         loss, wrapper, step = case
         model = make(loss)
+        given = labels(loss)
+        if given is not None:
+            given = given[start : start + SIZES[rank]]
         backward: Callable[[Tensor], Any] = Tensor.backward
         chunk_size = 2  # four chunks here, two there: DistributedDataParallel does not mind
         if wrapper == "accelerate":
@@ -76,10 +85,12 @@ def results(accelerator: Any) -> Iterator[tuple[Any, dict[str, Tensor]]]:
                 fully_shard(tower, mesh=mesh, reshard_after_forward=True)
             chunk_size = (2, 1)[rank]
         if step == "plain":
-            value = model(*mine)
+            value = model(*mine, labels=given)
             backward(value)
         else:
-            value = cached_step(model, *mine, chunk_size=chunk_size, backward=backward)
+            value = cached_step(
+                model, *mine, chunk_size=chunk_size, backward=backward, labels=given
+            )
         found = {"loss": value.detach()}
         for name, parameter in model.named_parameters():
             found[name.removeprefix("module.")] = whole(parameter.grad)

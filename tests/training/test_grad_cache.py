@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer
+from musiclm_fast import AudioSpectrogramTransformer, MuLaN, TextTransformer, testing
 from musiclm_fast.models.front_end import FrontEnd
 from musiclm_fast.training.grad_cache import cached_step
 
@@ -80,6 +80,24 @@ def test_equals_the_unchunked_step(
     expected = gradients(model, unchunked)
     found = gradients(model, lambda m: cached_step(m, *inputs(), chunk_size=chunk_size))
     same(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, dict(hierarchical_contrastive_loss=True)], ids=str)
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_labels_reach_across_chunks(sigmoid: bool, options: dict[str, Any]) -> None:
+    model = make(sigmoid_contrastive_loss=sigmoid, **options).eval()
+    audio, text = testing.contrastive_labels(11)
+    for labels in ((audio, text), audio):
+
+        def whole(m: nn.Module, given: Any = labels) -> Tensor:
+            loss: Tensor = m(*inputs(), labels=given)
+            loss.backward()
+            return loss
+
+        expected = gradients(model, whole)
+        assert abs(expected[0] - gradients(model, unchunked)[0]) > 1e-3
+        step = functools.partial(cached_step, chunk_size=4, labels=labels)
+        same(gradients(model, lambda m, s=step: s(m, *inputs())), expected)
 
 
 def test_dropout_is_replayed() -> None:
@@ -220,6 +238,8 @@ def test_bad_input() -> None:
         cached_step(model, wavs, texts, chunk_size=4, lengths=torch.full((3,), 1500))
     with pytest.raises(ValueError, match="backward"):
         cached_step(model, wavs, texts, chunk_size=4, backward=lambda loss: None)
+    with pytest.raises(ValueError, match="labels"):
+        cached_step(model, wavs, texts, chunk_size=4, labels=torch.arange(4))
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_global_batch(
     results: list[dict[Any, Any]], case: tuple[str, str, str]
 ) -> None:
     model = ranks.make(case[0])
-    loss = model(*ranks.inputs())
+    loss = model(*ranks.inputs(), labels=ranks.labels(case[0]))
     loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
     for found in results:

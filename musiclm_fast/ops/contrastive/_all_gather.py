@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from musiclm_fast.ops.contrastive._autograd import Kernels
-from musiclm_fast.ops.contrastive._ranks import Ranks
+from musiclm_fast.ops.contrastive._labels import Positives
+from musiclm_fast.ops.contrastive._ranks import Ranks, collective
 
 
 class AllGather:
     """All text on every rank."""
 
-    def __init__(self, ranks: Ranks, kernels: Kernels) -> None:
+    def __init__(self, ranks: Ranks, kernels: Kernels, labels: Positives | None) -> None:
         self.ranks, self.kernels = ranks, kernels
+        self.labels = () if labels is None else labels.block(rows=ranks.pairs(ranks.rank))
 
     def statistics(
         self, audio: Tensor, text: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Row, own column and positive statistics ``(L, B)``, then what the backward needs."""
         ranks = self.ranks
-        everyone = self._gather(text, "gathering text")  # (L, N, d)
-        row, part, positive = self.kernels.logsumexp(audio, everyone, temperature, ranks.start)
+        everyone = ranks.gather(text, "gathering text")  # (L, N, d)
+        row, part, positive = self.kernels.logsumexp(
+            audio, everyone, temperature, ranks.start, *self.labels
+        )
         # Columns meet other rows on other ranks: log-sum-exp over ranks, (L, N).
         with ranks.expect("adding up the columns' statistics"):
             shift = part.clone()
@@ -43,10 +45,11 @@ class AllGather:
         """Gradients of audio, of this rank's text, and this rank's share of temperature's."""
         columns, everyone = kept
         by_row, by_column, by_positive = weights
-        by_columns = self._gather(by_column.unsqueeze(-1), "gathering the columns' weights")
+        ranks = self.ranks
+        by_columns = ranks.gather(by_column.unsqueeze(-1), "gathering the columns' weights")
         d_audio, d_everyone, d_temperature = self.kernels.logsumexp_backward(
             by_row, by_columns.squeeze(-1).contiguous(), by_positive, audio, everyone, temperature,
-            row, columns, self.ranks.start,
+            row, columns, ranks.start, *self.labels,
         )  # fmt: skip
         return d_audio, self._scatter(d_everyone), d_temperature
 
@@ -54,27 +57,13 @@ class AllGather:
         self, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, needed: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """This rank's share of the total, and its gradients."""
-        everyone = self._gather(text, "gathering text")
+        ranks = self.ranks
+        everyone = ranks.gather(text, "gathering text")
         total, d_audio, d_everyone, d_temperature, d_bias = self.kernels.sigmoid(
-            audio, everyone, temperature, bias, self.ranks.start, needed
+            audio, everyone, temperature, bias, ranks.start, needed, *self.labels[:2]
         )
         d_text = self._scatter(d_everyone) if needed else d_everyone
         return total, d_audio, d_text, d_temperature, d_bias
-
-    def _gather(self, block: Tensor, doing: str) -> Tensor:
-        """All ranks' blocks ``(L, B, d)`` along the batch: ``(L, N, d)``."""
-        ranks = self.ranks
-        layers, _, depth = block.shape
-        longest = max(ranks.sizes)
-        padded = _pad(block, longest)
-        out = block.new_empty(ranks.world, layers, longest, depth)
-        with ranks.expect(doing):
-            _collective("all_gather_single", "all_gather_into_tensor")(
-                out.view(-1, depth), padded.view(-1, depth), group=ranks.group
-            )
-        if layers == 1 and ranks.even:
-            return out.view(1, ranks.total, depth)
-        return torch.cat([out[q, :, :size] for q, size in enumerate(ranks.sizes)], dim=1)
 
     def _scatter(self, everyone: Tensor) -> Tensor:
         """This rank's rows ``(L, B, d)`` of the sum over ranks of ``(L, N, d)``."""
@@ -89,18 +78,7 @@ class AllGather:
                 part[:, : own.shape[1]] = own
         out = everyone.new_empty(layers, longest, depth)
         with ranks.expect("adding up the text's gradient"):
-            _collective("reduce_scatter_single", "reduce_scatter_tensor")(
+            collective("reduce_scatter_single", "reduce_scatter_tensor")(
                 out.view(-1, depth), parts.view(-1, depth), group=ranks.group
             )
         return out[:, : ranks.sizes[ranks.rank]]
-
-
-def _collective(name: str, before: str) -> Any:
-    """A function of torch.distributed; torch 2.13 renames two, and warns of the names before."""
-    return getattr(dist, name, None) or getattr(dist, before)
-
-
-def _pad(block: Tensor, length: int) -> Tensor:
-    """``(L, B, d)`` with zeros up to ``(L, length, d)``, contiguous."""
-    missing = length - block.shape[1]
-    return torch.nn.functional.pad(block, (0, 0, 0, missing)).contiguous()

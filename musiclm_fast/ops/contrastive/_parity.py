@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from musiclm_fast.ops.contrastive.reference import loss_of_similarities
+from musiclm_fast.ops.contrastive.reference import loss_of_similarities, positive_weights
 
 
 def contrastive_inputs(
@@ -39,8 +40,26 @@ def contrastive_inputs(
     return {name: x.requires_grad_() for name, x in arguments.items()}
 
 
+def contrastive_labels(
+    batch: int, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Random labels of audio and text ``(B,)``: a third as many as pairs, each on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = max(batch // 3, 2)
+    names = torch.randint(-(1 << 40), 1 << 40, (clips,), generator=generator)
+    sides = []
+    for _ in range(2):
+        more = torch.randint(clips, (batch - clips,), generator=generator)
+        order = torch.randperm(batch, generator=generator)
+        sides.append(names[torch.cat((torch.arange(clips), more))[order]].to(device))
+    return sides[0], sides[1]
+
+
 def contrastive_rounding(
-    arguments: dict[str, Any], kind: str, dtype: torch.dtype | None = None
+    arguments: dict[str, Any],
+    kind: str,
+    dtype: torch.dtype | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """Effect of rounding similarities and their gradient on each result of a contrastive loss.
 
@@ -56,10 +75,14 @@ def contrastive_rounding(
         temperature  sum |ds| |<audio_i, text_j>|
         bias         sum |ds|
 
+    With labels the softmax loss's ds of a positive is a difference, ``e^(s - lse) - 1 / |P|``:
+    ``eps32 S`` counts for the absolute values of both, ``eps(dtype)`` for ds.
+
     Args:
         arguments: of :func:`musiclm_fast.ops.contrastive_loss`, tensors alone.
         kind: the loss.
         dtype: in which ds enters its products (default: the latents').
+        labels: of audio and of text.
 
     Returns:
         The bound by result: ``loss`` and each argument's name.
@@ -73,12 +96,17 @@ def contrastive_rounding(
         sims = sims + wide["bias"][:, None, None]
     with torch.enable_grad():
         leaf = sims.requires_grad_()
-        ds = torch.autograd.grad(loss_of_similarities(leaf, kind), leaf)[0].abs()
+        loss = loss_of_similarities(leaf, kind, labels)
+        ds = torch.autograd.grad(loss, leaf)[0].abs()
     largest = sims.detach().abs().max().item()
     if kind != "sigmoid":
         largest += math.log(audio.shape[1])
-    relative = torch.finfo(torch.float32).eps * largest
-    relative += torch.finfo(dtype or arguments["audio"].dtype).eps
+    parts = ds  # absolute values of what ds adds up
+    if labels is not None and kind == "softmax":
+        same = labels[0][:, None] == labels[1][None, :]
+        parts = ds + 2 * positive_weights(same, ds.dtype) / audio.shape[1]
+    parts = torch.finfo(torch.float32).eps * largest * parts
+    ds = parts + torch.finfo(dtype or arguments["audio"].dtype).eps * ds
     terms = {
         "loss": ds.sum(),
         "audio": ((ds @ text.abs()) * factor).max(),
@@ -86,4 +114,4 @@ def contrastive_rounding(
         "temperature": (ds * dots.abs()).sum(dim=(1, 2)).max(),
         "bias": ds.sum(dim=(1, 2)).max(),
     }
-    return {name: relative * term.item() for name, term in terms.items()}
+    return {name: term.item() for name, term in terms.items()}

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from musiclm_fast.ops.contrastive._autograd import Kernels
+from musiclm_fast.ops.contrastive._labels import Positives
 from musiclm_fast.ops.contrastive._ranks import Ranks
 
 
 class Ring:
     """Blocks of text circulate: this rank's next block comes from the previous rank."""
 
-    def __init__(self, ranks: Ranks, kernels: Kernels) -> None:
-        self.ranks, self.kernels = ranks, kernels
+    def __init__(self, ranks: Ranks, kernels: Kernels, labels: Positives | None) -> None:
+        self.ranks, self.kernels, self.labels = ranks, kernels, labels
 
     def statistics(
         self, audio: Tensor, text: Tensor, temperature: Tensor
@@ -27,10 +30,10 @@ class Ring:
         for step in range(ranks.world):
             arriving = self._pass(block, step, "text") if step + 1 < ranks.world else None
             block_row, block_column, block_positive = self.kernels.logsumexp(
-                audio, block, temperature, self._offset(step, block)
+                audio, block, temperature, self._offset(step, block), *self._labels(step)
             )
             row = block_row if row is None else torch.logaddexp(row, block_row)
-            positive = block_positive if positive is None else positive
+            positive = block_positive if positive is None else positive + block_positive
             if statistics is not None:  # over the rows of the ranks that had this block before
                 block_column = torch.logaddexp(block_column, statistics.wait())
             statistics = self._pass(block_column, step, "statistics")
@@ -58,7 +61,7 @@ class Ring:
             block_column, block_weight = facts.unbind(-1)
             block_audio, block_text, block_temperature = self.kernels.logsumexp_backward(
                 by_row, block_weight.contiguous(), by_positive, audio, block, temperature, row,
-                block_column.contiguous(), self._offset(step, block),
+                block_column.contiguous(), self._offset(step, block), *self._labels(step),
             )  # fmt: skip
             d_audio = block_audio if d_audio is None else d_audio.add_(block_audio)
             if d_temperature is None:
@@ -84,8 +87,9 @@ class Ring:
         for step in range(ranks.world):
             arriving = self._pass(block, step, "text") if step + 1 < ranks.world else None
             total, d_audio, block_text, d_temperature, d_bias = self.kernels.sigmoid(
-                audio, block, temperature, bias, self._offset(step, block), needed
-            )
+                audio, block, temperature, bias, self._offset(step, block), needed,
+                *self._labels(step)[:2],
+            )  # fmt: skip
             mine = [total, d_audio, d_temperature, d_bias]
             sums = mine if sums is None else [a.add_(b) for a, b in zip(sums, mine, strict=True)]
             if needed:
@@ -102,6 +106,13 @@ class Ring:
     def _offset(self, step: int, block: Tensor) -> int:
         """Row i's positive is column i of this rank's own block, and outside any other."""
         return 0 if step == 0 else block.shape[1]
+
+    def _labels(self, step: int) -> tuple[Any, ...]:
+        """The kernels' last arguments for this step's block."""
+        if self.labels is None:
+            return ()
+        ranks = self.ranks
+        return self.labels.block(ranks.pairs(ranks.rank), ranks.pairs(ranks.owner(step)))
 
     def _pass(self, mine: Tensor, step: int, what: str) -> _Transfer:
         """Start sending a tensor of this step's block on, and receiving the next block's."""

@@ -7,8 +7,10 @@ file needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +21,11 @@ from musiclm_fast._self_check import in_default_modes
 from musiclm_fast.ops import _triton_target
 from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.contrastive import _autograd
-from musiclm_fast.ops.contrastive._parity import contrastive_inputs, contrastive_rounding
+from musiclm_fast.ops.contrastive._parity import (
+    contrastive_inputs,
+    contrastive_labels,
+    contrastive_rounding,
+)
 from musiclm_fast.ops.contrastive.reference import contrastive_loss_reference
 
 MAX_DEPTH = 1024
@@ -107,10 +113,16 @@ def padded(depth: int) -> int:
     return max(16, 1 << (depth - 1).bit_length())
 
 
+Labels = tuple[Tensor | None, Tensor | None]  # of a launch's rows and columns
+
+
 class _Side:
     """One launch's rows ``x`` against columns ``y``."""
 
-    def __init__(self, x: Tensor, y: Tensor, temperature: Tensor, offset: int, part: int) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, temperature: Tensor, offset: int, labels: Labels, part: int
+    ) -> None:
+        self.labels = labels
         self.x, self.y, self.temperature, self.offset = x, y, temperature, offset
         self.layers, self.rows, self.depth = x.shape
         self.columns = y.shape[1]
@@ -118,6 +130,10 @@ class _Side:
         self.block_d = PIECE[x.dtype] if self.deep else padded(self.depth)
         self.target = _triton_target.target(x.device)
         self.config = configs(self.target, padded(self.depth), x.dtype)[part]
+        if labels[0] is not None and self.config.max_registers is not None:
+            # A masked sigmoid tile in float32 spills 8 bytes at 128 (sm_100, Triton 3.6).
+            limit = max(self.config.max_registers, 160)
+            self.config = replace(self.config, max_registers=limit)
         self.blocks = self.layers * -(-self.rows // self.config.block_m)
 
     def splits(self, row_bytes: int) -> int:
@@ -133,8 +149,8 @@ class _Side:
     def launch(self, name: str, splits: int, **arguments: Any) -> None:
         """Run a kernel over all rows and splits."""
         arguments = dict(
-            x=self.x, y=self.y, x_labels=None, y_labels=None, temperature=self.temperature,
-            **arguments,
+            x=self.x, y=self.y, x_labels=self.labels[0], y_labels=self.labels[1],
+            temperature=self.temperature, **arguments,
             stride_xl=self.x.stride(0), stride_xm=self.x.stride(1),
             stride_yl=self.y.stride(0), stride_yn=self.y.stride(1),
             rows=self.rows, columns=self.columns, offset=self.offset,
@@ -144,24 +160,35 @@ class _Side:
         _triton_target.launch(_kernel(name), self.blocks * splits, arguments, self.config.options)
 
 
+def _labels_of_stripe(labels: Labels, first: int, rows: int) -> Labels:
+    mine, others = labels
+    return None if mine is None else mine[first : first + rows], others
+
+
 def logsumexp(
-    audio: Tensor, text: Tensor, temperature: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    audio: Tensor, text: Tensor, temperature: Tensor, offset: int,
+    audio_labels: Tensor | None = None, text_labels: Tensor | None = None, inclusive: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``musiclm_fast::contrastive_logsumexp_triton``; see ``block_logsumexp``."""
     flags = _bounded(audio, text, temperature).to(torch.int32)
     rows, columns, positives = [], [], []
-    whole = _Side(audio, text, temperature, offset, 0)
+    labels = audio_labels, text_labels
+    whole = _Side(audio, text, temperature, offset, labels, 0)
     block = whole.config.block_m
     step = block * max(SUMS_BYTES // max(4 * whole.layers * whole.columns, 1), 1)
     with _triton_target.device_guard(audio.device):
         for first in range(0, max(whole.rows, 1), step):
-            side = _Side(audio[:, first : first + step], text, temperature, offset + first, 0)
+            side = _Side(
+                audio[:, first : first + step], text, temperature, offset + first,
+                _labels_of_stripe(labels, first, step), 0,
+            )  # fmt: skip
             splits = side.splits(8)
             lse, positive = (side.empty(splits, side.layers, side.rows) for _ in range(2))
             sums = side.empty(-(-side.rows // block), side.layers, side.columns)
             side.launch(
                 "logsumexp_kernel", splits, bounded=flags, lse=lse,
-                positive=positive, sums=sums, PART=block if side.deep else min(block, PART),
+                positive=positive, sums=sums, INCLUSIVE=inclusive,
+                PART=block if side.deep else min(block, PART),
             )  # fmt: skip
             rows.append(_merged(lse))
             positives.append(positive.sum(dim=0))
@@ -186,6 +213,7 @@ def _merged(parts: Tensor) -> Tensor:
 def logsumexp_backward(
     grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor, audio: Tensor, text: Tensor,
     temperature: Tensor, row_lse: Tensor, column_lse: Tensor, offset: int,
+    audio_labels: Tensor | None = None, text_labels: Tensor | None = None, inclusive: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``musiclm_fast::contrastive_logsumexp_backward_triton``; see ``block_logsumexp_backward``."""
     bounded = _bounded(audio, text, temperature)
@@ -202,34 +230,40 @@ def logsumexp_backward(
         folded = torch.where(bounded[:, None], torch.exp(-lse), 1.0)
         weights[number] = (weights[number] * folded).masked_fill(empty, 0.0)
         shifts.append(lse * math.log2(math.e))
-    # The positive's gradient by column: 0 where the column has none, and then never read.
-    of_column = torch.zeros_like(weights[1])
-    begin, end = max(0, -offset), max(min(audio.shape[1], text.shape[1] - offset), 0)
-    if begin < end:
-        of_column[:, begin + offset : end + offset] = weights[2][:, begin:end]
+    # The positive's gradient by column: 0 where the column has none, and then never read. With
+    # labels a column has several: a launch with the sides swapped takes it from its columns.
+    of_column = None
+    if audio_labels is None:
+        of_column = torch.zeros_like(weights[1])
+        begin, end = max(0, -offset), max(min(audio.shape[1], text.shape[1] - offset), 0)
+        if begin < end:
+            of_column[:, begin + offset : end + offset] = weights[2][:, begin:end]
     rows = weights[0], shifts[0], weights[2]
     columns = weights[1], shifts[1], of_column
 
     def launch(
-        side: _Side, splits: int, mine: Sequence[Tensor], other: Sequence[Tensor], out: Tensor
-    ) -> None:
+        side: _Side, splits: int, mine: Sequence[Tensor | None], other: Sequence[Tensor | None],
+        out: Tensor,
+    ) -> None:  # fmt: skip
         side.launch(
             "gradient_kernel", splits, bounded=bounded.to(torch.int32), x_weight=mine[0],
             x_shift=mine[1], x_positive=mine[2], y_weight=other[0], y_shift=other[1],
-            y_positive=None, out=out,
+            y_positive=other[2] if mine[2] is None else None, out=out, INCLUSIVE=inclusive,
         )  # fmt: skip
 
     def of_rows(
-        x: Tensor, y: Tensor, offset: int, mine: Sequence[Tensor], other: Sequence[Tensor]
-    ) -> Tensor:
-        side = _Side(x, y, temperature, offset, 1)
+        x: Tensor, y: Tensor, offset: int, labels: Labels, mine: Sequence[Tensor | None],
+        other: Sequence[Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        side = _Side(x, y, temperature, offset, labels, 1)
         splits = side.splits(4 * side.depth)
         dx = side.empty(splits, *x.shape)
         launch(side, splits, mine, other, dx)
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
     def of_stripe(x: Tensor, first: int, ds: Tensor) -> None:
-        side = _Side(x, text, temperature, offset + first, 1)
+        labels = _labels_of_stripe((audio_labels, text_labels), first, x.shape[1])
+        side = _Side(x, text, temperature, offset + first, labels, 1)
         mine = [t[:, first : first + side.rows].contiguous() for t in rows]
         launch(side, side.splits(4), mine, columns, ds)
 
@@ -237,14 +271,15 @@ def logsumexp_backward(
         if audio.shape[2] > SHALLOW[audio.dtype]:
             d_audio, d_text = _deep_gradients(audio, text, of_stripe)
         else:
-            d_audio = of_rows(audio, text, offset, rows, columns)
-            d_text = of_rows(text, audio, -offset, columns, rows)
+            labels = audio_labels, text_labels
+            d_audio = of_rows(audio, text, offset, labels, rows, columns)
+            d_text = of_rows(text, audio, -offset, labels[::-1], columns, rows)
     return _finish(d_audio, d_text, audio, temperature, scale)
 
 
 def sigmoid(
     audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, offset: int,
-    gradients: bool,
+    gradients: bool, audio_labels: Tensor | None = None, text_labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``musiclm_fast::contrastive_sigmoid_triton``; see ``block_sigmoid``."""
     losses, ds_sums = [], []
@@ -260,15 +295,16 @@ def sigmoid(
             losses.append(sums[0].sum())
             ds_sums.append(sums[1].sum(dim=(0, 2)))
 
-    def of_rows(x: Tensor, y: Tensor, offset: int, loss: bool) -> Tensor:
-        side = _Side(x, y, temperature, offset, 2)
+    def of_rows(x: Tensor, y: Tensor, offset: int, labels: Labels, loss: bool) -> Tensor:
+        side = _Side(x, y, temperature, offset, labels, 2)
         splits = side.splits(4 * side.depth)
         dx = side.empty(splits, *x.shape)
         launch(side, splits, loss, dx)
         return dx[0] if splits == 1 else dx.sum(dim=0)
 
     def of_stripe(x: Tensor, first: int, ds: Tensor | None) -> None:
-        side = _Side(x, text, temperature, offset + first, 2)
+        labels = _labels_of_stripe((audio_labels, text_labels), first, x.shape[1])
+        side = _Side(x, text, temperature, offset + first, labels, 2)
         launch(side, side.splits(4), True, ds)
 
     with _triton_target.device_guard(audio.device):
@@ -279,8 +315,8 @@ def sigmoid(
         if audio.shape[2] > SHALLOW[audio.dtype]:
             d_audio, d_text = _deep_gradients(audio, text, of_stripe)
         else:
-            d_audio = of_rows(audio, text, offset, True)
-            d_text = of_rows(text, audio, -offset, False)
+            d_audio = of_rows(audio, text, offset, (audio_labels, text_labels), True)
+            d_text = of_rows(text, audio, -offset, (text_labels, audio_labels), False)
     total, d_bias = torch.stack(losses).sum(), torch.stack(ds_sums).sum(dim=0)
     return total, *_finish(d_audio, d_text, audio, temperature), d_bias
 
@@ -358,7 +394,9 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
     Returns:
         None, or what went wrong first.
     """
-    for kind, factor in (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0)):
+    kinds = (("softmax", 100.0), ("decoupled", 10.0), ("sigmoid", 10.0))
+    both = (None, contrastive_labels(300, device))
+    for (kind, factor), labels in itertools.product(kinds, both):
         inputs = contrastive_inputs(300, 128, 2, temperature=factor, dtype=dtype, device=device)
         results = []
         for function, given in (
@@ -366,13 +404,14 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
             (contrastive_loss_reference, inputs),
             (contrastive_loss_reference, to_float64(inputs)),
         ):
-            loss = function(**given, kind=kind)
+            loss = function(**given, kind=kind, labels=labels)
             grads = gradients(loss, given, torch.ones((), device=device))
             if kind != "sigmoid":
                 del grads["bias"]  # zero in exact arithmetic, and here
             results.append({"loss": loss, **grads})
-        rounding = contrastive_rounding(inputs, kind)
-        problem = first_difference(f"{kind}, {dtype}", results, dtype=dtype, rounding=rounding)
+        rounding = contrastive_rounding(inputs, kind, labels=labels)
+        case = f"{kind}, {dtype}" + ("" if labels is None else ", labels")
+        problem = first_difference(case, results, dtype=dtype, rounding=rounding)
         if problem is not None:
             return problem
     return None

@@ -2,13 +2,14 @@
 """Triton kernels of the contrastive losses: tiles of rows against tiles of columns.
 
 ``x`` (L, M, D) are the rows of a program, ``y`` (L, N, D) the columns that it runs through; row i's
-positive is column i + offset. A launch may cut the columns into splits, whose partial results
-(SPLITS, L, M, ...) the caller adds up. The kernels with gradients are launched twice, the second
-time with audio and text swapped and the offset negated: every result then belongs to one program,
-so that nothing is added atomically and results are deterministic.
+positive is column i + offset or, with labels (M,) and (N,), every column of its label. A launch may
+cut the columns into splits, whose partial results (SPLITS, L, M, ...) the caller adds up. The
+kernels with gradients are launched twice, the second time with audio and text swapped and the
+offset negated: every result then belongs to one program, so that nothing is added atomically and
+results are deterministic.
 
 A loop runs through tiles without a positive and without a row or column past the end, and masks
-nothing; a second loop takes the rest.
+nothing; a second loop takes the rest: with labels all.
 
 Exponents are of base 2 and ``temperature * log2(e)`` is one factor ``scale``: an exponential is one
 multiply-add and one instruction of the special function unit.
@@ -160,7 +161,7 @@ def _reciprocal(x, FAST: tl.constexpr):
 def _negatives(
     x, x_tile, x_labels, y, y_tile, y_labels, first, start, rows, columns, offset, stride_xm,
     stride_yn, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Dot products of a part of the rows, -inf where none is summed; each row's sum over positives.
     if D <= BLOCK_D:
@@ -176,7 +177,7 @@ def _negatives(
         column = start + tl.arange(0, BLOCK_N)
         same, inside = _positives(row, column, x_labels, y_labels, rows, columns, offset)
         found = tl.sum(tl.where(same, dots, 0.0), axis=1)
-        shown = inside if y_labels is not None else inside & (same == 0)
+        shown = inside if INCLUSIVE else inside & (same == 0)
         dots = tl.where(shown, dots, float("-inf"))
     return dots, found
 
@@ -185,8 +186,8 @@ def _negatives(
 def _statistics(
     x, x_tiles, x_labels, y, y_labels, sums, highest, total, positive, count, begin, end, lead,
     held, first, rows, columns, offset, scale, stride_xm, stride_yn, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     # One loop of logsumexp_kernel.
     for turn in range(count):
@@ -200,8 +201,8 @@ def _statistics(
         for p in tl.static_range(BLOCK_M // PART):
             part, found = _negatives(
                 x, x_tiles[p], x_labels, y, y_tile, y_labels, first + p * PART, start, rows,
-                columns, offset, stride_xm, stride_yn, D, BLOCK_D, MASKED, PRECISION, PART,
-                BLOCK_N,
+                columns, offset, stride_xm, stride_yn, D, BLOCK_D, MASKED, INCLUSIVE, PRECISION,
+                PART, BLOCK_N,
             )  # fmt: skip
             dots += (part,)
             new_positive += (positive[p] + found,)
@@ -241,14 +242,14 @@ def _statistics(
 def logsumexp_kernel(
     x, y, x_labels, y_labels, temperature, bounded, lse, positive, sums,
     stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of each row over its split and of each column over its block of rows.
 
     lse (SPLITS, L, M), and positive likewise: the sum of the row's positives' similarities, 0 where
     the split has none. sums (blocks, L, N), for merge_kernel: where ``bounded`` (L,) the sum of
-    e^s itself, else its logarithm to base 2. Positives are left out unless there are labels.
+    e^s itself, else its logarithm to base 2. Positives are left out unless INCLUSIVE.
 
     A block of BLOCK_M rows is cut into parts. A column's sum over the parts stays in registers, so
     that threads exchange their shares of it once a block.
@@ -280,24 +281,28 @@ def logsumexp_kernel(
             highest, total, mine = _statistics(
                 x, x_tiles, x_labels, y, y_labels, sums, highest, total, mine,
                 end - begin - masked, begin, end, lead, held, first, rows, columns, offset, scale,
-                stride_xm, stride_yn, D, BLOCK_D, False, True, PRECISION, BLOCK_M, BLOCK_N, PART,
+                stride_xm, stride_yn, D, BLOCK_D, False, True, INCLUSIVE, PRECISION, BLOCK_M,
+                BLOCK_N, PART,
             )  # fmt: skip
         highest, total, mine = _statistics(
             x, x_tiles, x_labels, y, y_labels, sums, highest, total, mine,
             masked, begin, end, lead, held, first, rows, columns, offset, scale,
-            stride_xm, stride_yn, D, BLOCK_D, True, True, PRECISION, BLOCK_M, BLOCK_N, PART,
+            stride_xm, stride_yn, D, BLOCK_D, True, True, INCLUSIVE, PRECISION, BLOCK_M,
+            BLOCK_N, PART,
         )  # fmt: skip
     else:
         if y_labels is None:
             highest, total, mine = _statistics(
                 x, x_tiles, x_labels, y, y_labels, sums, highest, total, mine,
                 end - begin - masked, begin, end, lead, held, first, rows, columns, offset, scale,
-                stride_xm, stride_yn, D, BLOCK_D, False, False, PRECISION, BLOCK_M, BLOCK_N, PART,
+                stride_xm, stride_yn, D, BLOCK_D, False, False, INCLUSIVE, PRECISION, BLOCK_M,
+                BLOCK_N, PART,
             )  # fmt: skip
         highest, total, mine = _statistics(
             x, x_tiles, x_labels, y, y_labels, sums, highest, total, mine,
             masked, begin, end, lead, held, first, rows, columns, offset, scale,
-            stride_xm, stride_yn, D, BLOCK_D, True, False, PRECISION, BLOCK_M, BLOCK_N, PART,
+            stride_xm, stride_yn, D, BLOCK_D, True, False, INCLUSIVE, PRECISION, BLOCK_M,
+            BLOCK_N, PART,
         )  # fmt: skip
     for p in tl.static_range(PARTS):
         row = first + p * PART + tl.arange(0, PART)
@@ -339,7 +344,7 @@ def _gradients(
     acc, x, x_tile, x_labels, y, y_labels, ds_base, count, begin, end, lead, held, first, rows,
     columns, offset, scale, stride_xm, stride_yn, weight, shift, own, y_weight, y_shift, y_own,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One loop of gradient_kernel.
     row = first + tl.arange(0, BLOCK_M)
@@ -370,11 +375,15 @@ def _gradients(
             ds += other[None, :] * tl.exp2(dots * scale - other_shift[None, :])
         if MASKED:
             same, valid = _positives(row, column, x_labels, y_labels, rows, columns, offset)
-            if y_labels is None:
-                ds = tl.where(same, own[:, None], ds)
+            if y_own is None:
+                positive = own[:, None]
             else:
-                others = tl.load(y_own + column, mask=inside, other=0.0)
-                ds += tl.where(same, own[:, None] + others[None, :], 0.0)
+                positive = tl.load(y_own + column, mask=inside, other=0.0)[None, :]
+            if INCLUSIVE:
+                # before ds is rounded: the sum of a positive's two terms can be far smaller
+                ds += tl.where(same, positive, 0.0)
+            else:
+                ds = tl.where(same, positive, ds)
             ds = tl.where(valid, ds, 0.0)  # s = 0 there, which may lie far above a shift
         if D <= BLOCK_D:
             acc = tl.dot(ds.to(y_tile.dtype), y_tile, acc, input_precision=PRECISION)
@@ -387,14 +396,15 @@ def _gradients(
 def gradient_kernel(
     x, y, x_labels, y_labels, temperature, bounded, x_weight, x_shift, x_positive, y_weight,
     y_shift, y_positive, out, stride_xl, stride_xm, stride_yl, stride_yn, rows, columns, offset,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Dx (SPLITS, L, M, D) = ds @ y without the factor temperature; of deep rows ds (L, M, N).
 
-    ``ds = x_weight_i e^(s - x_shift_i) + y_weight_j e^(s - y_shift_j)``, and x_positive_i for row
-    i's positive; with labels ``x_positive_i + y_positive_j`` is added there. Where ``bounded`` (L,)
-    the weights hold e^-shift, and one exponential serves both. Shifts are to base 2.
+    ``ds = x_weight_i e^(s - x_shift_i) + y_weight_j e^(s - y_shift_j)``. At the positives
+    x_positive_i, or y_positive_j where given, takes its place or, if INCLUSIVE, is added. Where
+    ``bounded`` (L,) the weights hold e^-shift, and one exponential serves both. Shifts are of base
+    2.
     """
     block, begin, end, layer, place = _place(rows, columns, SPLITS, BLOCK_M, BLOCK_N)
     first = block * BLOCK_M
@@ -414,11 +424,13 @@ def gradient_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     else:
         ds_base += layer * rows * columns
-    if y_labels is not None:
-        y_positive += layer * columns
     weight = tl.load(x_weight + layer * rows + row, mask=valid, other=0.0)
     shift = tl.load(x_shift + layer * rows + row, mask=valid, other=0.0)
-    own = tl.load(x_positive + layer * rows + row, mask=valid, other=0.0)
+    own = None
+    if y_positive is None:
+        own = tl.load(x_positive + layer * rows + row, mask=valid, other=0.0)
+    else:
+        y_positive += layer * columns
     y_weight += layer * columns
     y_shift += layer * columns
     if tl.load(bounded + layer) != 0:
@@ -426,28 +438,28 @@ def gradient_kernel(
             acc = _gradients(
                 acc, x, x_tile, x_labels, y, y_labels, ds_base, end - begin - masked, begin, end,
                 lead, held, first, rows, columns, offset, scale, stride_xm, stride_yn, weight,
-                shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, False, True, PRECISION,
-                BLOCK_M, BLOCK_N,
+                shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, False, True, INCLUSIVE,
+                PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         acc = _gradients(
             acc, x, x_tile, x_labels, y, y_labels, ds_base, masked, begin, end,
             lead, held, first, rows, columns, offset, scale, stride_xm, stride_yn, weight,
-            shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, True, True, PRECISION,
-            BLOCK_M, BLOCK_N,
+            shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, True, True, INCLUSIVE,
+            PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         if y_labels is None:
             acc = _gradients(
                 acc, x, x_tile, x_labels, y, y_labels, ds_base, end - begin - masked, begin, end,
                 lead, held, first, rows, columns, offset, scale, stride_xm, stride_yn, weight,
-                shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, False, False, PRECISION,
-                BLOCK_M, BLOCK_N,
+                shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, False, False, INCLUSIVE,
+                PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         acc = _gradients(
             acc, x, x_tile, x_labels, y, y_labels, ds_base, masked, begin, end,
             lead, held, first, rows, columns, offset, scale, stride_xm, stride_yn, weight,
-            shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, True, False, PRECISION,
-            BLOCK_M, BLOCK_N,
+            shift, own, y_weight, y_shift, y_positive, D, BLOCK_D, True, False, INCLUSIVE,
+            PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if D <= BLOCK_D:
         dims = tl.arange(0, BLOCK_D)

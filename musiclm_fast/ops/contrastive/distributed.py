@@ -31,6 +31,12 @@ from musiclm_fast._checks import check_choice, fail
 from musiclm_fast._wording import plural
 from musiclm_fast.ops.contrastive import _autograd
 from musiclm_fast.ops.contrastive._all_gather import AllGather
+from musiclm_fast.ops.contrastive._labels import (
+    Positives,
+    check_labels,
+    check_positives,
+    positives,
+)
 from musiclm_fast.ops.contrastive._ranks import Ranks
 from musiclm_fast.ops.contrastive._ring import Ring
 from musiclm_fast.ops.contrastive.op import (
@@ -42,6 +48,7 @@ from musiclm_fast.ops.contrastive.op import (
     contrastive_loss,
     dispatcher,
     prepare,
+    reads_values,
 )
 
 STRATEGIES = ("all_gather", "ring", "local")
@@ -54,6 +61,7 @@ def distributed_contrastive_loss(
     bias: Tensor | None = None,
     *,
     kind: str = "softmax",
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
     strategy: str = "all_gather",
     group: dist.ProcessGroup | None = None,
     batch_sizes: Sequence[int] | None = None,
@@ -77,11 +85,13 @@ def distributed_contrastive_loss(
         temperature: ``(L,)``, the same on all ranks.
         bias: ``(L,)`` or None, the same on all ranks.
         kind: ``"softmax"``, ``"decoupled"`` or ``"sigmoid"``.
+        labels: this rank's, as for :func:`musiclm_fast.ops.contrastive_loss`: equal labels are
+            positives on any two ranks. On all ranks or on none.
         strategy: ``"all_gather"`` (fewer messages), ``"ring"`` (least memory) or ``"local"`` (this
             rank's pairs alone, with no communication: validation on one rank).
         group: the ranks; None is the default group.
         batch_sizes: B of every rank, if known. It saves the exchange of sizes and, on GPUs, its
-            synchronisation with the host.
+            synchronisation with the host; ranks whose arguments differ are then not found out.
         check_values: see :func:`musiclm_fast.ops.contrastive_loss`.
         backend: likewise.
 
@@ -89,8 +99,8 @@ def distributed_contrastive_loss(
         The global loss, a scalar in float32 (float64 for float64 latents).
 
     Raises:
-        ValueError, TypeError: bad arguments; shapes, dtypes or kinds that differ between ranks; a
-            decoupled global batch of one.
+        ValueError, TypeError: bad arguments; shapes, dtypes or kinds that differ between ranks,
+            labels on some of them alone; a decoupled global batch of one.
         RuntimeError: WORLD_SIZE says there are several ranks, but there is no process group; a rank
             has died or left (raised on the others within the group's timeout).
     """
@@ -98,26 +108,29 @@ def distributed_contrastive_loss(
     world = 1 if strategy == "local" else world_size(group)
     if world == 1:
         return contrastive_loss(
-            audio, text, temperature, bias, kind=kind, check_values=check_values, backend=backend
-        )
+            audio, text, temperature, bias, kind=kind, labels=labels, check_values=check_values,
+            backend=backend,
+        )  # fmt: skip
     return _across_ranks(
-        audio, text, temperature, bias, kind, strategy, group, batch_sizes, check_values, backend
-    )
+        audio, text, temperature, bias, kind, labels, strategy, group, batch_sizes, check_values,
+        backend,
+    )  # fmt: skip
 
 
 @_disable_dynamo
 def _across_ranks(
     audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None, kind: str,
-    strategy: str, group: dist.ProcessGroup | None, batch_sizes: Sequence[int] | None,
-    check_values: bool | None, backend: str | None,
+    labels: Tensor | tuple[Tensor, Tensor] | None, strategy: str, group: dist.ProcessGroup | None,
+    batch_sizes: Sequence[int] | None, check_values: bool | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
     world = dist.get_world_size(group)
     audio, text = check_latents(audio, text)
     check_parameters(audio, temperature, bias, kind)
+    sides = check_labels(labels, audio)
     check_finite(audio, text, temperature, check_values)
     rank = dist.get_rank(group)
     if batch_sizes is None:
-        sizes = _exchange_sizes(audio, kind, bias is not None, group)
+        sizes = _exchange_sizes(audio, kind, bias is not None, sides is not None, group)
     else:
         sizes = [int(size) for size in batch_sizes]
         if len(sizes) != world or sizes[rank] != audio.shape[1]:
@@ -136,9 +149,17 @@ def _across_ranks(
     if chosen != "torch":
         audio, text = prepare(chosen, audio), prepare(chosen, text)
     ranks = Ranks(group, rank, tuple(sizes))
+    found = None
+    if sides is not None:
+        mine = torch.stack(sides, dim=-1).unsqueeze(0)
+        of_audio, of_text = ranks.gather(mine, "gathering labels")[0].unbind(-1)  # (N,) each
+        sides = of_audio.contiguous(), of_text.contiguous()
+        if reads_values(audio, check_values):
+            check_positives(sides, kind)
+        found = positives(sides, kind, wide)
     loss: Tensor = _GlobalLoss.apply(
         audio, text, temperature.to(wide), None if bias is None else bias.to(wide),
-        kind, strategy, ranks, block_kernels(chosen),
+        kind, strategy, ranks, block_kernels(chosen), found,
     )  # fmt: skip
     return loss
 
@@ -166,11 +187,12 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def _exchange_sizes(
-    audio: Tensor, kind: str, has_bias: bool, group: dist.ProcessGroup | None
+    audio: Tensor, kind: str, has_bias: bool, has_labels: bool, group: dist.ProcessGroup | None
 ) -> list[int]:
     layers, batch, depth = audio.shape
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    facts = [batch, layers, depth, dtypes.index(audio.dtype), KINDS.index(kind), int(has_bias)]
+    facts = [batch, layers, depth, dtypes.index(audio.dtype), KINDS.index(kind)]
+    facts += [int(has_bias), int(has_labels)]
     mine = torch.tensor(facts, device=audio.device)
     world = dist.get_world_size(group)
     ranks = Ranks(group, dist.get_rank(group), (0,) * world)
@@ -180,7 +202,7 @@ def _exchange_sizes(
         table = torch.stack(everyone).tolist()
     for other, row in enumerate(table):
         if row[1:] != facts[1:]:
-            names = ("layers", "width", "dtype", "kind", "bias")
+            names = ("layers", "width", "dtype", "kind", "bias", "presence of labels")
             wrong = [n for n, a, b in zip(names, row[1:], facts[1:], strict=True) if a != b]
             fail("audio, text", f"another {' and '.join(wrong)} on rank {other}", "all ranks alike")
     return [row[0] for row in table]
@@ -193,9 +215,11 @@ class _GlobalLoss(torch.autograd.Function):
     def forward(
         ctx: Any, audio: Tensor, text: Tensor, temperature: Tensor, bias: Tensor | None,
         kind: str, strategy: str, ranks: Ranks, kernels: _autograd.Kernels,
+        labels: Positives | None,
     ) -> Tensor:  # fmt: skip
         ctx.kind, ctx.ranks, ctx.dtype = kind, ranks, audio.dtype
-        moves = (Ring if strategy == "ring" else AllGather)(ranks, kernels)
+        moves = (Ring if strategy == "ring" else AllGather)(ranks, kernels, labels)
+        ctx.weight = None if labels is None else labels.weight[ranks.pairs(ranks.rank)]
         ctx.moves = moves
         if kind == "sigmoid":
             needed = any(ctx.needs_input_grad)
@@ -204,7 +228,7 @@ class _GlobalLoss(torch.autograd.Function):
             ctx.has_bias = bias is not None
         else:
             row, column, positive, *kept = moves.statistics(audio, text, temperature)
-            total = _autograd.per_pair(row, column, positive, kind).sum()
+            total = _autograd.per_pair(row, column, positive, kind, ctx.weight).sum()
             ctx.save_for_backward(audio, temperature, row, column, positive, *kept)
             ctx.bias_shape = None if bias is None else bias.shape
         with ranks.expect("adding up the loss"):
@@ -220,7 +244,7 @@ class _GlobalLoss(torch.autograd.Function):
             d_bias = d_bias * scale if ctx.has_bias else None
         else:
             audio, temperature, row, column, positive, *kept = ctx.saved_tensors
-            weights = _autograd.per_pair_gradients(row, column, positive, ctx.kind)
+            weights = _autograd.per_pair_gradients(row, column, positive, ctx.kind, ctx.weight)
             d_audio, d_text, d_temperature = ctx.moves.statistics_backward(
                 weights, audio, temperature, row, column, kept
             )
@@ -228,5 +252,5 @@ class _GlobalLoss(torch.autograd.Function):
             d_bias = None if shape is None else temperature.new_zeros(shape)  # it cancels
         return (
             (d_audio * scale).to(ctx.dtype), (d_text * scale).to(ctx.dtype),
-            d_temperature * scale, d_bias, None, None, None, None,
+            d_temperature * scale, d_bias, None, None, None, None, None,
         )  # fmt: skip

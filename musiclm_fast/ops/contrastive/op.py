@@ -19,6 +19,7 @@ from musiclm_fast._wording import plural
 from musiclm_fast.ops import _compiled, _triton_target
 from musiclm_fast.ops.contrastive import _cpp, _triton
 from musiclm_fast.ops.contrastive._autograd import Kernels
+from musiclm_fast.ops.contrastive._labels import check_labels, check_positives
 from musiclm_fast.ops.contrastive.reference import (
     block_logsumexp,
     block_logsumexp_backward,
@@ -36,6 +37,7 @@ def contrastive_loss(
     bias: Tensor | None = None,
     *,
     kind: str = "softmax",
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
     check_values: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -46,6 +48,16 @@ def contrastive_loss(
         softmax    sum_l mean_i( -s_ii + (ln sum_j e^s_ij + ln sum_j e^s_ji) / 2 )
         decoupled  the same with j = i left out of both sums
         sigmoid    -sum_l sum_ij ln sigmoid(y_ij s_ij) / B,  y_ij = 1 if i = j else -1
+
+    With ``labels`` pair (i, j) is a positive where audio i and text j have equal labels: several
+    captions of a clip in one batch are then no negatives of each other. P_i are row i's positives,
+    and the mean of both directions is taken, rows and columns::
+
+        softmax    sum_l mean_i( -mean_{j in P_i} s_ij + ln sum_j e^s_ij )
+        decoupled  the same with all of P_i left out of the sum
+        sigmoid    y_ij = 1 at every positive
+
+    A label for each pair alone, such as ``arange(B)``, gives the loss without labels.
 
     Latents and temperatures of any size are safe: sums of exponentials are shifted unless a bound
     on the similarities makes that unnecessary, and nothing is clamped. Only ``"torch"`` holds B x B
@@ -61,9 +73,12 @@ def contrastive_loss(
         temperature: ``(L,)`` factors of the similarities, above zero.
         bias: ``(L,)`` added to the similarities, or None; only the sigmoid loss depends on it.
         kind: ``"softmax"``, ``"decoupled"`` or ``"sigmoid"``.
-        check_values: whether to read the values and raise on non-finite latents or a temperature
-            not above zero. None checks on CPU, where it costs no synchronisation, and not while
-            ``torch.compile`` traces.
+        labels: ``(B,)`` integers, the clip of each pair, or a tuple ``(audio's, text's)``.
+        check_values: whether to read the values and raise on non-finite latents, a temperature not
+            above zero or labels without a positive (decoupled: without a negative). None checks on
+            CPU, where it costs no synchronisation, and not while ``torch.compile`` traces. Unread,
+            the positives of a row without any count 0; a decoupled row without negatives makes
+            the loss -inf, with finite gradients.
         backend: ``"cpp"``, ``"triton"`` or ``"torch"``; None takes the first that supports the
             call.
 
@@ -73,12 +88,13 @@ def contrastive_loss(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above;
-            non-finite latents (see ``check_values``); a decoupled batch of one, whose sums are
-            empty.
+            non-finite latents, labels that fit no pair (see ``check_values``); a decoupled batch
+            of one, whose sums are empty.
         BackendError: the named backend cannot run this call.
 
     Sources: https://arxiv.org/abs/2103.00020 (softmax), https://arxiv.org/abs/2110.06848
-    (decoupled), https://arxiv.org/abs/2303.15343 (sigmoid).
+    (decoupled), https://arxiv.org/abs/2303.15343 (sigmoid), https://arxiv.org/abs/2004.11362
+    (labels: L_out).
     """
     audio, text = check_latents(audio, text)
     batch = audio.shape[1]
@@ -87,8 +103,13 @@ def contrastive_loss(
         fail("audio", "an empty batch", "at least one pair")
     if kind == "decoupled" and batch == 1:
         fail("audio", "a batch of one pair", "at least two: the decoupled loss has no negatives")
+    sides = check_labels(labels, audio)
     check_finite(audio, text, temperature, check_values)
-    arguments = dict(audio=audio, text=text, temperature=temperature, bias=bias, kind=kind)
+    if sides is not None and reads_values(audio, check_values):
+        check_positives(sides, kind)
+    arguments = dict(
+        audio=audio, text=text, temperature=temperature, bias=bias, kind=kind, labels=sides
+    )
     return dispatcher.select(backend, audio.device, **arguments).run(**arguments)
 
 
@@ -125,6 +146,13 @@ def check_parameters(audio: Tensor, temperature: Tensor, bias: Tensor | None, ki
     check_same_device("audio", audio, temperature=temperature, bias=bias)
 
 
+def reads_values(audio: Tensor, check_values: bool | None) -> bool:
+    """Whether a call reads its tensors' values: by default on CPU, where nothing waits for it."""
+    if check_values is None:
+        check_values = audio.device.type == "cpu"
+    return check_values and not torch.compiler.is_compiling()
+
+
 def check_finite(
     audio: Tensor, text: Tensor, temperature: Tensor, check_values: bool | None
 ) -> None:
@@ -133,9 +161,7 @@ def check_finite(
     Raises:
         ValueError: naming the side and its first bad rows, or the temperature.
     """
-    if check_values is None:
-        check_values = audio.device.type == "cpu"
-    if not check_values or torch.compiler.is_compiling():
+    if not reads_values(audio, check_values):
         return
     for name, latents in (("audio", audio), ("text", text)):
         latents = latents.detach()
