@@ -38,6 +38,9 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
     "gfx90a": 64 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
+# Bytes that may be spilled, by Triton's version, kernel and target. The wide tile of the attention's
+# forward takes 13.8 instructions an element with these spills; the narrow one without takes 17.4.
+SPILLS = {("3.8.0", "forward_kernel", "sm_90"): 88}
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,10 @@ def problems(variant: Variant, found: Resources) -> list[str]:
     # Products of float32 run outside the tensor cores: the attention backward's, with two
     # accumulators of long head dims, do not fit.
     full = isinstance(variant, Attention) and variant.dtype == torch.float32
-    if found.spilled_bytes and not (full and "backward" in found.kernel):
+    import triton
+
+    allowed = SPILLS.get((triton.__version__, found.kernel, found.target), 0)
+    if found.spilled_bytes > allowed and not (full and "backward" in found.kernel):
         broken.append(f"{found.spilled_bytes} B spilled")
     return [f"{variant}: {found.kernel} on {found.target}: {problem}" for problem in broken]
 
