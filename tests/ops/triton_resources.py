@@ -38,8 +38,8 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
     "gfx90a": 64 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
-# Bytes that may be spilled, by Triton's version, kernel and target. The wide tile of the attention's
-# forward takes 13.8 instructions an element with these spills; the narrow one without takes 17.4.
+# Bytes that may be spilled, by version of Triton, kernel and target. The wide tile of the attention
+# forward takes 13.8 instructions an element with these; the narrow one, without, takes 17.4.
 SPILLS = {("3.8.0", "forward_kernel", "sm_90"): 88}
 
 
