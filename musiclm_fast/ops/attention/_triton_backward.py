@@ -16,6 +16,7 @@ from musiclm_fast.ops.attention._triton_call import (
     BLOCK,
     PRECISION,
     SMALL,
+    SMALLEST_SCALE,
     Call,
     batch_stride,
     launch,
@@ -97,12 +98,14 @@ def _run(
     else:
         dq = recomputed_q_config(chosen, target, head_dim, call.dtype)
     query_blocks = -(-queries // dq.block_m)
+    # The table is divided by it. Below the smallest, products do not count beside any bias.
+    scale = call.scale if abs(call.scale) >= SMALLEST_SCALE else SMALLEST_SCALE
     q, k = call.q, call.k
-    q_parts = k_parts = table = table2 = work = None
+    q_parts = k_parts = table = scaled_table = work = None
     index = _triton_table.NO_INDEX
     ranks, rank_rows, slots = None, 0, 0
-    delta = empty(batch, heads, queries)
-    programs = batch * heads * -(-queries // BLOCK)
+    delta, padded_lse2 = empty(2, batch, heads, absent)
+    programs = batch * heads * -(-absent // BLOCK)
     if call.q_scale is not None and call.k_scale is not None:
         q, k = empty(*q.shape, dtype=q.dtype), empty(*k.shape, dtype=k.dtype)
         q_parts = empty(batch * heads * query_blocks, head_dim)
@@ -110,7 +113,7 @@ def _run(
         programs += batch * kv_heads * -(-keys // BLOCK)
     if call.bias_table is not None:
         table = call.bias_table.contiguous()
-        table2 = empty(heads, entries)
+        scaled_table = empty(heads, entries)
         tile = table_config(ds is not None, target, head_dim, call.dtype)
         work = _triton_table.plan(call, tile)
         index, slots = work.index, work.slots
@@ -119,10 +122,12 @@ def _run(
         programs += rank_rows * -(-queries // (2 * BLOCK)) + (2 * batch if slots else 0)
     launch(
         "prepare_kernel", programs, SMALL,
-        q=call.q, k=call.k, grad_out=grad_out, out=out, q_scale=call.q_scale, k_scale=call.k_scale,
+        q=call.q, k=call.k, grad_out=grad_out, out=out, logsumexp2=lse2,
+        q_scale=call.q_scale, k_scale=call.k_scale,
         table=table, q_codes=call.q_codes, k_codes=call.k_codes, q_normal=q, k_normal=k,
-        delta=delta, table2=table2, inverse=index["inverse"], frame=index["frame"],
-        used=index["used"], clash=index["clash"], **strides("q", call.q, "bhm"),
+        delta=delta, lse2=padded_lse2, scaled_table=scaled_table, scale=scale,
+        inverse=index["inverse"], frame=index["frame"], used=index["used"], clash=index["clash"],
+        **strides("q", call.q, "bhm"),
         **strides("k", call.k, "bhn"), **strides("g", grad_out, "bhm"), **strides("o", out, "bhm"),
         stride_qcb=batch_stride(call.q_codes), stride_kcb=batch_stride(call.k_codes),
         batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
@@ -131,8 +136,9 @@ def _run(
         HEAD_DIM=head_dim, BLOCK_D=call.block_d, BLOCK=BLOCK,
     )  # fmt: skip
     common: dict[str, Any] = dict(
-        grad_out=grad_out, q=q, k=k, v=call.v, logsumexp2=lse2, delta=delta, slots=slots,
-        table2=table2, **call.shared(call.scale), **strides("g", grad_out, "bhm"),
+        grad_out=grad_out, q=q, k=k, v=call.v, lse2=padded_lse2, delta=delta, slots=slots,
+        scaled_table=scaled_table, absent=absent, **call.shared(scale),
+        **strides("g", grad_out, "bhm"),
         **strides("q", q, "bhm"), **strides("k", k, "bhn"), **strides("v", call.v, "bhn"),
         heads=heads, HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group,
         CAUSAL=call.causal, PRECISION=PRECISION, PTX=call.ptx,
@@ -170,7 +176,7 @@ def _run(
     if work is not None:
         launch(
             "backward_table_kernel", work.programs, tile.options,
-            **common, **index, ds=ds, ds_rows=ds_rows, ds_keys=ds_keys, absent=absent,
+            **common, **index, ds=ds, ds_rows=ds_rows, ds_keys=ds_keys,
             ranks=work.ranks, stride_ranksb=batch_stride(work.ranks),
             scratch=work.scratch, partial=work.partial, batch=batch, chunks=work.chunks,
             MASK_ROWS=queries % tile.block_m != 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,

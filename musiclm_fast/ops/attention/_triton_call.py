@@ -15,6 +15,7 @@ SMALL = dict(num_warps=4, num_stages=1)
 BLOCK = 64
 # Float32 products are exact to float32: no TF32, whatever torch's own setting.
 PRECISION = "ieee"
+SMALLEST_SCALE = 1e-30
 _LOG2E = math.log2(math.e)
 
 

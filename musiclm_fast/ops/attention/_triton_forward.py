@@ -10,10 +10,8 @@ from torch import Tensor
 
 from musiclm_fast.ops._triton_target import Config
 from musiclm_fast.ops.attention._autograd import empty_heads
-from musiclm_fast.ops.attention._triton_call import PRECISION, Call, launch, strides
+from musiclm_fast.ops.attention._triton_call import PRECISION, SMALLEST_SCALE, Call, launch, strides
 from musiclm_fast.ops.attention._triton_tiles import run_tuned
-
-SMALLEST_SCALE = 1e-30
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
