@@ -101,7 +101,7 @@ def _run(
     # The table is divided by it. Below the smallest, products do not count beside any bias.
     scale = call.scale if abs(call.scale) >= SMALLEST_SCALE else SMALLEST_SCALE
     q, k = call.q, call.k
-    q_parts = k_parts = table = scaled_table = work = None
+    q_parts = k_parts = table = scaled_table = padded_codes = work = None
     index = _triton_table.NO_INDEX
     ranks, rank_rows, slots = None, 0, 0
     delta, padded_lse2 = empty(2, batch, heads, absent)
@@ -118,6 +118,7 @@ def _run(
         work = _triton_table.plan(call, tile)
         index, slots = work.index, work.slots
         ranks, rank_rows = work.ranks, work.ranks.numel() // queries
+        padded_codes = empty(*ranks.shape[:-1], absent, dtype=torch.int32)
         programs += -(-heads * entries // (BLOCK * call.block_d))
         programs += rank_rows * -(-queries // (2 * BLOCK)) + (2 * batch if slots else 0)
     launch(
@@ -132,7 +133,8 @@ def _run(
         stride_qcb=batch_stride(call.q_codes), stride_kcb=batch_stride(call.k_codes),
         batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
         keys=keys, entries=entries, slots=slots, absent=absent,
-        ranks=ranks, rank_rows=rank_rows, RANK_GROUP=_triton_table.RANK_GROUP,
+        padded_codes=padded_codes, ranks=ranks, rank_rows=rank_rows,
+        RANK_GROUP=_triton_table.RANK_GROUP,
         HEAD_DIM=head_dim, BLOCK_D=call.block_d, BLOCK=BLOCK,
     )  # fmt: skip
     common: dict[str, Any] = dict(
@@ -143,6 +145,7 @@ def _run(
         heads=heads, HEAD_DIM=head_dim, BLOCK_D=call.block_d, GROUP=call.group,
         CAUSAL=call.causal, PRECISION=PRECISION, PTX=call.ptx,
     )  # fmt: skip
+    common |= dict(q_codes=padded_codes, stride_qcb=batch_stride(padded_codes))
     frame = dict(frame=index["frame"], clash=index["clash"])
     if ds is None:  # first, because it corrects delta
         launch(

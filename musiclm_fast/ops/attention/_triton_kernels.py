@@ -397,11 +397,13 @@ def _index_codes(
 
 @triton.jit
 def _rank_codes(
-    codes, ranks, first, length, GROUP: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+    codes, ranks, padded_codes, first, length,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # ranks = how many earlier positions of the same group of GROUP hold the same code.
     lanes = first + tl.arange(0, BLOCK)
     own = tl.load(codes + lanes, mask=lanes < length, other=0)
+    tl.store(padded_codes + lanes, own)
     rank = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(first // GROUP * GROUP, tl.minimum(first + BLOCK, length), STEP):
         others = start + tl.arange(0, STEP)
@@ -422,7 +424,7 @@ def _check_frame(codes, ok, frame, clash, slots):
 @triton.jit
 def prepare_kernel(
     q, k, grad_out, out, logsumexp2, q_scale, k_scale, table, q_codes, k_codes,
-    q_normal, k_normal, delta, lse2, scaled_table, inverse, frame, used, clash, ranks,
+    q_normal, k_normal, delta, lse2, scaled_table, padded_codes, inverse, frame, used, clash, ranks,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, stride_qcb, stride_kcb,
     batch, heads, kv_heads, queries, keys, entries, slots, absent, rank_rows, scale,
@@ -433,10 +435,10 @@ def prepare_kernel(
     Blocks of queries, padded to ``absent``: delta (B, H, absent) = sum over D of grad_out * out,
     lse2 (B, H, absent), infinite where p is 0, and normalised q. Blocks of keys, with QK norm:
     normalised k. Blocks of the table: scaled_table (H, 2R + 1), over the scale. Blocks of queries'
-    codes: ranks (B or 1, M), the number of earlier equal codes in a group. Samples,
-    with codes of their own: inverse (2, B, slots) of queries and keys, frame (2, slots), the code
-    in a slot, used (2, slots), whether any sample has one, and clash (1), see _index_codes. used
-    and clash arrive as zeros.
+    codes: padded_codes (B or 1, absent), and ranks (B or 1, M), the number of earlier equal codes
+    in a group. Samples, with codes of their own: inverse (2, B, slots) of queries and keys, frame
+    (2, slots), the code in a slot, used (2, slots), whether any sample has one, and clash (1), see
+    _index_codes. used and clash arrive as zeros.
     """
     pid = tl.program_id(0)
     row_programs = batch * heads * tl.cdiv(absent, BLOCK)
@@ -475,8 +477,8 @@ def prepare_kernel(
             b = (place // blocks).to(tl.int64)
             first = place % blocks * (2 * BLOCK)
             _rank_codes(
-                q_codes + b * stride_qcb, ranks + b * queries, first, queries,
-                RANK_GROUP, 2 * BLOCK, 16,
+                q_codes + b * stride_qcb, ranks + b * queries, padded_codes + b * absent,
+                first, queries, RANK_GROUP, 2 * BLOCK, 16,
             )  # fmt: skip
     else:
         if used is not None:
