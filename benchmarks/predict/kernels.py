@@ -73,9 +73,9 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
         rest = a["keys"] % a["BLOCK_N"] / (a["BLOCK_N"] // 2)
         counts = [a["keys"] / 1024, math.ceil(rest), a["keys"] // a["BLOCK_N"]]
         return list(zip(outer[-3:], counts[-len(outer) :], strict=False))
-    if name == "backward_kv_kernel":  # the queries' codes, if there are, and the queries
-        counts = [a["queries"] / 1024, a["GROUP"] * math.ceil(a["queries"] / a["BLOCK_M"])]
-        return list(zip(outer, counts[-1:] if a["scaled_table"] is None else counts, strict=False))
+    if name == "backward_kv_kernel":  # the queries' codes, codes that may wrap, and all others
+        tiles = a["GROUP"] * math.ceil(a["queries"] / a["BLOCK_M"])
+        return list(zip(outer, [a["queries"] / 1024, 0.0, tiles][-len(outer) :], strict=True))
     if name in ("backward_q_kernel", "stored_q_kernel"):  # stored: its third loop writes zeros
         return [
             (outer[0], a["keys"] // a["BLOCK_N"]),

@@ -922,7 +922,9 @@ def backward_kv_kernel(
     count = GROUP * span
     q_base = q + b * stride_qb
     g_base = grad_out + b * stride_gb
-    if scaled_table is not None:
+    # In float32 the products take the time, and one loop for any codes takes fewer registers.
+    TWO_LOOPS: tl.constexpr = scaled_table is not None and q.dtype.element_ty != tl.float32
+    if TWO_LOOPS:
         wide = _codes_span(codes, q_codes_row, queries, 1024) + radius >= 2147483648
         wide_count = count * _same_in_warp(wide.to(tl.int32), PTX)
         count -= wide_count
@@ -939,7 +941,7 @@ def backward_kv_kernel(
         stride_gh, stride_gm, lse2, delta, scaled_table, q_codes_row, codes, code_minus_radius,
         radius, ds, ds_rows, padded_keys, absent, seed, column_key, threshold, keep_factor,
         scale_log2, b, hk, heads, queries, columns, keys_ok, causal_shift,
-        HEAD_DIM, BLOCK_D, GROUP, CAUSAL, MASK_KEYS, False, PRECISION, PTX, BLOCK_M,
+        HEAD_DIM, BLOCK_D, GROUP, CAUSAL, MASK_KEYS, not TWO_LOOPS, PRECISION, PTX, BLOCK_M,
     )  # fmt: skip
 
     dk *= scale
