@@ -73,8 +73,9 @@ def turns(launch: Launch, code: Code) -> list[tuple[Loop, float]]:
         rest = a["keys"] % a["BLOCK_N"] / (a["BLOCK_N"] // 2)
         counts = [a["keys"] / 1024, math.ceil(rest), a["keys"] // a["BLOCK_N"]]
         return list(zip(outer[-3:], counts[-len(outer) :], strict=False))
-    if name == "backward_kv_kernel":
-        return [(outer[0], a["GROUP"] * math.ceil(a["queries"] / a["BLOCK_M"]))]
+    if name == "backward_kv_kernel":  # the queries' codes, codes that may wrap, and all others
+        tiles = a["GROUP"] * math.ceil(a["queries"] / a["BLOCK_M"])
+        return list(zip(outer, [a["queries"] / 1024, 0.0, tiles][-len(outer) :], strict=True))
     if name in ("backward_q_kernel", "stored_q_kernel"):  # stored: its third loop writes zeros
         return [
             (outer[0], a["keys"] // a["BLOCK_N"]),
@@ -201,7 +202,7 @@ def moved(kernel: Kernel) -> float:
     a = {} if kernel.launch is None else kernel.launch.arguments
     if kernel.name != "backward_table_kernel" or a["ds"] is None:
         return kernel.traffic
-    names = ("grad_out", "q", "k", "v", "logsumexp2", "delta", "table2")
+    names = ("grad_out", "q", "k", "v", "lse2", "delta", "scaled_table")
     return kernel.traffic - sum(a[name].numel() * a[name].element_size() for name in names)
 
 

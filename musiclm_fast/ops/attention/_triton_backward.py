@@ -104,8 +104,9 @@ def _plan(call: Call, chosen: Configs) -> Plan:
         k_rows=batch * kv_heads * key_blocks, SCALE_COLUMNS=SCALE_COLUMNS,
         TABLE_COLUMNS=TABLE_COLUMNS, RANK_GROUP=_triton_table.RANK_GROUP, BLOCK=BLOCK,
     )  # fmt: skip
-    plan.workspace("delta", batch, heads, queries)
-    programs, sums = batch * heads * -(-queries // BLOCK), 0
+    plan.workspace("delta", batch, heads, absent)
+    plan.workspace("lse2", batch, heads, absent)
+    programs, sums = batch * heads * -(-absent // BLOCK), 0
     if call.q_scale is not None and call.k_scale is not None:
         plan.workspace("q", *call.q.shape, dtype=call.dtype)
         plan.workspace("k", *call.k.shape, dtype=call.dtype)
@@ -115,13 +116,13 @@ def _plan(call: Call, chosen: Configs) -> Plan:
         sums += 2 * -(-head_dim // SCALE_COLUMNS)
     if call.table is not None:
         tile = table_config(stored, target, head_dim, call.dtype)
-        numbers |= _triton_table.add_workspace(plan, call, tile)
+        numbers |= _triton_table.add_workspace(plan, call, tile, absent)
         programs += -(-heads * entries // (BLOCK * call.block_d))
         programs += numbers["rank_rows"] * -(-queries // (2 * BLOCK))
         programs += 2 * batch if numbers["slots"] else 0
         sums += -(-heads * entries // TABLE_COLUMNS)
     plan.launch(
-        "prepare_kernel", programs, SMALL, numbers,
+        "prepare_kernel", programs, SMALL, numbers | dict(scale=call.divisor),
         q="raw_q", k="raw_k", q_normal="q", k_normal="k",
     )  # fmt: skip
     if call.q_scale is not None and call.k_scale is not None:
@@ -129,26 +130,32 @@ def _plan(call: Call, chosen: Configs) -> Plan:
         numbers |= strides("k", contiguous(call.k.shape), "bhn")
     q_numbers = numbers | strides("r", call.q.stride(), "bhm")
     q_numbers |= dict(BLOCK_M=dq.block_m, BLOCK_N=dq.block_n)
+    stride_qcb = absent if call.q_codes is not None and call.q_codes.ndim == 2 else 0
+    padded = numbers | dict(stride_qcb=stride_qcb)
     q_programs = batch * heads * query_blocks
     if not stored:  # first, because it corrects delta
-        plan.launch("backward_q_kernel", q_programs, dq.options, q_numbers, grad_q_scale="q_parts")
+        plan.launch(
+            "backward_q_kernel", q_programs, dq.options, q_numbers | dict(stride_qcb=stride_qcb),
+            grad_q_scale="q_parts", q_codes="padded_codes",
+        )  # fmt: skip
     mask_keys = call.key_mask is not None or call.key_lengths is not None or keys % kv.block_n != 0
     plan.launch(
         "backward_kv_kernel", batch * kv_heads * key_blocks, kv.options,
-        numbers | strides("r", call.k.stride(), "bhn")
+        padded | strides("r", call.k.stride(), "bhn")
         | dict(MASK_KEYS=mask_keys, BLOCK_M=kv.block_m, BLOCK_N=kv.block_n),
-        grad_k_scale="k_parts",
+        grad_k_scale="k_parts", q_codes="padded_codes",
     )  # fmt: skip
     if stored:
         plan.launch("stored_q_kernel", q_programs, dq.options, q_numbers, grad_q_scale="q_parts")
     if call.table is not None:
         plan.launch(
             "backward_table_kernel", numbers["parts"] * heads, tile.options,
-            numbers | dict(
+            padded | dict(
                 MASK_ROWS=queries % tile.block_m != 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 WINDOW=_triton_table.SCRATCH // tile.block_n,
                 PIECE=_triton_table.PIECE // tile.block_n,
             ),
+            q_codes="padded_codes",
         )  # fmt: skip
     plan.launch("sums_kernel", sums, SMALL, numbers)
     return plan

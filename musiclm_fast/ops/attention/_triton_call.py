@@ -16,6 +16,7 @@ SMALL = dict(num_warps=4, num_stages=1)
 BLOCK = 64
 # Float32 products are exact to float32: no TF32, whatever torch's own setting.
 PRECISION = "ieee"
+SMALLEST_SCALE = 1e-30
 _LOG2E = math.log2(math.e)
 
 Tensors = dict[str, Tensor | None]
@@ -64,6 +65,8 @@ class Call:
         self.q_scale, self.k_scale = tensors["q_scale"], tensors["k_scale"]
         self.masked = tensors["seed"] is not None or self.key_mask is not None
         self.scale, self.causal, self.dropout_p = scale, causal, dropout_p
+        # The table is divided by it. Below the smallest, products do not count beside any bias.
+        self.divisor = scale if abs(scale) >= SMALLEST_SCALE else SMALLEST_SCALE
 
     def numbers(self) -> dict[str, Any]:
         """Arguments that the kernels of the forward and of the backward share."""
@@ -72,7 +75,7 @@ class Call:
             stride_qcb=batch_stride(self.q_codes), stride_kcb=batch_stride(self.k_codes),
             stride_maskb=batch_stride(self.key_mask), **strides("v", self.v.stride(), "bhn"),
             heads=self.heads, queries=self.queries, keys=self.keys, radius=self.radius,
-            scale_log2=self.scale * _LOG2E,
+            scale_log2=self.divisor * _LOG2E,
             threshold=int(self.dropout_p * 2**32) - 2**31,
             keep_factor=1.0 / (1.0 - self.dropout_p),
             HEAD_DIM=self.head_dim, BLOCK_D=self.block_d, GROUP=self.group, CAUSAL=self.causal,

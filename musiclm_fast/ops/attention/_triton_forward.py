@@ -12,6 +12,7 @@ from musiclm_fast.ops.attention._autograd import empty_heads
 from musiclm_fast.ops.attention._triton_call import (
     BLOCK,
     SMALL,
+    SMALLEST_SCALE,
     Call,
     Tensors,
     contiguous,
@@ -20,8 +21,6 @@ from musiclm_fast.ops.attention._triton_call import (
 )
 from musiclm_fast.ops.attention._triton_plan import Plan, run
 from musiclm_fast.ops.attention._triton_tiles import Configs
-
-SMALLEST_SCALE = 1e-30
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

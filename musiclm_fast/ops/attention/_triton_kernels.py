@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # l2norm's floor on the norm, as in torch.nn.functional.normalize.
 NORM_EPS = tl.constexpr(1e-12)
 
@@ -95,6 +94,18 @@ def _read_offset(row, first, code, last, PTX: tl.constexpr):
         " mul.wide.u32 a, i, 4; add.u64 a, a, $1; ld.global.nc.f32 $0, [a]; }",
         "=f,l,r,r,r", [row.to(tl.int64), first, code, last],
         dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _same_in_warp(value, PTX: tl.constexpr):
+    # An int32 that is the same in all threads, which ptxas sees only then, and keeps what depends
+    # on it in uniform registers: a loop's bound, the addresses of its products' tiles.
+    if not PTX:
+        return value
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [value],
+        dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -326,12 +337,12 @@ def forward_kernel(
 
 @triton.jit
 def _prepare_rows(
-    x, scale, y, grad_out, out, delta, pid, stride_xb, stride_xh, stride_xn,
-    stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, heads, length,
+    x, scale, y, grad_out, out, logsumexp2, delta, lse2, pid, stride_xb, stride_xh, stride_xn,
+    stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, heads, length, padded,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # y = l2norm(x) * scale where there is a scale, and delta where there is an output.
-    blocks = tl.cdiv(length, BLOCK)
+    # y = l2norm(x) * scale where there is a scale, delta and lse2 where there is an output.
+    blocks = tl.cdiv(padded, BLOCK)
     bh = (pid // blocks).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -350,7 +361,11 @@ def _prepare_rows(
         out_at = out + b * stride_ob + h * stride_oh + rows64 * stride_om + dims[None, :]
         product = tl.load(grad_at, mask=mask, other=0.0).to(tl.float32)
         product *= tl.load(out_at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(delta + bh * length + rows, tl.sum(product, axis=1), mask=rows < length)
+        tl.store(delta + bh * padded + rows, tl.sum(product, axis=1))
+        # Rows past the end, and rows that see no key, get +inf: p = 0.
+        value = tl.load(logsumexp2 + bh * length + rows, mask=rows < length, other=float("inf"))
+        value = tl.where(value == float("-inf"), float("inf"), value)
+        tl.store(lse2 + bh * padded + rows, value)
 
 
 @triton.jit
@@ -385,11 +400,13 @@ def _index_codes(
 
 @triton.jit
 def _rank_codes(
-    codes, ranks, first, length, GROUP: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+    codes, ranks, padded_codes, first, length,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # ranks = how many earlier positions of the same group of GROUP hold the same code.
     lanes = first + tl.arange(0, BLOCK)
     own = tl.load(codes + lanes, mask=lanes < length, other=0)
+    tl.store(padded_codes + lanes, own)
     rank = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(first // GROUP * GROUP, tl.minimum(first + BLOCK, length), STEP):
         others = start + tl.arange(0, STEP)
@@ -409,24 +426,25 @@ def _check_frame(codes, ok, frame, clash, slots):
 
 @triton.jit
 def prepare_kernel(
-    q, k, grad_out, out, q_scale, k_scale, table, q_codes, k_codes,
-    q_normal, k_normal, delta, table2, inverse, frame, used, clash, ranks,
+    q, k, grad_out, out, logsumexp2, q_scale, k_scale, table, q_codes, k_codes,
+    q_normal, k_normal, delta, lse2, scaled_table, padded_codes, inverse, frame, used, clash, ranks,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, stride_qcb, stride_kcb,
-    batch, heads, kv_heads, queries, keys, entries, slots, absent, rank_rows,
+    batch, heads, kv_heads, queries, keys, entries, slots, absent, rank_rows, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, RANK_GROUP: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels of the backward read; each program does one of five things.
 
-    Blocks of queries: delta (B, H, M) = sum over D of grad_out * out, and normalised q. Blocks of
-    keys, with QK norm: normalised k. Blocks of the table: table2 (H, 2R + 1) in base 2. Blocks of
-    queries' codes: ranks (B or 1, M), the number of earlier equal codes in a group. Samples,
-    with codes of their own: inverse (2, B, slots) of queries and keys, frame (2, slots), the code
-    in a slot, used (2, slots), whether any sample has one, and clash (1), see _index_codes. used
-    and clash arrive as zeros.
+    Blocks of queries, padded to ``absent``: delta (B, H, absent) = sum over D of grad_out * out,
+    lse2 (B, H, absent), infinite where p is 0, and normalised q. Blocks of keys, with QK norm:
+    normalised k. Blocks of the table: scaled_table (H, 2R + 1), over the scale. Blocks of queries'
+    codes: padded_codes (B or 1, absent), and ranks (B or 1, M), the number of earlier equal codes
+    in a group. Samples, with codes of their own: inverse (2, B, slots) of queries and keys, frame
+    (2, slots), the code in a slot, used (2, slots), whether any sample has one, and clash (1), see
+    _index_codes. used and clash arrive as zeros.
     """
     pid = tl.program_id(0)
-    row_programs = batch * heads * tl.cdiv(queries, BLOCK)
+    row_programs = batch * heads * tl.cdiv(absent, BLOCK)
     key_programs = 0
     if k_scale is not None:
         key_programs = batch * kv_heads * tl.cdiv(keys, BLOCK)
@@ -437,15 +455,15 @@ def prepare_kernel(
         rank_programs = rank_rows * tl.cdiv(queries, 2 * BLOCK)
     if pid < row_programs:
         _prepare_rows(
-            q, q_scale, q_normal, grad_out, out, delta, pid, stride_qb, stride_qh, stride_qm,
-            stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, heads, queries,
-            HEAD_DIM, BLOCK_D, BLOCK,
+            q, q_scale, q_normal, grad_out, out, logsumexp2, delta, lse2, pid,
+            stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm,
+            stride_ob, stride_oh, stride_om, heads, queries, absent, HEAD_DIM, BLOCK_D, BLOCK,
         )  # fmt: skip
     elif pid < row_programs + key_programs:
         if k_scale is not None:
             _prepare_rows(
-                k, k_scale, k_normal, None, None, None, pid - row_programs,
-                stride_kb, stride_kh, stride_kn, 0, 0, 0, 0, 0, 0, kv_heads, keys,
+                k, k_scale, k_normal, None, None, None, None, None, pid - row_programs,
+                stride_kb, stride_kh, stride_kn, 0, 0, 0, 0, 0, 0, kv_heads, keys, keys,
                 HEAD_DIM, BLOCK_D, BLOCK,
             )  # fmt: skip
     elif pid < row_programs + key_programs + table_programs:
@@ -454,7 +472,7 @@ def prepare_kernel(
             at = first + tl.arange(0, BLOCK * BLOCK_D)
             ok = at < heads * entries
             value = tl.load(table + at, mask=ok, other=0.0).to(tl.float32)
-            tl.store(table2 + at, value * LOG2E, mask=ok)
+            tl.store(scaled_table + at, value / scale, mask=ok)
     elif pid < row_programs + key_programs + table_programs + rank_programs:
         if table is not None:
             blocks = tl.cdiv(queries, 2 * BLOCK)
@@ -462,8 +480,8 @@ def prepare_kernel(
             b = (place // blocks).to(tl.int64)
             first = place % blocks * (2 * BLOCK)
             _rank_codes(
-                q_codes + b * stride_qcb, ranks + b * queries, first, queries,
-                RANK_GROUP, 2 * BLOCK, 16,
+                q_codes + b * stride_qcb, ranks + b * queries, padded_codes + b * absent,
+                first, queries, RANK_GROUP, 2 * BLOCK, 16,
             )  # fmt: skip
     else:
         if used is not None:
@@ -515,14 +533,11 @@ def _backward_q_tiles(
             clamped = tl.minimum(
                 tl.maximum(codes[None, :], window_low[:, None]), window_high[:, None]
             )
-            bias = _read_table(table_row, code_plus_radius[:, None] - clamped, PTX)
-            bias -= lse2[:, None]
-        s2 = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        if table_row is not None:
-            s2 += bias
+            s = _read_table(table_row, code_plus_radius[:, None] - clamped, PTX)
         else:
-            s2 -= lse2[:, None]
-        p = tl.exp2(s2)
+            s = tl.zeros([acc.shape[0], BLOCK_N], dtype=tl.float32)
+        s = tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
+        p = tl.exp2(s * scale_log2 - lse2[:, None])
         if mask_row is not None:
             visible = tl.load(mask_row + columns, mask=columns_ok, other=0) != 0
             p = tl.where(visible[None, :], p, 0.0)
@@ -540,21 +555,14 @@ def _backward_q_tiles(
     return acc, residue
 
 
-@triton.jit
-def _lse2(logsumexp2, at, ok):
-    # Rows past the end, and rows that see no key, get +inf: p = 0.
-    lse2 = tl.load(logsumexp2 + at, mask=ok, other=float("inf"))
-    return tl.where(lse2 == float("-inf"), float("inf"), lse2)
-
-
 @triton.jit(do_not_specialize=["threshold"])
 def backward_q_kernel(
-    grad_out, q, k, v, raw_q, q_scale, logsumexp2, delta, table2, q_codes, k_codes, key_mask,
+    grad_out, q, k, v, raw_q, q_scale, lse2, delta, scaled_table, q_codes, k_codes, key_mask,
     key_lengths, seed, grad_q, grad_q_scale, frame, clash,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rm, stride_qcb, stride_kcb, stride_maskb,
-    heads, queries, keys, radius, slots, scale, scale_log2, threshold, keep_factor,
+    heads, queries, keys, radius, slots, scale, scale_log2, threshold, keep_factor, absent,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -580,8 +588,8 @@ def backward_q_kernel(
     g_at = grad_out + b * stride_gb + h * stride_gh + rows64 * stride_gm + dims[None, :]
     q_tile = tl.load(q_at, mask=tile_ok, other=0.0)
     g_tile = tl.load(g_at, mask=tile_ok, other=0.0)
-    lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
-    row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
+    row_lse2 = tl.load(lse2 + bh * absent + rows)
+    row_delta = tl.load(delta + bh * absent + rows)
 
     # Names below must exist on every path; None vanishes at compile time.
     table_row = None
@@ -589,8 +597,8 @@ def backward_q_kernel(
     window_high = None
     code_plus_radius = None
     k_codes_row = None
-    if table2 is not None:
-        table_row = table2 + h * (2 * radius + 1)
+    if scaled_table is not None:
+        table_row = scaled_table + h * (2 * radius + 1)
         k_codes_row = k_codes + b * stride_kcb
         codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
         if frame is not None:
@@ -621,16 +629,16 @@ def backward_q_kernel(
     acc, residue = _backward_q_tiles(
         acc, residue, q_tile, g_tile, 0, inside, key_end, k_base, v_base, stride_kn, stride_vn,
         table_row, window_low, window_high, code_plus_radius, k_codes_row, mask_row, row_key,
-        threshold, keep_factor, scale_log2, lse2, row_delta, rows, causal_shift,
+        threshold, keep_factor, scale_log2, row_lse2, row_delta, rows, causal_shift,
         HEAD_DIM, BLOCK_D, BLOCK_N, False, CAUSAL, PRECISION, PTX,
     )  # fmt: skip
     acc, residue = _backward_q_tiles(
         acc, residue, q_tile, g_tile, inside, end, key_end, k_base, v_base, stride_kn, stride_vn,
         table_row, window_low, window_high, code_plus_radius, k_codes_row, mask_row, row_key,
-        threshold, keep_factor, scale_log2, lse2, row_delta, rows, causal_shift,
+        threshold, keep_factor, scale_log2, row_lse2, row_delta, rows, causal_shift,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, CAUSAL, PRECISION, PTX,
     )  # fmt: skip
-    tl.store(delta + bh * queries + rows, row_delta + residue, mask=rows_ok)
+    tl.store(delta + bh * absent + rows, row_delta + residue)
 
     dq = acc * scale
     if q_scale is not None:
@@ -763,15 +771,95 @@ def stored_q_kernel(
     tl.store(grad_q + at, dq.to(grad_q.dtype.element_ty), mask=tile_ok)
 
 
+@triton.jit
+def _backward_kv_tiles(
+    dk, dv, end, begin, span, k_tile, v_tile, q_base, g_base, stride_qh, stride_qm,
+    stride_gh, stride_gm, lse2, delta, scaled_table, q_codes_row, codes, code_minus_radius, radius,
+    ds, ds_rows, ds_keys, absent, seed, column_key, threshold, keep_factor, scale_log2,
+    b, hk, heads, queries, columns, keys_ok, causal_shift,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK_KEYS: tl.constexpr, ANY_CODES: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    # Adds what comes of `end` queries, `span` from `begin` of each head of the group. The loop
+    # counts from 0: Triton 3.9 does not vectorise loads of one that begins at a variable.
+    lanes_m = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
+    ds_offsets = columns.to(tl.int64)[:, None] * ds_rows + lanes_m[None, :]
+    for at in range(0, end, BLOCK_M):
+        start = begin + at
+        h = hk * GROUP
+        if GROUP > 1:
+            g = at // tl.maximum(span, 1)
+            start -= g * span
+            h += g
+        bh = b * heads + h
+        rows = start + lanes_m
+        # Past the end the last row is read again. Its p is 0, as lse2 is infinite there.
+        inner = tl.minimum(lanes_m, queries - 1 - start)[:, None]
+        start64 = tl.cast(start, tl.int64)
+        q_at = q_base + h * stride_qh + start64 * stride_qm + (inner * stride_qm + dims[None, :])
+        g_at = g_base + h * stride_gh + start64 * stride_gm + (inner * stride_gm + dims[None, :])
+        if BLOCK_D == HEAD_DIM:
+            q_tile = tl.load(q_at)
+        else:
+            q_tile = tl.load(q_at, mask=dims_ok[None, :], other=0.0)
+        # The product starts from the bias: no addition, and no register for it.
+        if scaled_table is None:
+            s = tl.zeros([columns.shape[0], BLOCK_M], dtype=tl.float32)
+        else:
+            row_codes = tl.load(q_codes_row + rows)
+            table_row = scaled_table + h * (2 * radius + 1)
+            if ANY_CODES:
+                low, high = _code_window(codes, radius)
+                entry = (
+                    tl.minimum(tl.maximum(row_codes[None, :], low[:, None]), high[:, None])
+                    - code_minus_radius[:, None]
+                )
+                s = _read_table(table_row, entry, PTX)
+            else:
+                s = _read_offset(
+                    table_row, row_codes[None, :], code_minus_radius[:, None], 2 * radius, PTX
+                )
+        s = tl.dot(k_tile, tl.trans(q_tile), s, input_precision=PRECISION)
+        p = tl.exp2(s * scale_log2 - tl.load(lse2 + bh * absent + rows)[None, :])
+        if MASK_KEYS:
+            p = tl.where(keys_ok[:, None], p, 0.0)
+        if CAUSAL:  # in every tile: a loop for those on the diagonal costs more registers
+            p = tl.where(columns[:, None] <= rows[None, :] + causal_shift, p, 0.0)
+        if BLOCK_D == HEAD_DIM:
+            g_tile = tl.load(g_at)
+        else:
+            g_tile = tl.load(g_at, mask=dims_ok[None, :], other=0.0)
+        grad_p = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+        if seed is not None:
+            row_key = _row_key(seed, bh * queries + rows)
+            kept = _kept(row_key[None, :], column_key[:, None], threshold)
+            dropped = tl.where(kept, p * keep_factor, 0.0)
+            grad_p = tl.where(kept, grad_p * keep_factor, 0.0)
+        else:
+            dropped = p
+        dv = tl.dot(dropped.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
+        row_delta = tl.load(delta + bh * absent + rows)
+        ds_tile = (p * (grad_p - row_delta[None, :])).to(q_tile.dtype)  # (BN, BM)
+        if ds is not None:
+            # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
+            ds_start = tl.multiple_of(start, BLOCK_M)
+            tl.store(ds + bh * ds_keys * ds_rows + ds_start + ds_offsets, ds_tile)
+        dk = tl.dot(ds_tile, q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def backward_kv_kernel(
-    grad_out, q, k, v, raw_k, k_scale, logsumexp2, delta, table2, q_codes, k_codes, key_mask,
+    grad_out, q, k, v, raw_k, k_scale, lse2, delta, scaled_table, q_codes, k_codes, key_mask,
     key_lengths, seed, ds, grad_k, grad_v, grad_k_scale, frame, clash,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_rb, stride_rh, stride_rn, stride_qcb, stride_kcb, stride_maskb,
     heads, queries, keys, radius, slots, scale, scale_log2, threshold, keep_factor,
-    ds_rows,
+    ds_rows, absent,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -792,7 +880,8 @@ def backward_kv_kernel(
     dims = tl.arange(0, BLOCK_D)
     columns = block * BLOCK_N + lanes
     in_range = columns < keys
-    tile_ok = in_range[:, None] & (dims < HEAD_DIM)[None, :]
+    dims_ok = dims < HEAD_DIM
+    tile_ok = in_range[:, None] & dims_ok[None, :]
     columns64 = columns.to(tl.int64)[:, None]
     k_at = k + b * stride_kb + hk * stride_kh + columns64 * stride_kn + dims[None, :]
     v_at = v + b * stride_vb + hk * stride_vh + columns64 * stride_vn + dims[None, :]
@@ -808,15 +897,16 @@ def backward_kv_kernel(
     if key_mask is not None:
         keys_ok &= tl.load(key_mask + b * stride_maskb + columns, mask=in_range, other=0) != 0
 
-    window_low = None
-    window_high = None
+    # Names below must exist on every path; None vanishes at compile time.
+    codes = None
     code_minus_radius = None
-    if table2 is not None:
-        codes = tl.load(k_codes + b * stride_kcb + columns, mask=in_range, other=0)
+    q_codes_row = None
+    if scaled_table is not None:
+        codes = tl.load(k_codes + b * stride_kcb + tl.minimum(columns, keys - 1))
         if frame is not None:
             _check_frame(codes, in_range, frame + slots, clash, slots)
-        window_low, window_high = _code_window(codes, radius)
         code_minus_radius = codes - radius  # may wrap; the difference unwraps
+        q_codes_row = q_codes + b * stride_qcb
     column_key = None
     if seed is not None:
         column_key = _column_key(columns)
@@ -829,59 +919,33 @@ def backward_kv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    lanes_m = tl.arange(0, BLOCK_M)
-    q_offsets = lanes_m[:, None] * stride_qm + dims[None, :]
-    g_offsets = lanes_m[:, None] * stride_gm + dims[None, :]
-    ds_offsets = columns64 * ds_rows + lanes_m[None, :]
     # One loop over all heads' queries: a loop over heads around one over queries would keep the
     # addresses of both in registers, more than there are.
     span = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * BLOCK_M
-    for at in range(begin, begin + GROUP * span, BLOCK_M):
-        start = at
-        h = hk * GROUP
-        if GROUP > 1:
-            g = (at - begin) // tl.maximum(span, 1)
-            start = at - g * span
-            h += g
-        rows = start + lanes_m
-        rows_ok = rows < queries
-        row_mask = rows_ok[:, None] & (dims < HEAD_DIM)[None, :]
-        start64 = tl.cast(start, tl.int64)
-        bh = b * heads + h
-        q_at = q + b * stride_qb + h * stride_qh + start64 * stride_qm
-        q_tile = tl.load(q_at + q_offsets, mask=row_mask, other=0.0)
-        s2 = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
-        if table2 is not None:
-            row_codes = tl.load(q_codes + b * stride_qcb + rows, mask=rows_ok, other=0)
-            clamped = tl.minimum(
-                tl.maximum(row_codes[None, :], window_low[:, None]), window_high[:, None]
-            )
-            table_row = table2 + h * (2 * radius + 1)
-            s2 += _read_table(table_row, clamped - code_minus_radius[:, None], PTX)
-        lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
-        p = tl.exp2(s2 - lse2[None, :])
-        if MASK_KEYS:
-            p = tl.where(keys_ok[:, None], p, 0.0)
-        if CAUSAL:  # in every tile: a second loop for those on the diagonal costs more registers
-            p = tl.where(columns[:, None] <= rows[None, :] + causal_shift, p, 0.0)
-        g_at = grad_out + b * stride_gb + h * stride_gh + start64 * stride_gm
-        g_tile = tl.load(g_at + g_offsets, mask=row_mask, other=0.0)
-        grad_p = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-        if seed is not None:
-            row_key = _row_key(seed, bh * queries + rows)
-            kept = _kept(row_key[None, :], column_key[:, None], threshold)
-            dropped = tl.where(kept, p * keep_factor, 0.0)
-            grad_p = tl.where(kept, grad_p * keep_factor, 0.0)
-        else:
-            dropped = p
-        dv = tl.dot(dropped.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
-        row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
-        ds_tile = (p * (grad_p - row_delta[None, :])).to(q_tile.dtype)  # (BN, BM)
-        if ds is not None:
-            # The workspace is padded to whole tiles: no mask. The hint makes the stores wide.
-            ds_start = tl.multiple_of(start, BLOCK_M)
-            tl.store(ds + bh * padded_keys * ds_rows + ds_start + ds_offsets, ds_tile)
-        dk = tl.dot(ds_tile, q_tile, dk, input_precision=PRECISION)
+    count = GROUP * span
+    q_base = q + b * stride_qb
+    g_base = grad_out + b * stride_gb
+    # In float32 the products take the time, and one loop for any codes takes fewer registers.
+    TWO_LOOPS: tl.constexpr = scaled_table is not None and q.dtype.element_ty != tl.float32
+    if TWO_LOOPS:
+        wide = _codes_span(codes, q_codes_row, queries, 1024) + radius >= 2147483648
+        wide_count = count * _same_in_warp(wide.to(tl.int32), PTX)
+        count -= wide_count
+        # Codes whose differences may wrap: in small tiles, which need fewer registers.
+        dk, dv = _backward_kv_tiles(
+            dk, dv, wide_count, begin, span, k_tile, v_tile, q_base, g_base, stride_qh, stride_qm,
+            stride_gh, stride_gm, lse2, delta, scaled_table, q_codes_row, codes, code_minus_radius,
+            radius, ds, ds_rows, padded_keys, absent, seed, column_key, threshold, keep_factor,
+            scale_log2, b, hk, heads, queries, columns, keys_ok, causal_shift,
+            HEAD_DIM, BLOCK_D, GROUP, CAUSAL, MASK_KEYS, True, PRECISION, PTX, BLOCK_M // 2,
+        )  # fmt: skip
+    dk, dv = _backward_kv_tiles(
+        dk, dv, count, begin, span, k_tile, v_tile, q_base, g_base, stride_qh, stride_qm,
+        stride_gh, stride_gm, lse2, delta, scaled_table, q_codes_row, codes, code_minus_radius,
+        radius, ds, ds_rows, padded_keys, absent, seed, column_key, threshold, keep_factor,
+        scale_log2, b, hk, heads, queries, columns, keys_ok, causal_shift,
+        HEAD_DIM, BLOCK_D, GROUP, CAUSAL, MASK_KEYS, not TWO_LOOPS, PRECISION, PTX, BLOCK_M,
+    )  # fmt: skip
 
     dk *= scale
     if k_scale is not None:
@@ -922,7 +986,7 @@ def _frame_codes(own, frame, slots, listed, used, alone):
 
 @triton.jit(do_not_specialize=["threshold"])
 def backward_table_kernel(
-    grad_out, q, k, v, logsumexp2, delta, table2, q_codes, k_codes, key_mask, key_lengths, seed,
+    grad_out, q, k, v, lse2, delta, scaled_table, q_codes, k_codes, key_mask, key_lengths, seed,
     ds, inverse, frame, used, listed, clash, ranks, scratch, partial,
     stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -952,7 +1016,7 @@ def backward_table_kernel(
     lanes_n = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_ok = dims < HEAD_DIM
-    table_row = table2 + h * (2 * radius + 1)
+    table_row = scaled_table + h * (2 * radius + 1)
     sums = partial + (part * heads + h) * (2 * radius + 1)
     own = scratch + pid.to(tl.int64) * (BLOCK_N * WINDOW)
     own_pieces = own + lanes_n[:, None] * WINDOW + tl.arange(0, PIECE)[None, :]
@@ -1054,10 +1118,11 @@ def backward_table_kernel(
                 g_at = grad_out + b * stride_gb + h * stride_gh + rows64 * stride_gm
                 q_tile = tl.load(q_at + dims[None, :], mask=q_mask, other=0.0)
                 k_tile = tl.load(k_at + dims[None, :], mask=k_mask, other=0.0)
-                lse2 = _lse2(logsumexp2, bh * queries + rows, rows_ok)
-                row_delta = tl.load(delta + bh * queries + rows, mask=rows_ok, other=0.0)
-                s2 = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-                p = tl.exp2(s2 * scale_log2 + bias - lse2[:, None])
+                row_at = bh * absent + rows
+                row_lse2 = tl.load(lse2 + row_at, mask=rows_ok, other=float("inf"))
+                row_delta = tl.load(delta + row_at, mask=rows_ok, other=0.0)
+                s = tl.dot(q_tile, tl.trans(k_tile), bias, input_precision=PRECISION)
+                p = tl.exp2(s * scale_log2 - row_lse2[:, None])
                 p = tl.where(columns_ok[None, :], p, 0.0)
                 if CAUSAL:
                     p = tl.where(columns[None, :] <= rows[:, None] + causal_shift, p, 0.0)

@@ -23,14 +23,18 @@ SCRATCH, PIECE = 1 << 14, 1 << 11
 RANK_GROUP = 512
 
 # Of the workspace, what only a call with a table has.
-NAMES = ("table2", "ranks", "scratch", "partial", "inverse", "frame", "listed", "used", "clash")
+NAMES = (
+    "scaled_table", "padded_codes", "ranks", "scratch", "partial", "inverse", "frame", "listed",
+    "used", "clash",
+)  # fmt: skip
 
 
-def add_workspace(plan: Plan, call: Call, config: Config) -> dict[str, Any]:
+def add_workspace(plan: Plan, call: Call, config: Config, length: int) -> dict[str, Any]:
     """Ask for the workspace of a call.
 
-    ``table2`` is the table in base 2, ``ranks`` are those of queries among equal codes, ``partial``
-    (parts, H, 2R + 1) is zeros, ``scratch`` the programs' own. The index of codes that samples do
+    ``scaled_table`` is the table over the scale, ``padded_codes`` are the queries' codes in rows of
+    ``length``, ``ranks`` those among equal codes, ``partial`` (parts, H, 2R + 1) is zeros,
+    ``scratch`` the programs' own. The index of codes that samples do
     not share: ``inverse``, ``frame``, ``listed``, and zeros, ``used`` and ``clash``.
 
     Returns:
@@ -55,9 +59,10 @@ def add_workspace(plan: Plan, call: Call, config: Config) -> dict[str, Any]:
         plan.zeros("used", 2, slots, dtype=torch.int32)
         plan.zeros("clash", 1, dtype=torch.int32)
     plan.zeros("partial", parts, call.heads, entries)
-    plan.workspace("table2", call.heads, entries)
+    plan.workspace("scaled_table", call.heads, entries)
     plan.workspace("scratch", parts, call.heads, SCRATCH)
     plan.workspace("ranks", *call.q_codes.shape, dtype=torch.int32)
+    plan.workspace("padded_codes", *call.q_codes.shape[:-1], length, dtype=torch.int32)
     return dict(
         parts=parts, chunks=chunks, slots=slots,
         rank_rows=call.q_codes.numel() // call.queries,

@@ -41,9 +41,11 @@ _HALF_AMPERE: Table = {
     128: Configs(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(128, 64, 8, 2)),
 }
 _HALF_BLACKWELL: Table = {
-    32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3)),
+    32: replace(_HALF[32], backward_kv=Config(32, 64, 4, 3, 255)),
     64: replace(_HALF[64], forward=Config(128, 32, 8, 3), backward_kv=Config(64, 64, 4, 2, 255)),
-    128: replace(_HALF[128], backward_q=Config(128, 64, 8, 2)),
+    128: replace(
+        _HALF[128], backward_kv=Config(32, 64, 8, 2, 255), backward_q=Config(128, 64, 8, 2)
+    ),
 }
 # 64 KB of shared memory; 256 registers a thread with 8 warps of 64, 512 with 4.
 _HALF_AMD: Table = {
@@ -92,7 +94,8 @@ def configs(
         if (masked or causal) and family in ("hopper", "blackwell"):
             # two programs a multiprocessor, without spills
             forward = replace(forward, block_n=32, num_stages=3, max_registers=128)
-    if limit == 32 and masked and dtype != torch.float32:
+    narrow_keys = masked or (causal and family == "ampere")  # wider ones would spill
+    if limit == 32 and narrow_keys and dtype != torch.float32:
         backward_kv = replace(backward_kv, block_m=32)
     if queries <= 64 and limit == 128 and family == "hopper" and dtype != torch.float32:
         backward_kv = replace(backward_kv, block_m=32, block_n=32)  # wider ones would spill
