@@ -35,9 +35,10 @@ def gpu() -> str:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where a test's kernels run: C++ on the CPU; Triton on a GPU, or on the CPU interpreted."""
+    """Where a test's kernels run: Triton on a GPU, or on the CPU interpreted; others on the CPU."""
     of_test = getattr(request.node, "callspec", None)
-    if _triton_target.INTERPRET or (of_test and of_test.params.get("backend") == "cpp"):
+    backend = of_test.params.get("backend") if of_test else None
+    if _triton_target.INTERPRET or backend in ("cpp", "torch"):
         return "cpu"
     return str(request.getfixturevalue("gpu"))
 

@@ -28,9 +28,12 @@ def contrastive_loss_reference(
     compute = torch.float64 if audio.dtype == torch.float64 else torch.float32
     sims = audio.to(compute) @ text.to(compute).transpose(1, 2)  # (L, B, B)
     sims = sims * temperature.to(compute)[:, None, None]
-    if bias is not None:
+    if bias is not None and kind == "sigmoid":
         sims = sims + bias.to(compute)[:, None, None]
-    return loss_of_similarities(sims, kind, labels)
+    loss = loss_of_similarities(sims, kind, labels)
+    if bias is not None and kind != "sigmoid":  # it cancels: its gradient is zero
+        loss = loss + 0.0 * bias.to(compute).sum()
+    return loss
 
 
 def loss_of_similarities(
