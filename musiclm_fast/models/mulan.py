@@ -33,6 +33,7 @@ from musiclm_fast.models.losses import (
 from musiclm_fast.models.pretrained import Pretrained
 from musiclm_fast.models.towers import AudioTower, Tower
 from musiclm_fast.nn.modes import evaluation_mode
+from musiclm_fast.ops.contrastive._labels import check_labels
 
 
 class MuLaN(Pretrained, nn.Module):
@@ -370,6 +371,7 @@ class MuLaN(Pretrained, nn.Module):
         others = return_latents, return_similarities, return_pairwise_similarities
         if labels is not None and (return_loss_latents or any(others)):
             fail("labels", describe(labels), "None: a flag asks for something else than the loss")
+        check_labels(labels, count)
         wants_layers = self.multi_layer_contrastive_learning is not None and not any(others)
         audio, audio_layers, audio_tokens = self._audio_latents(
             wavs, wants_layers, lengths, input_sample_hz, audio_draws

@@ -21,6 +21,7 @@ from musiclm_fast._checks import check_positive_int, check_tensor, fail
 from musiclm_fast.models.draws import AudioDraws
 from musiclm_fast.models.mulan import MuLaN
 from musiclm_fast.models.towers import DrawingTower
+from musiclm_fast.ops.contrastive._labels import check_labels
 
 
 def cached_step(
@@ -78,6 +79,7 @@ def cached_step(
     for name, other in (("texts", texts), ("raw_texts", raw_texts), ("lengths", lengths)):
         if other is not None and len(other) != batch:
             fail(name, f"{len(other)} of them", f"as many as there are clips ({batch})")
+    check_labels(labels, batch)
     inner = cast(MuLaN, getattr(mulan, "module", mulan))
     starts = range(0, batch, chunk_size)
     _check_chunks_of_ranks(mulan, inner, len(starts))

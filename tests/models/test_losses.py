@@ -108,6 +108,9 @@ def test_labels_of_mulan() -> None:
     for flag in ("latents", "similarities", "pairwise_similarities", "loss_latents"):
         with pytest.raises(ValueError, match="labels"):
             mulan(wavs, texts, labels=labels, **{f"return_{flag}": True})
+    mulan.audio.register_forward_pre_hook(lambda *_: pytest.fail("the tower ran before the check"))
+    with pytest.raises(ValueError, match="labels"):
+        mulan(wavs, texts, labels=labels[:3])
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_bad_input() -> None:
         cached_step(model, wavs, texts, chunk_size=4, lengths=torch.full((3,), 1500))
     with pytest.raises(ValueError, match="backward"):
         cached_step(model, wavs, texts, chunk_size=4, backward=lambda loss: None)
+    model.audio.register_forward_pre_hook(lambda *_: pytest.fail("the towers ran before the check"))
     with pytest.raises(ValueError, match="labels"):
         cached_step(model, wavs, texts, chunk_size=4, labels=torch.arange(4))
 

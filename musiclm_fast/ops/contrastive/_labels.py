@@ -54,12 +54,13 @@ def positives(labels: Labels, kind: str, dtype: torch.dtype) -> Positives:
     )
 
 
-def check_labels(labels: Any, audio: Tensor) -> Labels | None:
+def check_labels(labels: Any, batch: int, audio: Tensor | None = None) -> Labels | None:
     """Labels of both sides, from one tensor for both or a tuple.
 
     Args:
         labels: ``(B,)`` integers, a tuple of two, or None.
-        audio: ``(L, B, d)``.
+        batch: B.
+        audio: what they must share the device of; None before there are latents.
 
     Raises:
         ValueError, TypeError: another shape, dtype or device; a tuple of another length.
@@ -76,9 +77,10 @@ def check_labels(labels: Any, audio: Tensor) -> Labels | None:
     else:
         named = {f"labels[{side}]": given for side, given in enumerate(labels)}
     for name, given in named.items():
-        check_shape(name, given, (audio.shape[1],), "(B,)")
+        check_shape(name, given, (batch,), "(B,)")
         check_dtype(name, given, _INTEGERS)
-        check_same_device("audio", audio, **{name: given})
+        if audio is not None:
+            check_same_device("audio", audio, **{name: given})
     sides = [given.long().contiguous() for given in named.values()]
     return sides[0], sides[-1]
 

@@ -126,7 +126,7 @@ def _across_ranks(
     world = dist.get_world_size(group)
     audio, text = check_latents(audio, text)
     check_parameters(audio, temperature, bias, kind)
-    sides = check_labels(labels, audio)
+    sides = check_labels(labels, audio.shape[1], audio)
     check_finite(audio, text, temperature, check_values)
     rank = dist.get_rank(group)
     if batch_sizes is None:

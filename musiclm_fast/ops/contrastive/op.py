@@ -103,7 +103,7 @@ def contrastive_loss(
         fail("audio", "an empty batch", "at least one pair")
     if kind == "decoupled" and batch == 1:
         fail("audio", "a batch of one pair", "at least two: the decoupled loss has no negatives")
-    sides = check_labels(labels, audio)
+    sides = check_labels(labels, audio.shape[1], audio)
     check_finite(audio, text, temperature, check_values)
     if sides is not None and reads_values(audio, check_values):
         check_positives(sides, kind)
