@@ -588,3 +588,13 @@ def test_bad_input(name: str) -> None:
     arguments = {**testing.attention_inputs(), **changed}
     with pytest.raises(error, match=message):
         attention(**arguments)
+
+
+def test_the_backward_makes_no_zeros_that_nobody_reads() -> None:
+    """As autograd does for the statistics' gradient, by default: a launch on a GPU."""
+    out = attention(**testing.attention_inputs(queries=9, batch=2, heads=1), backend="cpp")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "musiclm_fast::attention_backward" in names
+    assert not names & {"aten::zeros", "aten::zero_"}
